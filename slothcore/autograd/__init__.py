@@ -1,0 +1,1 @@
+"""`torch.autograd.Function` classes with hand-derived backwards. No `nn.Module`, no configuration."""

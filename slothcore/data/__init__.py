@@ -1,0 +1,1 @@
+"""Records, tokenizing, masking and packing. Nothing here knows a model."""

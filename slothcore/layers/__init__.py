@@ -1,0 +1,1 @@
+"""Thin modules over `slothcore.autograd`. They know nothing of model families."""

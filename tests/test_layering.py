@@ -1,0 +1,80 @@
+"""Imports run one way: kernels, autograd, layers, models, lora and data, training and inference and export, cli."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "slothcore"
+MAY_IMPORT = {
+    "kernels": {"kernels"},
+    "autograd": {"kernels", "autograd"},
+    "layers": {"kernels", "autograd", "layers"},
+    "models": {"kernels", "autograd", "layers", "models"},
+    "lora": {"kernels", "autograd", "layers", "models", "lora"},
+    "data": {"data"},
+    "inference": {"kernels", "autograd", "layers", "models", "lora", "data", "inference"},
+    "export": {"kernels", "autograd", "layers", "models", "lora", "data", "export"},
+    "training": {"kernels", "autograd", "layers", "models", "lora", "data", "inference", "training"},
+}
+FORBIDDEN_AT_RUN_TIME = {"transformers", "peft", "trl", "unsloth", "datasets", "accelerate", "pickle"}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Every module that the file imports, anywhere in it, with relative imports made absolute."""
+    package = ["slothcore", *path.relative_to(PACKAGE).parts[:-1]]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found.add(module)
+            found.update(f"{module}.{alias.name}" for alias in node.names)
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_run_one_way(path: Path) -> None:
+    layer = path.relative_to(PACKAGE).parts[0]
+    for module in imported_modules(path):
+        parts = module.split(".")
+        assert parts[0] not in FORBIDDEN_AT_RUN_TIME, f"{path.name} imports {parts[0]}"
+        if layer in MAY_IMPORT and parts[0] == "slothcore" and len(parts) > 1 and (PACKAGE / parts[1]).is_dir():
+            assert parts[1] in MAY_IMPORT[layer], f"{layer}/{path.name} imports {module}, which is above it"
+
+
+def test_every_folder_has_a_place_in_the_order() -> None:
+    assert {p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name != "__pycache__"} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_stay_short(path: Path) -> None:
+    limit = 400 if path.parent.name == "kernels" else 300
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= limit
+
+
+def test_every_kernel_has_an_eager_twin_with_the_same_signatures() -> None:
+    """Launchers are the public functions of a kernel file; its twin must offer each under the same parameters."""
+    for kernel_file in sorted((PACKAGE / "kernels").glob("*.py")):
+        twin = kernel_file.with_name(f"{kernel_file.stem}_eager.py")
+        source = kernel_file.read_text(encoding="utf-8")
+        if "triton.jit" not in source:
+            continue
+        assert twin.is_file(), f"{kernel_file.name} has no eager twin"
+        fused, eager = public_functions(source), public_functions(twin.read_text(encoding="utf-8"))
+        assert fused, f"{kernel_file.name} has no launcher"
+        assert fused.keys() <= eager.keys(), f"{kernel_file.stem}: only in Triton: {fused.keys() - eager.keys()}"
+        for name, parameters in fused.items():
+            assert eager[name] == parameters, f"{kernel_file.stem}.{name}: {parameters} against {eager[name]}"
+
+
+def public_functions(source: str) -> dict[str, list[str]]:
+    """Name and parameter names of every undecorated public function at the top of a module."""
+    result = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef) and not node.decorator_list and not node.name.startswith("_"):
+            result[node.name] = [a.arg for a in [*node.args.args, *node.args.kwonlyargs]]
+    return result
