@@ -1,0 +1,87 @@
+"""What every benchmark shares: the record of the machine, the CSV of results, the printed table."""
+
+import csv
+import datetime
+import os
+import re
+import subprocess
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).resolve().parent / "results"
+
+CSV_FIELDS = (
+    "date",
+    "commit",
+    "gpu",
+    "torch",
+    "triton",
+    "benchmark",
+    "system",
+    "case",
+    "settings",
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+    "tokens_per_second",
+    "rate",
+    "fraction_of_floor",
+    "peak_gib",
+    "first_loss",
+    "gradient_norm",
+)
+
+
+def environment() -> dict[str, str]:
+    """What a figure depends on besides the code: the leading columns of the CSV."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+
+
+def commit() -> str:
+    """Short hash of the checkout, "+" appended if files differ from it; BENCHMARK_COMMIT names a copy without git."""
+    try:
+        described = ["git", "-C", str(REPOSITORY), "describe", "--always", "--exclude=*", "--abbrev=10", "--dirty=+"]
+        return subprocess.run(described, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("BENCHMARK_COMMIT", "unknown")
+
+
+def append_csv(folder: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Append rows to `folder`/<gpu>.csv, each with the environment; fields that a row lacks stay empty.
+
+    Returns: the file.
+    Raises: ValueError if a row has a field that the file has not.
+    """
+    about = environment()
+    path = folder / f"{re.sub(r'[^a-z0-9]+', '-', about['gpu'].lower()).strip('-')}.csv"
+    folder.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, CSV_FIELDS, lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerows(about | dict(row) for row in rows)
+    return path
+
+
+def format_table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table with aligned columns; the first column is left-aligned, numbers to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: list[str]) -> str:
+        padded = [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]
+        return f"| {' | '.join(padded)} |"
+
+    rule = f"| {'-' * widths[0]} | {' | '.join('-' * (w - 1) + ':' for w in widths[1:])} |"
+    return "\n".join([line(header), rule, *(line(row) for row in rows)])

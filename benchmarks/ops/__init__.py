@@ -1,0 +1,1 @@
+"""Speed of single operations, each beside a peer and beside what the machine allows."""

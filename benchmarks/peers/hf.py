@@ -1,0 +1,42 @@
+"""transformers + PEFT + bitsandbytes, set up as their documentation says."""
+
+import torch
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from benchmarks.peers import Settings
+from benchmarks.shapes import LORA_TARGETS
+
+
+def load(settings: Settings) -> nn.Module:
+    options = {}
+    if settings.bits == 4:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    if settings.device == "cuda":
+        options["device_map"] = {"": 0}
+    model = AutoModelForCausalLM.from_pretrained(
+        settings.folder, dtype=settings.dtype, attn_implementation="sdpa", **options
+    )
+    not_reentrant = {"use_reentrant": False}
+    if settings.bits == 4:
+        model = prepare_model_for_kbit_training(
+            model, use_gradient_checkpointing=settings.recompute, gradient_checkpointing_kwargs=not_reentrant
+        )
+    elif settings.recompute:
+        model.gradient_checkpointing_enable(not_reentrant)
+        model.enable_input_require_grads()
+    rank = settings.lora_r
+    lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS, bias="none", task_type="CAUSAL_LM")
+    return get_peft_model(model, lora).train()
+
+
+def loss(model: nn.Module, input_ids: Tensor, settings: Settings) -> Tensor:
+    ids = input_ids.to(settings.device, non_blocking=True)
+    with torch.autocast(settings.device, torch.bfloat16, enabled=settings.dtype == torch.bfloat16):
+        return model(input_ids=ids, labels=ids).loss

@@ -1,0 +1,20 @@
+"""slothcore through its public functions, as a user would call them."""
+
+from torch import Tensor, nn
+
+import slothcore
+from benchmarks.peers import Settings
+
+
+def load(settings: Settings) -> nn.Module:
+    model, _ = slothcore.load(
+        settings.folder, bits=settings.bits, device=settings.device, max_seq_length=settings.longest
+    )
+    model = slothcore.add_lora(model, r=settings.lora_r, lora_alpha=settings.lora_r)
+    model.gradient_checkpointing = settings.recompute
+    return model.train()
+
+
+def loss(model: nn.Module, input_ids: Tensor, settings: Settings) -> Tensor:
+    # The ids stay on the CPU: slothcore reads their layout there without waiting for the GPU.
+    return model(input_ids=input_ids, labels=input_ids).loss

@@ -1,0 +1,32 @@
+"""Unsloth, set up as its notebooks do. Importing it patches transformers, so it needs a process of its own."""
+
+# ruff: noqa: I001  (it must come before transformers and peft)
+from unsloth import FastLanguageModel
+
+from torch import nn
+
+from benchmarks.peers import Settings
+from benchmarks.peers.hf import loss
+from benchmarks.shapes import LORA_TARGETS
+
+__all__ = ["load", "loss"]
+
+
+def load(settings: Settings) -> nn.Module:
+    model, _ = FastLanguageModel.from_pretrained(
+        model_name=settings.folder,
+        max_seq_length=settings.longest,
+        dtype=settings.dtype,
+        load_in_4bit=settings.bits == 4,
+    )
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=settings.lora_r,
+        lora_alpha=settings.lora_r,
+        target_modules=LORA_TARGETS,
+        lora_dropout=0,
+        bias="none",
+        use_gradient_checkpointing="unsloth" if settings.recompute else False,
+        max_seq_length=settings.longest,
+    )
+    return model.train()

@@ -1,0 +1,163 @@
+"""Times one system in its own process; `run.py` starts it.
+
+    python -m benchmarks.worker REQUEST.json RESULTS.jsonl
+
+A line of JSON is written as soon as a case is done, so a case that hangs or fails loses no earlier one. What libraries
+print goes to the process's own output, away from the results.
+"""
+
+import dataclasses
+import gc
+import json
+import re
+import statistics
+import sys
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.checkpoint import SPECIAL_TOKENS
+from benchmarks.peers import Peer, Settings, peer
+from benchmarks.shapes import LORA_TARGETS, StepCase
+
+LORA_B_STD = 0.01
+LEARNING_RATE = 2e-4
+MAX_GRAD_NORM = 1.0
+
+
+def main(request_path: str, results_path: str) -> None:
+    request = json.loads(Path(request_path).read_text(encoding="utf-8"))
+    settings = Settings(**request["settings"])
+    system = peer(request["system"])
+    model = system.load(settings)
+    factors = lora_factors(model, layers=request["layers"])
+    for text in request["cases"]:
+        row: dict[str, Any] = {"system": request["system"], "case": text, "recompute": settings.recompute}
+        try:
+            row |= time_steps(
+                system,
+                model,
+                factors,
+                settings,
+                StepCase.parse(text),
+                warmup=request["warmup"],
+                steps=request["steps"],
+                vocab_size=request["vocab_size"],
+            )
+        except torch.OutOfMemoryError:
+            row |= {"problem": "out of memory"}
+        model.zero_grad(set_to_none=True)
+        gc.collect()
+        if settings.device == "cuda":
+            torch.cuda.empty_cache()
+        with open(results_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def time_steps(
+    system: Peer,
+    model: nn.Module,
+    factors: dict[str, nn.Parameter],
+    settings: Settings,
+    case: StepCase,
+    *,
+    warmup: int,
+    steps: int,
+    vocab_size: int,
+) -> dict[str, Any]:
+    """Optimizer steps on random tokens: forward, backward, clipping, AdamW. The first loss precedes any update."""
+    set_factors(factors)
+    optimizer = make_optimizer(list(factors.values()), settings)
+    synchronize = torch.cuda.synchronize if settings.device == "cuda" else lambda: None
+    if settings.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    milliseconds, losses, norms = [], [], []
+    for step in range(warmup + steps):
+        input_ids = random_batch(case, step, vocab_size)
+        synchronize()
+        start = time.perf_counter()
+        loss = system.loss(model, input_ids, settings)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(factors.values(), MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        synchronize()
+        milliseconds.append(1e3 * (time.perf_counter() - start))
+        losses.append(loss.detach().item())
+        norms.append(norm.item())
+    timed = sorted(milliseconds[warmup:])
+    median = statistics.median(timed)
+    return {
+        "median_ms": median,
+        "p20_ms": timed[len(timed) // 5],
+        "p80_ms": timed[len(timed) * 4 // 5],
+        "tokens_per_second": 1e3 * case.tokens / median,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if settings.device == "cuda" else None,
+        "losses": losses,
+        "gradient_norms": norms,
+    }
+
+
+def make_optimizer(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
+    """The same for every system: bitsandbytes' 8-bit AdamW, which a CPU has not."""
+    if settings.device == "cpu":
+        return torch.optim.AdamW(parameters, lr=LEARNING_RATE)
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit(parameters, lr=LEARNING_RATE)
+
+
+def random_batch(case: StepCase, step: int, vocab_size: int) -> Tensor:
+    """The tokens of one step, [rows, length] int64 on the CPU; the same for every system."""
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(len(SPECIAL_TOKENS), vocab_size, (case.rows, case.length), generator=generator)
+
+
+def lora_factors(model: nn.Module, *, layers: int) -> dict[str, nn.Parameter]:
+    """The trainable parameters under names that do not depend on the system, such as "0.q_proj.lora_A".
+
+    Raises: RuntimeError if anything but the LoRA factors of the seven linears of each layer trains.
+    """
+    found = {}
+    for name, parameter in model.named_parameters():
+        match = re.search(r"layers\.(\d+)\.\w+\.(\w+)\.(lora_[AB])\b", name)
+        if match and parameter.requires_grad:
+            found[".".join(match.groups())] = parameter
+        elif parameter.requires_grad:
+            raise RuntimeError(f"{name} must not train")
+    expected = {f"{i}.{target}.lora_{ab}" for i in range(layers) for target in LORA_TARGETS for ab in "AB"}
+    if found.keys() != expected:
+        raise RuntimeError(f"the LoRA factors differ from the expected in {sorted(found.keys() ^ expected)[:4]} ...")
+    return found
+
+
+def set_factors(factors: dict[str, nn.Parameter]) -> None:
+    """Give every system the same start. B is not zero, as it would be by default, or A would have no gradient."""
+    for name, parameter in factors.items():
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        std = parameter.shape[1] ** -0.5 if name.endswith("lora_A") else LORA_B_STD
+        with torch.no_grad():
+            parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+
+
+def request(
+    system: str, settings: Settings, cases: list[str], *, layers: int, vocab_size: int, warmup: int, steps: int
+) -> dict[str, Any]:
+    """What `main` reads back from the request file."""
+    return {
+        "system": system,
+        "settings": dataclasses.asdict(settings),
+        "cases": cases,
+        "layers": layers,
+        "vocab_size": vocab_size,
+        "warmup": warmup,
+        "steps": steps,
+    }
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,201 @@
+"""LoRA over frozen linear maps: one linear, several over one input, and the whole gated MLP.
+
+The equations of one group of projections (forward, dx, dA, dB, db) stand in `lora_projection.py`. The gated MLP is
+
+    [g | u] = x [W_g; W_u]^T + LoRA        h = act(g) * u        y = h W_d^T + LoRA
+    dh = dy W_d + LoRA                     [dg | du], h = glu_backward(dh, [g | u])
+    dx = [dg | du] [W_g; W_u] + LoRA       the factors' gradients from (dy, h) and ([dg | du], x)
+
+so the backward recomputes h instead of keeping it.
+
+Kept for backward: x, and x A^T of every projection, the factors themselves, and for the MLP [g | u]. Never kept: a
+decoded NF4 weight, a dropout mask, h. What only a frozen factor or input would need is neither kept nor computed.
+
+Shapes    x [T, H]; y [T, sum of out_features]; g, u, h [T, I].
+          T = tokens, H = in_features, I = intermediate_size.
+Source    Hu et al. 2021, arXiv:2106.09685; the recomputation of h follows Chen et al. 2016, arXiv:1604.06174.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from slothcore.autograd.lora_group import Group, Projection
+from slothcore.autograd.lora_projection import (
+    bias_grads,
+    factor_grads,
+    input_grad,
+    lora_output_grad,
+    project,
+)
+from slothcore.kernels import glu, glu_eager
+from slothcore.kernels.glu import Activation
+
+__all__ = ["Projection", "lora_fused", "lora_linear", "lora_mlp"]
+
+
+def lora_linear(x: Tensor, projection: Projection) -> Tensor:
+    """y = x W^T + scaling * dropout(x) A^T B^T + bias for one frozen W.
+
+    Args:
+        x: [T, in], in the compute dtype.
+        projection: the weight with its LoRA term.
+    Returns: [T, out] in x's dtype.
+    Raises: ValueError if shapes or dtypes do not fit.
+    """
+    return lora_fused(x, (projection,))
+
+
+def lora_fused(x: Tensor, projections: Sequence[Projection]) -> Tensor:
+    """Several projections of one input, such as q/k/v, their outputs side by side.
+
+    Args:
+        x: [T, in], in the compute dtype.
+        projections: at least one; each has its own dropout mask.
+    Returns: [T, sum of out_features] in x's dtype.
+    Raises: ValueError if shapes or dtypes do not fit.
+    """
+    _check(x, projections)
+    return _LoraFused.apply(x, *_factors(projections), Group.of(projections))
+
+
+def lora_mlp(
+    x: Tensor, gate: Projection, up: Projection, down: Projection, *, activation: Activation, inplace: bool = True
+) -> Tensor:
+    """down(act(gate(x)) * up(x)) over frozen weights.
+
+    Args:
+        x: [T, H], in the compute dtype.
+        gate, up: [I, H].
+        down: [H, I].
+        activation: of the gate.
+        inplace: let backward overwrite the kept gate and up with their gradient, which saves [T, 2I]; a second backward
+            through the same graph then raises.
+    Returns: [T, H] in x's dtype.
+    Raises: ValueError if shapes or dtypes do not fit.
+    """
+    _check(x, (gate, up))
+    _check_dtype(x, (down,))
+    if gate.weight.shape[0] != up.weight.shape[0] or down.weight.shape[1] != up.weight.shape[0]:
+        shapes = [tuple(p.weight.shape) for p in (gate, up, down)]
+        raise ValueError(f"gate and up must have the out_features that down takes; got weights {shapes}")
+    groups = Group.of((gate, up)), Group.of((down,))
+    return _LoraMlp.apply(x, *_factors((gate, up, down)), *groups, activation, inplace)
+
+
+class _LoraFused(torch.autograd.Function):
+    """A group of projections; the equations stand at the top of `lora_projection.py`.
+
+    Inputs: x; every lora_A, every lora_B, every bias (None where absent); then what has no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *inputs: Any) -> Tensor:
+        *factors, group = inputs
+        y, u = project(x, group, *_by_kind(factors))
+        needs_A, needs_B, _ = (any(kind) for kind in _by_kind(ctx.needs_input_grad[1:-1]))
+        ctx.group = group
+        ctx.save_for_backward(x if needs_A else None, u if needs_B else None, *factors)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, u, *factors = ctx.saved_tensors
+        lora_A, lora_B, bias = _by_kind(factors)
+        needs_x = ctx.needs_input_grad[0]
+        v = lora_output_grad(dy, ctx.group, lora_B) if needs_x or x is not None else None
+        dx = input_grad(dy, v, ctx.group, lora_A) if needs_x else None
+        dA, dB = factor_grads(dy, x, u, v if x is not None else None, ctx.group, lora_A, lora_B)
+        return dx, *dA, *dB, *bias_grads(dy, ctx.group, bias), None
+
+
+class _LoraMlp(torch.autograd.Function):
+    """The gated MLP; the equations stand at the top of this file.
+
+    Inputs: x; every lora_A, every lora_B, every bias of (gate, up, down); then what has no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *inputs: Any) -> Tensor:
+        *factors, first, last, activation, inplace = inputs
+        lora_A, lora_B, bias = _by_kind(factors)
+        ops = glu if x.is_cuda else glu_eager
+        gate_up, u = project(x, first, lora_A[:2], lora_B[:2], bias[:2])
+        h = ops.glu_forward(gate_up, activation=activation)
+        y, u_down = project(h, last, lora_A[2:], lora_B[2:], bias[2:])
+
+        needs_A, needs_B, _ = _by_kind(ctx.needs_input_grad[1:-4])
+        ctx.first, ctx.last, ctx.activation, ctx.inplace = first, last, activation, inplace
+        ctx.needs_down_A = needs_A[2]
+        ctx.save_for_backward(
+            x if any(needs_A[:2]) else None,
+            u if any(needs_B[:2]) else None,
+            u_down if needs_B[2] else None,
+            gate_up,
+            *factors,
+        )
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, u, u_down, gate_up, *factors = ctx.saved_tensors
+        lora_A, lora_B, bias = _by_kind(factors)
+        ops = glu if dy.is_cuda else glu_eager
+
+        v_down = lora_output_grad(dy, ctx.last, lora_B[2:])
+        dh = input_grad(dy, v_down, ctx.last, lora_A[2:])
+        d_gate_up, h = ops.glu_backward(dh, gate_up, activation=ctx.activation, inplace=ctx.inplace)
+        if ctx.inplace:
+            # A kernel's writes are invisible to autograd; this makes a second backward raise instead of lie.
+            torch.autograd.graph.increment_version(gate_up)
+        dA_down, dB_down = factor_grads(
+            dy, h, u_down, v_down if ctx.needs_down_A else None, ctx.last, lora_A[2:], lora_B[2:]
+        )
+        db_down = bias_grads(dy, ctx.last, bias[2:])
+        del dh, h
+
+        needs_x = ctx.needs_input_grad[0]
+        v = lora_output_grad(d_gate_up, ctx.first, lora_B[:2]) if needs_x or x is not None else None
+        dA, dB = factor_grads(d_gate_up, x, u, v if x is not None else None, ctx.first, lora_A[:2], lora_B[:2])
+        db = bias_grads(d_gate_up, ctx.first, bias[:2])
+        dx = input_grad(d_gate_up, v, ctx.first, lora_A[:2]) if needs_x else None
+        return dx, *dA, *dA_down, *dB, *dB_down, *db, *db_down, None, None, None, None
+
+
+def _factors(projections: Sequence[Projection]) -> list[Tensor | None]:
+    """Every lora_A, then every lora_B, then every bias."""
+    return [
+        *(p.lora_A for p in projections),
+        *(p.lora_B for p in projections),
+        *(p.bias for p in projections),
+    ]
+
+
+def _by_kind(factors: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+    """Undo `_factors`: (lora_A, lora_B, bias), each with one entry for each projection."""
+    n = len(factors) // 3
+    return factors[:n], factors[n : 2 * n], factors[2 * n :]
+
+
+def _check(x: Tensor, projections: Sequence[Projection]) -> None:
+    """Raise ValueError unless x fits every weight."""
+    if x.dim() != 2:
+        raise ValueError(f"x must be [tokens, in_features], got shape {tuple(x.shape)}")
+    for projection in projections:
+        if projection.weight.shape[1] != x.shape[1]:
+            shape = tuple(projection.weight.shape)
+            raise ValueError(f"x has {x.shape[1]} features, but the weight is {shape} (out, in)")
+    _check_dtype(x, projections)
+
+
+def _check_dtype(x: Tensor, projections: Sequence[Projection]) -> None:
+    """Raise ValueError unless every dense weight has x's dtype; NF4 is decoded in it."""
+    for projection in projections:
+        weight = projection.weight
+        if isinstance(weight, Tensor) and weight.dtype != x.dtype:
+            raise ValueError(f"x is {x.dtype} but the weight is {weight.dtype}; cast x to the model's dtype")

@@ -1,0 +1,97 @@
+"""Text in, text out."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slothcore.data.tokenizer import Tokenizer
+from slothcore.models.decoder import Decoder
+
+
+def generate(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompts: str | Sequence[str],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop: str | Sequence[str] = (),
+    seed: int | None = None,
+    batch_size: int = 8,
+    add_special_tokens: bool = True,
+) -> list[str]:
+    """Continue each prompt and return what was added.
+
+    Args:
+        prompts: one text or several. For a chat, the text from `tokenizer.apply_chat_template` with
+            add_generation_prompt=True, and add_special_tokens=False.
+        max_new_tokens, temperature, top_k, top_p, repetition_penalty: see `Decoder.generate`; temperature 0 is greedy.
+        stop: a text ends before the first of these strings; an end-of-sequence token ends it in any case.
+        seed: of the random draws.
+        batch_size: how many prompts are continued together; greedy results do not depend on it.
+        add_special_tokens: let the tokenizer add its begin-of-text token.
+    Returns: one text a prompt, without the prompt and without special tokens.
+    Raises: ValueError for an option that does not fit or a prompt without any token.
+    """
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    if "" in stops:
+        raise ValueError("stop must not hold an empty string")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    encoded = [tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+    for text, ids in zip(texts, encoded, strict=True):
+        if not ids:
+            raise ValueError(f"the prompt {text!r} has no token; give it some text")
+    eos_ids = set(model.eos_token_ids)
+    if tokenizer.eos_token_id is not None:
+        eos_ids.add(tokenizer.eos_token_id)
+
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "eos_token_id": sorted(eos_ids),
+        "should_stop": _finds(stops, tokenizer) if stops else None,
+    }
+    results: list[str] = []
+    for start in range(0, len(encoded), batch_size):
+        batch = encoded[start : start + batch_size]
+        input_ids, attention_mask = _left_padded(batch)
+        # Each batch draws numbers of its own, or equal prompts in different batches would get equal answers.
+        batch_seed = None if seed is None else seed + start
+        continued = model.generate(input_ids, attention_mask, seed=batch_seed, **options)
+        for row in continued[:, input_ids.shape[1] :].tolist():
+            length = next((i for i, token in enumerate(row) if token in eos_ids), len(row))
+            results.append(_cut(tokenizer.decode(row[:length]), stops))
+    return results
+
+
+def _left_padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids [B, S], zeros on the left of shorter rows, and the mask that says so."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+def _finds(stops: Sequence[str], tokenizer: Tokenizer) -> Callable[[Tensor], Tensor]:
+    """A test for `Decoder.generate`: which rows of new ids [B, n] contain one of the strings."""
+
+    def should_stop(new_ids: Tensor) -> Tensor:
+        texts = [tokenizer.decode(row) for row in new_ids.tolist()]
+        return torch.tensor([any(stop in text for stop in stops) for text in texts])
+
+    return should_stop
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of `stops`."""
+    return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]

@@ -1,0 +1,51 @@
+"""Gated linear unit in plain torch: the same functions as `glu`, where the equations stand.
+
+Takes float64 too. 16-bit inputs are computed in float32 and rounded where the fused kernels round.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Activation = Literal["silu", "gelu_pytorch_tanh"]
+
+
+def glu_forward(gate_up: Tensor, *, activation: Activation) -> Tensor:
+    """`f(gate) * up` for gate_up [T, 2 I], the gate in the first half of a row. Returns [T, I]."""
+    gate, up = _halves(gate_up)
+    return (_activate(gate, activation).to(gate_up.dtype) * up).to(gate_up.dtype)
+
+
+def glu_backward(
+    dy: Tensor, gate_up: Tensor, *, activation: Activation, inplace: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Gradient [T, 2 I] of `glu_forward` against dy [T, I] (over `gate_up` itself if `inplace`), and its output y."""
+    gate, up = _halves(gate_up)
+    wide_dy = dy.to(gate.dtype)
+    activated = _activate(gate, activation).to(gate_up.dtype)
+    y = (activated * up).to(gate_up.dtype)
+    d_gate_up = torch.cat((wide_dy * up * _slope(gate, activation), wide_dy * activated), dim=-1).to(gate_up.dtype)
+    return (gate_up.copy_(d_gate_up) if inplace else d_gate_up), y
+
+
+def _halves(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, dim=-1)
+    return gate, up
+
+
+def _activate(gate: Tensor, activation: Activation) -> Tensor:
+    return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+
+
+def _slope(gate: Tensor, activation: Activation) -> Tensor:
+    """f'(gate), with f(g) = g * sigmoid(t(g)); see `glu` for t."""
+    if activation == "silu":
+        sigmoid, slope_t = torch.sigmoid(gate), torch.ones_like(gate)
+    else:
+        scale = math.sqrt(2 / math.pi)
+        sigmoid = torch.sigmoid(2 * scale * (gate + 0.044715 * gate**3))
+        slope_t = 2 * scale * (1 + 3 * 0.044715 * gate**2)
+    return sigmoid + gate * sigmoid * (1 - sigmoid) * slope_t

@@ -1,0 +1,121 @@
+"""Keys and values of tokens already seen, so that generation reads each token once."""
+
+import torch
+from torch import Tensor
+
+from slothcore.layers.packed import Documents
+
+
+class KvCache:
+    """Keys and values of every layer, [rows, capacity, kv heads, head_dim] each; row r is one sequence.
+
+    A forward pass with a cache is one of two kinds: `begin_prompt` (all tokens of the prompts, packed, into an empty
+    cache) or `begin_token` (the next token of every row). Either says where the new keys and values go.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        rows: int,
+        capacity: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (rows, capacity, num_kv_heads, head_dim)
+        # Zeros, not empty: a masked score is multiplied by the value beside it, and 0 * NaN is NaN.
+        self.layers = [
+            LayerCache(
+                self, torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+            )
+            for _ in range(layers)
+        ]
+        self.capacity = capacity
+        self.row_starts = torch.arange(rows, device=device) * capacity
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.longest = 0  # the largest of `lengths`, kept on the host
+        self.slots = self.row_starts  # [T]: where this pass writes, in [rows * capacity]
+        self.is_prompt = True
+
+    def begin_prompt(self, documents: Documents, num_tokens: int) -> None:
+        """Take the packed prompts, `num_tokens` in all, one document a row."""
+        starts = documents.cu_seqlens[:-1].long()
+        self.lengths = documents.cu_seqlens.long().diff()
+        shifts = torch.repeat_interleave(self.row_starts - starts, self.lengths, output_size=num_tokens)
+        self.slots = torch.arange(num_tokens, device=starts.device) + shifts
+        self.longest, self.is_prompt = documents.max_seqlen, True
+
+    def begin_token(self) -> Tensor:
+        """Take one more token of every row; returns their positions [rows]."""
+        assert self.longest < self.capacity, "the cache is full"
+        positions = self.lengths
+        self.slots = self.row_starts + positions
+        self.lengths, self.longest, self.is_prompt = positions + 1, self.longest + 1, False
+        return positions
+
+
+class LayerCache:
+    """The share of one layer in a `KvCache`."""
+
+    def __init__(self, cache: KvCache, keys: Tensor, values: Tensor) -> None:
+        self.cache = cache
+        self.keys = keys
+        self.values = values
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether this pass reads the prompts, whose tokens attend to the packed stream and not to the cache."""
+        return self.cache.is_prompt
+
+    def store(self, keys: Tensor, values: Tensor) -> None:
+        """Write [T, kv heads, head_dim] to the slots of this pass."""
+        self.keys.flatten(0, 1).index_copy_(0, self.cache.slots, keys)
+        self.values.flatten(0, 1).index_copy_(0, self.cache.slots, values)
+
+    def attend(self, query: Tensor, *, scale: float, window: int | None, softcap: float | None) -> Tensor:
+        """Attention of the newest token of each row, [rows, heads, head_dim], over its row; returns that shape."""
+        longest = self.cache.longest
+        return attend_to_rows(
+            query,
+            self.keys[:, :longest],
+            self.values[:, :longest],
+            self.cache.lengths,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+        )
+
+
+def attend_to_rows(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention of one query a row, which is the row's newest token, over the row's keys.
+
+    Args:
+        query: [rows, heads, head_dim].
+        keys, values: [rows, L, kv heads, head_dim]; heads must be a multiple of kv heads.
+        lengths: [rows]; row r sees keys 0 .. lengths[r] - 1, of those at most the last `window`.
+        softcap: scores s become softcap * tanh(s / softcap).
+    Returns: [rows, heads, head_dim] in query's dtype; scores and sums are float32 (float64 for float64).
+    """
+    rows, heads, head_dim = query.shape
+    wide = torch.promote_types(query.dtype, torch.float32)
+    grouped = query.to(wide).view(rows, keys.shape[2], -1, head_dim)
+    scores = torch.einsum("rkgd,rlkd->rkgl", grouped, keys.to(wide)) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    position = torch.arange(keys.shape[1], device=keys.device)
+    visible = position < lengths[:, None]
+    if window is not None:
+        visible &= position >= lengths[:, None] - window
+    weights = scores.masked_fill(~visible[:, None, None], float("-inf")).softmax(-1)
+    return torch.einsum("rkgl,rlkd->rkgd", weights, values.to(wide)).reshape(rows, heads, head_dim).to(query.dtype)

@@ -1,0 +1,235 @@
+"""A linear layer whose weight is dense or NF4, trainable or frozen, with or without LoRA.
+
+    y = x W^T + bias + lora_scaling * dropout(x) lora_A^T lora_B^T
+
+Which code computes it follows from the layer's state alone: `F.linear` for a dense weight without LoRA, the fused
+Functions of `autograd.lora` for a frozen weight with LoRA or in NF4, and plain torch for LoRA beside a weight that
+trains too.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from slothcore.autograd.glu import glu
+from slothcore.autograd.lora import Projection, lora_fused, lora_linear, lora_mlp
+from slothcore.kernels import nf4, nf4_eager
+from slothcore.kernels.glu import Activation
+from slothcore.kernels.nf4_tensor import Nf4Tensor
+
+NF4_BUFFERS = ("weight", "weight_absmax", "weight_nested_absmax", "weight_nested_offset", "weight_nested_code")
+"""Where an NF4 weight lies in a layer: its packed codes and what `Nf4Tensor` calls absmax, nested_absmax, ..."""
+
+
+class Linear(nn.Module):
+    """y = x W^T + bias, with an optional LoRA term.
+
+    Attributes:
+        weight: [out, in] parameter whose `requires_grad` says if it trains; after `set_nf4` a uint8 buffer.
+        bias: [out] parameter or None.
+        lora_A, lora_B: [r, in] and [out, r] parameters, or None.
+        lora_scaling: factor of the LoRA term.
+        lora_dropout: probability that the LoRA term does not see an element of x, in training mode.
+    """
+
+    weight: Tensor
+    weight_absmax: Tensor
+    weight_nested_absmax: Tensor | None
+    weight_nested_offset: Tensor | None
+    weight_nested_code: Tensor | None
+    lora_A: nn.Parameter | None
+    lora_B: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """The weight and the bias are uninitialised: a checkpoint or the model's initialisation fills them."""
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        self.register_parameter("lora_A", None)
+        self.register_parameter("lora_B", None)
+        self.lora_scaling = 1.0
+        self.lora_dropout = 0.0
+        self._nf4: Nf4Tensor | None = None
+
+    @property
+    def is_nf4(self) -> bool:
+        return "weight" in self._buffers
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the base weight gets no gradient."""
+        return not self.weight.requires_grad
+
+    def base_weight(self) -> Tensor | Nf4Tensor:
+        """The weight [out, in] without LoRA: the dense parameter or the NF4 parts."""
+        if not self.is_nf4:
+            return self.weight
+        if self._nf4 is None or any(
+            part is not self._buffers[name] for part, name in zip(_parts(self._nf4), NF4_BUFFERS, strict=True)
+        ):
+            # Moving the module or loading a state dict replaced buffers since the last call.
+            self._nf4 = Nf4Tensor(
+                packed=self.weight,
+                absmax=self.weight_absmax,
+                nested_absmax=self.weight_nested_absmax,
+                nested_offset=self.weight_nested_offset,
+                nested_code=self.weight_nested_code,
+                shape=(self.out_features, self.in_features),
+            )
+        return self._nf4
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The base weight as a dense [out, in] in `dtype`, without LoRA and outside autograd."""
+        weight = self.base_weight()
+        if isinstance(weight, Tensor):
+            return weight.detach().to(dtype)
+        ops = nf4 if self.weight.is_cuda else nf4_eager
+        return ops.nf4_dequantize(weight, dtype=dtype)
+
+    def set_nf4(self, weight: Nf4Tensor) -> None:
+        """Replace the base weight by a frozen NF4 one, kept as buffers.
+
+        Raises: ValueError if its shape is not (out_features, in_features).
+        """
+        self._require_shape("NF4 weight", weight.shape, (self.out_features, self.in_features))
+        self._clear_weight()
+        for name, part in zip(NF4_BUFFERS, _parts(weight), strict=True):
+            self.register_buffer(name, part)
+
+    def set_dense(self, weight: Tensor) -> None:
+        """Replace the base weight by a dense one; a plain tensor becomes a frozen parameter.
+
+        Raises: ValueError if its shape is not (out_features, in_features).
+        """
+        self._require_shape("weight", weight.shape, (self.out_features, self.in_features))
+        self._clear_weight()
+        self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+
+    def attach_lora(self, lora_A: Tensor, lora_B: Tensor, *, scaling: float, dropout: float = 0.0) -> None:
+        """Add a LoRA term, replacing any earlier one; plain tensors become trainable parameters.
+
+        Args:
+            lora_A: [r, in].
+            lora_B: [out, r].
+            scaling: factor of the term.
+            dropout: probability, at least 0 and below 1.
+        Raises: ValueError if a shape or the probability does not fit.
+        """
+        rank = lora_A.shape[0]
+        self._require_shape("lora_A", lora_A.shape, (rank, self.in_features))
+        self._require_shape("lora_B", lora_B.shape, (self.out_features, rank))
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"LoRA dropout must be at least 0 and below 1, got {dropout}")
+        self.lora_A = lora_A if isinstance(lora_A, nn.Parameter) else nn.Parameter(lora_A)
+        self.lora_B = lora_B if isinstance(lora_B, nn.Parameter) else nn.Parameter(lora_B)
+        self.lora_scaling = float(scaling)
+        self.lora_dropout = float(dropout)
+
+    def detach_lora(self) -> None:
+        """Remove the LoRA term; the base weight stays as it is."""
+        self.lora_A = self.lora_B = None
+        self.lora_scaling, self.lora_dropout = 1.0, 0.0
+
+    def projection(self) -> Projection:
+        """What the fused Functions need of this layer, with the dropout of the current mode."""
+        return Projection(
+            weight=self.base_weight(),
+            lora_A=self.lora_A,
+            lora_B=self.lora_B,
+            scaling=self.lora_scaling,
+            dropout=self.lora_dropout if self.training else 0.0,
+            bias=self.bias,
+        )
+
+    def delta_weight(self) -> Tensor:
+        """What the LoRA term adds to the weight: lora_scaling * lora_B lora_A, [out, in] float32, outside autograd.
+
+        Raises: ValueError without LoRA.
+        """
+        if self.lora_A is None or self.lora_B is None:
+            raise ValueError("this layer has no LoRA term; call attach_lora first")
+        return self.lora_scaling * (self.lora_B.detach().float() @ self.lora_A.detach().float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out], in x's dtype."""
+        if self.is_frozen and (self.is_nf4 or self.lora_A is not None):
+            return lora_linear(x.reshape(-1, self.in_features), self.projection()).view(*x.shape[:-1], -1)
+        y = F.linear(x, self.weight, self.bias)
+        if self.lora_A is None or self.lora_B is None:
+            return y
+        hidden = F.dropout(x, self.lora_dropout, self.training)
+        return y + self.lora_scaling * F.linear(F.linear(hidden, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        rank = None if self.lora_A is None else self.lora_A.shape[0]
+        kind = "nf4" if self.is_nf4 else str(self.weight.dtype).removeprefix("torch.")
+        return f"{self.in_features}, {self.out_features}, {kind}, bias={self.bias is not None}, lora_rank={rank}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Linear":
+        """Move or cast as any module does, but never cast an NF4 weight's statistics: float32 is their format."""
+        if not self.is_nf4:
+            return super()._apply(fn, recurse)
+        statistics = {name: self._buffers.pop(name) for name in NF4_BUFFERS[1:]}
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            for name, value in statistics.items():
+                self._buffers[name] = None if value is None else _without_cast(fn, value)
+        return self
+
+    def _clear_weight(self) -> None:
+        self._parameters.pop("weight", None)
+        for name in NF4_BUFFERS:
+            self._buffers.pop(name, None)
+        self._nf4 = None
+
+    def _require_shape(self, what: str, actual: Sequence[int], expected: tuple[int, int]) -> None:
+        if tuple(actual) != expected:
+            raise ValueError(f"{what} must have shape {expected} in this layer, got {tuple(actual)}")
+
+
+def project_together(x: Tensor, linears: Sequence[Linear]) -> Tensor:
+    """Several layers over one input, their outputs side by side; fused where every base weight is frozen.
+
+    Args:
+        x: [T, in].
+    Returns: [T, sum of out_features].
+    """
+    if all(linear.is_frozen for linear in linears):
+        return lora_fused(x, [linear.projection() for linear in linears])
+    return torch.cat([linear(x) for linear in linears], dim=-1)
+
+
+def gated_mlp(x: Tensor, gate: Linear, up: Linear, down: Linear, *, activation: Activation) -> Tensor:
+    """down(act(gate(x)) * up(x)); one fused Function where every base weight is frozen.
+
+    Args:
+        x: [T, H].
+    Returns: [T, H].
+    """
+    if gate.is_frozen and up.is_frozen and down.is_frozen:
+        return lora_mlp(x, gate.projection(), up.projection(), down.projection(), activation=activation)
+    return down(glu(project_together(x, (gate, up)), activation=activation))
+
+
+def _parts(weight: Nf4Tensor) -> tuple[Tensor | None, ...]:
+    """The tensors of an NF4 weight in the order of `NF4_BUFFERS`."""
+    return weight.packed, weight.absmax, weight.nested_absmax, weight.nested_offset, weight.nested_code
+
+
+def _without_cast(fn: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
+    """`fn(value)` if that keeps the dtype, else the value itself on the device that `fn` chose."""
+    moved = fn(value)
+    return moved if moved.dtype == value.dtype else value.to(moved.device)

@@ -1,0 +1,51 @@
+"""Root-mean-square normalisation, alone or fused with the residual add before it."""
+
+from typing import overload
+
+import torch
+from torch import Tensor, nn
+
+from slothcore.autograd.rms_norm import add_rms_norm, rms_norm
+
+
+class RMSNorm(nn.Module):
+    """y = x / rms(x) * (weight + weight_offset) over the last dimension.
+
+    Args:
+        hidden_size: width of the last dimension.
+        eps: added to the mean square.
+        weight_offset: added to the weight (Gemma stores the weight minus one).
+        cast_before_weight: round x / rms(x) to the dtype of x before the weight (Llama), or only the result (Gemma).
+    Source: Zhang & Sennrich 2019, arXiv:1910.07467.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        eps: float,
+        weight_offset: float = 0.0,
+        cast_before_weight: bool = True,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden_size, dtype=dtype, device=device))
+        self.eps = eps
+        self.weight_offset = weight_offset
+        self.cast_before_weight = cast_before_weight
+
+    @overload
+    def forward(self, x: Tensor) -> Tensor: ...
+    @overload
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Normalise `x` [T, H]; with `residual` [T, H], normalise h = x + residual and return (y, h)."""
+        eps, offset, cast = self.eps, self.weight_offset, self.cast_before_weight
+        if residual is None:
+            return rms_norm(x, self.weight, eps=eps, weight_offset=offset, cast_before_weight=cast)
+        return add_rms_norm(x, residual, self.weight, eps=eps, weight_offset=offset, cast_before_weight=cast)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, eps={self.eps}, weight_offset={self.weight_offset}"

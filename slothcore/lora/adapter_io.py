@@ -1,0 +1,172 @@
+"""Adapters on disk, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+
+Names: `base_model.model.` + the path of the module + `.lora_A.weight` [r, in] or `.lora_B.weight` [out, r]; a module
+of `modules_to_save` has its own names; a trained bias is `X.bias`, or `X.base_layer.bias` where X is a target.
+"""
+
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from slothcore.lora.attach import (
+    AdapterPlan,
+    LoraDtype,
+    attach,
+    lora_config_of,
+    require_no_adapter,
+    resolve_lora_dtype,
+)
+from slothcore.lora.config import LoraConfig
+from slothcore.models.decoder import Decoder
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+PREFIX = "base_model.model."
+# PEFT adds these to an adapter of the head, or of a model whose vocabulary was changed.
+OPTIONAL = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def save_adapter(model: Decoder, path: str | Path) -> None:
+    """Write the adapter of the model into the folder `path`, readable by PEFT.
+
+    Both files get their final names once they are complete; an earlier adapter there is replaced.
+
+    Raises: ValueError if the model has no adapter.
+    """
+    config = lora_config_of(model)
+    if config is None:
+        raise ValueError(
+            "the model has no LoRA adapter to save; call add_lora first, or save_merged for the whole model"
+        )
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().to("cpu").contiguous() for name, tensor in adapter_state(model).items()}
+    partial = {name: folder / f".{name}.{os.getpid()}.tmp" for name in (WEIGHTS_FILE, CONFIG_FILE)}
+    try:
+        save_file(state, partial[WEIGHTS_FILE], metadata={"format": "pt"})
+        partial[CONFIG_FILE].write_text(config.to_json(), encoding="utf-8")
+        for name, file in partial.items():
+            file.replace(folder / name)
+    finally:
+        for file in partial.values():
+            file.unlink(missing_ok=True)
+
+
+def adapter_state(model: Decoder) -> dict[str, Tensor]:
+    """The tensors of the adapter under PEFT's names, the parameters themselves.
+
+    Raises: ValueError if the model has no adapter.
+    """
+    config = lora_config_of(model)
+    if config is None:
+        raise ValueError("the model has no LoRA adapter")
+    plan = AdapterPlan.of(model, config)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    state: dict[str, Tensor] = {}
+    for path in plan.targets:
+        for factor in ("lora_A", "lora_B"):
+            state[f"{PREFIX}{path}.{factor}.weight"] = parameters[f"{path}.{factor}"]
+    # By the configuration, not by what trains now: an adapter may be frozen when it is saved.
+    for name in dict.fromkeys((*plan.biases, *plan.saved)):
+        state[_file_name(name, plan)] = parameters[name]
+    return state
+
+
+def load_adapter(
+    model: Decoder, path: str | Path, *, trainable: bool = True, lora_dtype: LoraDtype = "float32"
+) -> Decoder:
+    """Put an adapter that slothcore or PEFT saved on its base model.
+
+    Everything is checked against the headers of the files before the model is touched.
+
+    Args:
+        model: the base, without an adapter; changed in place.
+        path: the adapter's folder.
+        trainable: whether it can be trained on, or is frozen too.
+        lora_dtype: of the factors, as in `add_lora`.
+    Returns: the model.
+    Raises: ValueError, in one sentence, if files are missing or damaged, the adapter uses what slothcore does not
+        implement, or names or shapes show that it belongs to another base model.
+    """
+    require_no_adapter(model)
+    folder = Path(path)
+    config = LoraConfig.from_folder(folder)
+    weights = folder / WEIGHTS_FILE
+    if not weights.is_file():
+        pickled = (folder / "adapter_model.bin").is_file()
+        hint = (
+            "; adapter_model.bin is pickled, which slothcore does not open: save it anew with PEFT" if pickled else ""
+        )
+        raise ValueError(f"{folder} has no {WEIGHTS_FILE}{hint}")
+    plan = AdapterPlan.of(model, config)
+    dtype = resolve_lora_dtype(lora_dtype, model)
+    try:
+        with safe_open(weights, framework="pt") as file:
+            names = list(file.keys())
+            shapes = {_plain_name(name): (name, tuple(file.get_slice(name).get_shape())) for name in names}
+            _check(_expected_shapes(model, plan, shapes), shapes, weights, config)
+            loaded = {plain: file.get_tensor(name) for plain, (name, _) in shapes.items()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{weights} is truncated or damaged ({error}); copy it again") from error
+    factors = {}
+    for target in plan.targets:
+        pair = [loaded[f"{target}.lora_{kind}.weight"].to(model.device, dtype, copy=True) for kind in "AB"]
+        factors[target] = pair[0], pair[1]
+    attach(model, plan, factors)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name in dict.fromkeys((*plan.saved, *plan.biases, *OPTIONAL)):
+            if name in loaded:
+                parameters[name].copy_(loaded[name])
+    if not trainable:
+        model.requires_grad_(False)
+    return model
+
+
+def _file_name(name: str, plan: AdapterPlan) -> str:
+    """A parameter's name in the file; PEFT finds the bias of a target under the layer that it wraps."""
+    path, _, attribute = name.rpartition(".")
+    return f"{PREFIX}{path}.base_layer.{attribute}" if path in plan.targets else f"{PREFIX}{name}"
+
+
+def _plain_name(name: str) -> str:
+    """The name in the file without what PEFT's wrappers add to it."""
+    return name.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+
+
+def _expected_shapes(model: Decoder, plan: AdapterPlan, found: Collection[str]) -> dict[str, tuple[int, ...]]:
+    """Plain name -> shape of every tensor that the file must hold, and of what it need not but does."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for path, (shape_A, shape_B) in plan.targets.items():
+        expected[f"{path}.lora_A.weight"] = shape_A
+        expected[f"{path}.lora_B.weight"] = shape_B
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    optional = [name for name in OPTIONAL if name in found]
+    expected.update((name, tuple(parameters[name].shape)) for name in (*plan.biases, *plan.saved, *optional))
+    return expected
+
+
+def _check(
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[str, tuple[int, ...]]],
+    file: Path,
+    config: LoraConfig,
+) -> None:
+    """Raise ValueError unless the names and shapes in the file are those expected."""
+    base = f"; it was made for {config.base_model_name_or_path}" if config.base_model_name_or_path else ""
+    missing = sorted(expected.keys() - found.keys())
+    if missing:
+        raise ValueError(f"{file} lacks {len(missing)} tensors that this model needs, the first {missing[0]}{base}")
+    unexpected = sorted(found.keys() - expected.keys())
+    if unexpected:
+        raise ValueError(
+            f"{file} holds {len(unexpected)} tensors that this model has no place for, the first {unexpected[0]}{base}"
+        )
+    for name, shape in expected.items():
+        if found[name][1] != shape:
+            raise ValueError(f"{file}: {name} has the shape {found[name][1]}, but this model needs {shape}{base}")

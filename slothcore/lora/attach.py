@@ -1,0 +1,205 @@
+"""Putting a LoRA adapter on a model: what is frozen, what trains, and with what it starts."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from slothcore.layers.linear import Linear
+from slothcore.lora.config import ALL_LINEAR, Bias, LoraConfig
+from slothcore.models.decoder import Decoder
+
+LoraDtype = torch.dtype | str
+
+
+def add_lora(
+    model: Decoder,
+    *,
+    r: int = 16,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.0,
+    target_modules: Sequence[str] | str = ALL_LINEAR,
+    bias: Bias = "none",
+    use_rslora: bool = False,
+    init_lora_weights: bool | str = True,
+    modules_to_save: Sequence[str] = (),
+    lora_dtype: LoraDtype = "float32",
+) -> Decoder:
+    """Freeze the model and add a trainable LoRA adapter. Options are PEFT's, see `LoraConfig`.
+
+    A head in `modules_to_save` that shares its weight with the embedding gets its own copy first, and so does a shared
+    embedding: one trains, the other stays as it was (as in PEFT).
+
+    Args:
+        model: without an adapter; changed in place.
+        lora_dtype: of the factors: "float32", "auto" for the model's compute dtype, or a torch dtype.
+    Returns: the model.
+    Raises: ValueError for a value out of its range, a name that no layer has, or a model that has an adapter already.
+    """
+    if isinstance(target_modules, str):
+        names: tuple[str, ...] | str = target_modules
+        # A plain name is a list of one, not an expression for a whole path, which it could never match.
+        if target_modules != ALL_LINEAR and target_modules.isidentifier():
+            names = (target_modules,)
+    else:
+        names = tuple(target_modules)
+    config = LoraConfig(
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        target_modules=names,
+        bias=bias,
+        use_rslora=use_rslora,
+        init_lora_weights=init_lora_weights,
+        modules_to_save=(modules_to_save,) if isinstance(modules_to_save, str) else tuple(modules_to_save),
+        base_model_name_or_path=base_model_name(model),
+    )
+    require_no_adapter(model)
+    plan = AdapterPlan.of(model, config)
+    unmatched = config.unmatched_targets(list(linear_layers(model)))
+    if unmatched:
+        known = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in linear_layers(model)))
+        raise ValueError(f"target_modules {', '.join(map(repr, unmatched))} match no linear layer; known are {known}")
+    dtype = resolve_lora_dtype(lora_dtype, model)
+    factors = {}
+    for path, (shape_A, shape_B) in plan.targets.items():
+        lora_A = torch.empty(shape_A, dtype=dtype, device=model.device)
+        lora_B = torch.empty(shape_B, dtype=dtype, device=model.device)
+        initialise_factors(lora_A, lora_B, init_lora_weights)
+        factors[path] = lora_A, lora_B
+    attach(model, plan, factors)
+    return model
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """Which places of a model an adapter takes.
+
+    Attributes:
+        config: with "all-linear" written out.
+        targets: path of each target -> shapes of lora_A [r, in] and lora_B [out, r].
+        biases: paths of the biases that train.
+        saved: paths of the parameters that train as part of a module in `modules_to_save`.
+    """
+
+    config: LoraConfig
+    targets: dict[str, tuple[tuple[int, int], tuple[int, int]]]
+    biases: tuple[str, ...]
+    saved: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model: Decoder, config: LoraConfig) -> "AdapterPlan":
+        """The places that `config` means in this model, whether the adapter is there already or not.
+
+        Raises: ValueError if a name of the configuration fits nothing in the model.
+        """
+        linears = linear_layers(model)
+        paths = config.targets(list(linears))
+        targets = {}
+        for path in paths:
+            rank = config.rank_of(path)
+            targets[path] = (rank, linears[path].in_features), (linears[path].out_features, rank)
+        if config.bias == "all":
+            biases = tuple(name for name, _ in model.named_parameters() if name.endswith(".bias"))
+        elif config.bias == "lora_only":
+            biases = tuple(f"{path}.bias" for path in paths if linears[path].bias is not None)
+        else:
+            biases = ()
+        return cls(config.with_names(paths), targets, biases, tuple(_saved_parameters(model, config)))
+
+
+def attach(model: Decoder, plan: AdapterPlan, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """Freeze everything and put the planned adapter on the model; nothing can fail half-way.
+
+    Args:
+        factors: path of each target -> lora_A and lora_B.
+    """
+    _untie(model, plan.saved)
+    model.requires_grad_(False)
+    config = plan.config
+    for path, (lora_A, lora_B) in factors.items():
+        linear_layers(model)[path].attach_lora(
+            lora_A, lora_B, scaling=config.scaling_of(path), dropout=config.lora_dropout
+        )
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in (*plan.biases, *plan.saved):
+        parameters[name].requires_grad_(True)
+    model.lora_config = config
+
+
+def initialise_factors(lora_A: Tensor, lora_B: Tensor, init_lora_weights: bool | str) -> None:
+    """Fill A [r, in] and B [out, r] in place, from the same distributions as PEFT.
+
+    True is U(-1/sqrt(in), 1/sqrt(in)) for A, and zero for B.
+    """
+    if init_lora_weights == "gaussian":
+        nn.init.normal_(lora_A, std=1 / lora_A.shape[0])
+    elif isinstance(init_lora_weights, bool):
+        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+    else:
+        raise ValueError(f"init_lora_weights must be true, false or 'gaussian', got {init_lora_weights!r}")
+    if init_lora_weights is False:
+        nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
+    else:
+        nn.init.zeros_(lora_B)
+
+
+def lora_config_of(model: Decoder) -> LoraConfig | None:
+    """The configuration of the adapter on the model, or None."""
+    return model.lora_config
+
+
+def base_model_name(model: Decoder) -> str | None:
+    """What the model was loaded as, which an adapter names as its base; None if it was not loaded.
+
+    The `_name_or_path` of a published config.json is no substitute: it is whatever folder its author trained in.
+    """
+    return model.name_or_path
+
+
+def require_no_adapter(model: Decoder) -> None:
+    """Raises: ValueError if there is an adapter on the model."""
+    if lora_config_of(model) is not None:
+        raise ValueError("the model has a LoRA adapter already; merge it with save_merged, or load the base anew")
+
+
+def linear_layers(model: Decoder) -> dict[str, Linear]:
+    """Every linear layer of the model by its path, the head included."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, Linear)}
+
+
+def resolve_lora_dtype(lora_dtype: LoraDtype, model: Decoder) -> torch.dtype:
+    """Raises: ValueError if it is neither float32 nor the compute dtype, the two in which factors may be kept."""
+    dtype = (
+        {"float32": torch.float32, "auto": model.dtype}.get(lora_dtype) if isinstance(lora_dtype, str) else lora_dtype
+    )
+    if dtype not in (torch.float32, model.dtype):
+        raise ValueError(f"lora_dtype must be 'float32', 'auto' or {model.dtype}, got {lora_dtype!r}")
+    return dtype
+
+
+def _saved_parameters(model: Decoder, config: LoraConfig) -> Iterator[str]:
+    """Paths of all parameters in the modules that `modules_to_save` names, in the model's order."""
+    parameters = list(dict(model.named_parameters(remove_duplicate=False)))
+    found: set[str] = set()
+    for name in config.modules_to_save:
+        modules = {path: module for path, module in model.named_modules() if path and path.endswith(name)}
+        if not modules:
+            known = ", ".join(dict.fromkeys(p.split(".")[-2] for p in parameters))
+            raise ValueError(f"modules_to_save {name!r} matches no module; known are {known}")
+        for path, module in modules.items():
+            if any(isinstance(inner, Linear) and inner.is_nf4 for inner in module.modules()):
+                raise ValueError(
+                    f"modules_to_save {name!r}: {path} is kept in NF4 and cannot train as a whole; load with bits=16"
+                )
+            found.update(p for p in parameters if p.startswith(f"{path}."))
+    yield from (p for p in parameters if p in found)
+
+
+def _untie(model: Decoder, saved: Sequence[str]) -> None:
+    """Give the head its own copy of a weight that it shares with the embedding, if one of the two is to train."""
+    shared = {"lm_head.weight", "model.embed_tokens.weight"}
+    if model.has_tied_head and shared & set(saved):
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())

@@ -1,0 +1,260 @@
+"""What an adapter is, under PEFT's names, and its `adapter_config.json`."""
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+Bias = Literal["none", "all", "lora_only"]
+ALL_LINEAR = "all-linear"
+
+# What PEFT writes and slothcore has no option for, with the only value under which an adapter means the same here.
+# Written so that every reader of the format, old or new, finds what it expects.
+FIXED_FIELDS: dict[str, Any] = {
+    "auto_mapping": None,
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "layer_replication": None,
+    "loftq_config": {},
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "peft_type": "LORA",
+    "revision": None,
+    "task_type": "CAUSAL_LM",
+    "use_dora": False,
+}
+# Values here say how an adapter was made or run, not what it computes.
+HARMLESS_FIELDS = frozenset(
+    {
+        "auto_mapping",
+        "eva_config",
+        "inference_mode",
+        "megatron_core",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+    }
+)
+# Ways to draw the first factors that leave the base weights alone, so that only the factors matter afterwards. Others
+# (PiSSA, OLoRA, LoftQ, CorDA) train an adapter against changed base weights.
+HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """A LoRA adapter: W + scaling * B A on each target.
+
+    Attributes:
+        r: rank of A [r, in] and B [out, r].
+        lora_alpha: numerator of the scaling.
+        lora_dropout: probability that the LoRA term does not see an element of its input while training.
+        target_modules: names of linear layers (a name stands for every module whose path ends with it), or a regular
+            expression for whole paths, or "all-linear": every linear layer but the head.
+        exclude_modules: names or a regular expression of modules that are no target.
+        bias: which biases train: none, all of the model's, or those of the targets.
+        use_rslora: scaling = lora_alpha / sqrt(r) instead of lora_alpha / r (arXiv:2312.03732).
+        init_lora_weights: True: A uniform as `nn.Linear` does, B zero; "gaussian": A normal with deviation 1 / r, B
+            zero; False: both as `nn.Linear` does, so the adapter changes the model from the start.
+        modules_to_save: modules that train as a whole; a name stands for every path that ends with its letters, so
+            "norm" is every norm (as in PEFT).
+        layers_to_transform: indices of the layers with targets; None: all.
+        layers_pattern: names of the list of layers that these indices count in; None: any.
+        rank_pattern, alpha_pattern: r and lora_alpha of the targets whose path ends with a regular expression.
+        base_model_name_or_path: what the adapter belongs to.
+    Raises: ValueError if a value is out of its range.
+    Source: Hu et al. 2021, arXiv:2106.09685.
+    """
+
+    r: int = 16
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    target_modules: tuple[str, ...] | str = ALL_LINEAR
+    exclude_modules: tuple[str, ...] | str | None = None
+    bias: Bias = "none"
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    modules_to_save: tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    base_model_name_or_path: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
+            object.__setattr__(self, name, _as_tuple(getattr(self, name), name))
+        for where, rank in [("r", self.r), *self.rank_pattern.items()]:
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise ValueError(f"the rank of LoRA must be a whole number of at least 1, got {where} = {rank!r}")
+        for where, alpha in [("lora_alpha", self.lora_alpha), *self.alpha_pattern.items()]:
+            if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
+                raise ValueError(f"lora_alpha must be a number greater than 0, got {where} = {alpha!r}")
+        if isinstance(self.lora_alpha, float) and self.lora_alpha.is_integer():
+            object.__setattr__(self, "lora_alpha", int(self.lora_alpha))  # as PEFT writes it
+        if not isinstance(self.lora_dropout, int | float) or not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout!r}")
+        if self.bias not in get_args(Bias):
+            raise ValueError(f"bias must be one of {', '.join(get_args(Bias))}, got {self.bias!r}")
+        if self.init_lora_weights not in HARMLESS_INITS:
+            raise ValueError(
+                f"init_lora_weights must be true, false or 'gaussian', got {self.init_lora_weights!r}; initialisations "
+                "that change the base weights are not supported"
+            )
+        if not self.target_modules:
+            raise ValueError("target_modules is empty; name linear layers, or 'all-linear'")
+        patterns = [p for p in (self.target_modules, self.exclude_modules) if isinstance(p, str)]
+        for pattern in [*patterns, *self.rank_pattern, *self.alpha_pattern]:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+
+    def rank_of(self, module: str) -> int:
+        """r of the target at this path."""
+        return _by_pattern(self.rank_pattern, module, self.r)
+
+    def scaling_of(self, module: str) -> float:
+        """What multiplies B A of the target at this path."""
+        rank = self.rank_of(module)
+        alpha = _by_pattern(self.alpha_pattern, module, self.lora_alpha)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def targets(self, linears: Sequence[str], *, head: str = "lm_head") -> list[str]:
+        """Those paths in `linears` that get a LoRA term.
+
+        Raises: ValueError if none does, listing the names that would.
+        """
+        chosen = [path for path in linears if self._is_target(path, head)]
+        if not chosen:
+            known = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in linears))
+            raise ValueError(f"target_modules {self._said_targets()} match no linear layer; known are {known}")
+        return chosen
+
+    def unmatched_targets(self, linears: Iterable[str]) -> list[str]:
+        """Names in `target_modules` that stand for no path in `linears`."""
+        if isinstance(self.target_modules, str):
+            return []
+        return [name for name in self.target_modules if not any(_ends_with(path, name) for path in linears)]
+
+    def _is_target(self, path: str, head: str) -> bool:
+        # A module trains either as a whole or through its LoRA term.
+        if any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save):
+            return False
+        if self.exclude_modules is not None and _matches(self.exclude_modules, path):
+            return False
+        if self.target_modules == ALL_LINEAR:
+            named = path != head
+        else:
+            named = _matches(self.target_modules, path)
+        return named and self._is_in_chosen_layers(path)
+
+    def _is_in_chosen_layers(self, path: str) -> bool:
+        if self.layers_to_transform is None:
+            return True
+        for name in self.layers_pattern or (r"[^.]*",):
+            found = re.match(rf"(?:^|.*?\.){name}\.(\d+)\.", path)
+            if found:
+                return int(found[1]) in self.layers_to_transform
+        return False
+
+    def _said_targets(self) -> str:
+        if isinstance(self.target_modules, str):
+            return repr(self.target_modules)
+        return ", ".join(map(repr, self.target_modules))
+
+    def with_names(self, targets: Sequence[str]) -> "LoraConfig":
+        """The same with "all-linear" written out as names, which every reader understands alike."""
+        if self.target_modules != ALL_LINEAR:
+            return self
+        return replace(self, target_modules=tuple(sorted({path.rpartition(".")[2] for path in targets})))
+
+    def to_json(self) -> str:
+        """The text of `adapter_config.json`, as PEFT lays it out."""
+        values = {**asdict(self), **FIXED_FIELDS}
+        if values["exclude_modules"] is None:
+            del values["exclude_modules"]  # older versions of PEFT do not know it
+        values["modules_to_save"] = values["modules_to_save"] or None
+        return json.dumps(values, indent=2, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "adapter_config.json") -> "LoraConfig":
+        """Read `adapter_config.json`, as slothcore or PEFT wrote it.
+
+        Raises: ValueError, naming the field, for an adapter that is no LoRA or uses what slothcore does not implement.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{source} is not valid JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{source} must hold a JSON object, got {type(values).__name__}")
+        if values.get("peft_type") != "LORA":
+            raise ValueError(
+                f"{source}: only adapters of peft_type LORA are supported, got {values.get('peft_type')!r}"
+            )
+        known = {f.name for f in fields(cls)}
+        for name, value in values.items():
+            if name in known or name in HARMLESS_FIELDS:
+                continue
+            # A feature that a newer PEFT knows and this adapter does not use is written as null, false or empty.
+            if value and value != FIXED_FIELDS.get(name):
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"{source}: {name} = {value!r} is not supported{hint}")
+        missing = [name for name in ("r", "lora_alpha", "target_modules") if values.get(name) is None]
+        if missing:
+            raise ValueError(f"{source} lacks {', '.join(missing)}")
+        given = {name: values[name] for name in known if values.get(name) is not None}
+        try:
+            return cls(**given)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "LoraConfig":
+        """Read the `adapter_config.json` of a folder. Raises: ValueError as `from_json`, or if there is none."""
+        file = Path(folder) / "adapter_config.json"
+        if not file.is_file():
+            raise ValueError(f"{folder} is no adapter folder: it has no adapter_config.json")
+        return cls.from_json(file.read_text(encoding="utf-8"), str(file))
+
+
+def _as_tuple(value: Any, name: str) -> Any:
+    """Lists and sets of names or numbers as tuples; sets sorted, for files that do not change from run to run."""
+    if value is None or isinstance(value, tuple):
+        return () if value is None and name == "modules_to_save" else value
+    if isinstance(value, set | frozenset):
+        return tuple(sorted(value))
+    if isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, str) and name in ("modules_to_save", "layers_pattern"):
+        return (value,)
+    if isinstance(value, int) and name == "layers_to_transform":
+        return (value,)
+    if isinstance(value, str):
+        return value
+    raise ValueError(f"{name} must be a list of names, got {value!r}")
+
+
+def _ends_with(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _matches(names: tuple[str, ...] | str, path: str) -> bool:
+    """By names, or by a regular expression for the whole path."""
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return any(_ends_with(path, name) for name in names)
+
+
+def _by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    """The value of the first pattern that the end of the path matches."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return value
+    return default

@@ -1,0 +1,299 @@
+"""The one decoder-only transformer; families differ in their `DecoderConfig` alone.
+
+    T  tokens, packed    H  hidden_size    V  vocab_size    N  tokens that have a target
+
+A block hands on its last branch and the residual stream apart, (branch, residual), so that the add between them is
+done by the norm that follows.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from slothcore.autograd.cross_entropy import linear_cross_entropy
+from slothcore.layers.attention import SelfAttention
+from slothcore.layers.kv_cache import KvCache, LayerCache
+from slothcore.layers.linear import Linear
+from slothcore.layers.mlp import GatedMlp
+from slothcore.layers.norm import RMSNorm
+from slothcore.layers.packed import Documents, PackedInputs, pack_inputs
+from slothcore.layers.rope import RotaryEmbedding
+from slothcore.models.config import DecoderConfig
+from slothcore.models.generation import Generates
+
+
+@dataclass(frozen=True)
+class DecoderOutput:
+    """What a forward pass gives: with labels the loss, without them the logits.
+
+    Attributes:
+        loss: 0-dim float32, or None.
+        logits: [B, S, V] or [T, V] as the input was shaped, zeros at padding; or None.
+        num_targets: how many tokens had a target; 0 without labels.
+    """
+
+    loss: Tensor | None
+    logits: Tensor | None
+    num_targets: int
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then the gated MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: DecoderConfig, index: int, *, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        self.input_layernorm = _norm(config, dtype, device)
+        self.self_attn = SelfAttention(
+            config.hidden_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            scale=config.scale,
+            window=config.window(index),
+            softcap=config.attention_softcap,
+            qkv_bias=config.qkv_bias,
+            output_bias=config.attention_output_bias,
+            dtype=dtype,
+            device=device,
+        )
+        self.post_attention_layernorm = _norm(config, dtype, device)
+        self.mlp = GatedMlp(
+            config.hidden_size,
+            config.intermediate_size,
+            activation=config.hidden_act,
+            bias=config.mlp_bias,
+            dtype=dtype,
+            device=device,
+        )
+
+    def forward(
+        self,
+        branch: Tensor,
+        residual: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        documents: Documents,
+        cache: LayerCache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(branch, residual) to (branch, residual), all [T, H]; their sum is the hidden state."""
+        if residual is None:
+            normed, hidden = self.input_layernorm(branch), branch
+        else:
+            normed, hidden = self.input_layernorm(branch, residual)
+        attended = self.self_attn(normed, cos, sin, documents, cache)
+        normed, hidden = self.post_attention_layernorm(attended, hidden)
+        return self.mlp(normed), hidden
+
+
+class DecoderBody(nn.Module):
+    """Embedding, layers and the final norm: token ids to hidden states."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding.from_pretrained(
+            torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device),
+            freeze=False,
+            # As in transformers, a real token with this id gives no gradient. Some files say -1 for "none".
+            padding_idx=None if (config.pad_token_id or 0) < 0 else config.pad_token_id,
+        )
+        # HF rounds the scale to the weight dtype (55.43 -> 55.5 in bfloat16); a 0-dim CPU tensor multiplies anywhere.
+        scale = config.embedding_scale
+        self.embedding_scale: Tensor | None = None
+        if scale != 1.0:
+            self.embedding_scale = torch.tensor(scale, dtype=dtype, device="cpu")
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, i, dtype=dtype, device=device) for i in range(config.num_hidden_layers)
+        )
+        self.norm = _norm(config, dtype, device)
+        self.rotary_emb = RotaryEmbedding(config.rope, config.head_dim)
+        self.gradient_checkpointing = False
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, documents: Documents, cache: KvCache | None = None
+    ) -> Tensor:
+        """Hidden states [T, H] after the final norm, for input_ids and position_ids [T]."""
+        cos, sin = self.rotary_emb(position_ids)
+        branch: Tensor = self.embed_tokens(input_ids)
+        if self.embedding_scale is not None:
+            branch = branch * self.embedding_scale
+        residual: Tensor | None = None
+        for index, layer in enumerate(self.layers):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                branch, residual = checkpoint(
+                    layer,
+                    branch,
+                    residual,
+                    cos,
+                    sin,
+                    documents,
+                    use_reentrant=False,
+                    preserve_rng_state=_draws_random_numbers(layer),
+                )
+            else:
+                layer_cache = None if cache is None else cache.layers[index]
+                branch, residual = layer(branch, residual, cos, sin, documents, layer_cache)
+        return self.norm(branch, residual)[0]
+
+
+class Decoder(Generates, nn.Module):
+    """A decoder-only language model with Hugging Face's module and weight names.
+
+    Attributes:
+        config: the switches it was built from.
+        hf_config: the `config.json` it came from, kept whole for export.
+        generation_config: the `generation_config.json` beside it; empty if there is none.
+        bits: 4 (NF4 linears), 16 or 32: how the weights of the layers are stored.
+        dtype: in which it computes.
+        max_seq_length: the longest document it is meant for.
+        name_or_path: what it was loaded as, which an adapter names as its base; None for random weights.
+        lora_config: the `slothcore.lora` configuration of its adapter; None without one.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        bits: int | None = None,
+        hf_config: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.hf_config = hf_config or {}
+        self.generation_config: dict[str, Any] = {}
+        self.name_or_path: str | None = None
+        self.lora_config: Any = None
+        self.dtype = dtype
+        self.bits = bits if bits is not None else torch.finfo(dtype).bits
+        self.max_seq_length = config.max_position_embeddings
+        self.model = DecoderBody(config, dtype=dtype, device=device)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype=dtype, device=device)
+        self.tie_weights()
+        self.register_state_dict_post_hook(_omit_tied_head)
+        self.register_load_state_dict_pre_hook(_supply_tied_head)
+
+    def tie_weights(self) -> None:
+        """Make the head use the embedding's weight, if the configuration ties them; no second copy exists then."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def has_tied_head(self) -> bool:
+        """Whether the head is the embedding's weight at this moment."""
+        return self.lm_head.weight is self.model.embed_tokens.weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text: those of generation_config.json, else of config.json."""
+        eos = self.generation_config.get("eos_token_id", self.config.eos_token_ids)
+        return (eos,) if isinstance(eos, int) else tuple(eos or ())
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Keep only the input of each layer for the backward pass, and run the layer again there."""
+        return self.model.gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enabled: bool) -> None:
+        self.model.gradient_checkpointing = enabled
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        num_items: Tensor | float | None = None,
+    ) -> DecoderOutput:
+        """Loss (with labels) or logits of a padded batch or of packed documents.
+
+        Tensors on the CPU are best also for a model on a GPU: what depends on their values is then worked out without
+        waiting for the GPU.
+
+        Args:
+            input_ids: [B, S], or packed [T].
+            labels: the same shape, not shifted, -100 at tokens that are no target. The first token of a document
+                never is one.
+            attention_mask: [B, S], zero at padding on the left or right of a row.
+            position_ids: the same shape as input_ids; default: counted from 0 in each document.
+            cu_seqlens: [documents + 1], boundaries in a packed [T]; default: one document.
+            num_items: the loss is the sum over targets divided by this; default: their number, so the mean.
+        Raises: ValueError for shapes that do not fit, ids outside the vocabulary, or labels without any target when
+            num_items is not given.
+        """
+        inputs = self.pack(
+            input_ids,
+            labels=labels,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cu_seqlens=cu_seqlens,
+        )
+        hidden = self.model(inputs.input_ids, inputs.position_ids, inputs.documents)
+        if inputs.targets is None or inputs.rows is None:
+            return DecoderOutput(loss=None, logits=inputs.restore(self.logits(hidden)), num_targets=0)
+        num_targets = len(inputs.targets)
+        if num_targets == 0 and num_items is None:
+            raise ValueError("labels have no target: all are -100, or the first token of their document")
+        loss = self.loss(hidden, inputs.targets, inputs.rows, num_items=num_targets if num_items is None else num_items)
+        return DecoderOutput(loss=loss, logits=None, num_targets=num_targets)
+
+    def pack(self, input_ids: Tensor, **others: Tensor | None) -> PackedInputs:
+        """The packed token stream of a forward pass on this model's device; see `pack_inputs`."""
+        return pack_inputs(input_ids, **others, vocab_size=self.config.vocab_size, device=self.device)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the next token, [..., V], for hidden states [..., H]."""
+        logits = self.lm_head(hidden)
+        softcap = self.config.logit_softcap
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    def loss(self, hidden: Tensor, targets: Tensor, rows: Tensor, *, num_items: Tensor | float) -> Tensor:
+        """Sum over `targets` [N] of their cross-entropy at `rows` [N] of `hidden` [T, H], over num_items."""
+        if self.lm_head.lora_A is not None:
+            # The chunked loss reads one plain weight; a head with an adapter has more than that.
+            logits = self.logits(hidden[rows]).float()
+            return F.cross_entropy(logits, targets, reduction="sum") / num_items
+        return linear_cross_entropy(
+            hidden, self.lm_head.weight, targets, rows, num_items=num_items, softcap=self.config.logit_softcap
+        )
+
+
+def _norm(config: DecoderConfig, dtype: torch.dtype, device: torch.device | str) -> RMSNorm:
+    return RMSNorm(
+        config.hidden_size,
+        eps=config.rms_norm_eps,
+        weight_offset=config.norm_weight_offset,
+        cast_before_weight=config.norm_casts_before_weight,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def _draws_random_numbers(layer: nn.Module) -> bool:
+    """Whether a second run of the layer must draw the same numbers as the first; saving their state costs a copy."""
+    return any(m.training and m.lora_dropout > 0 for m in layer.modules() if isinstance(m, Linear))
+
+
+def _omit_tied_head(model: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
+    """Hugging Face writes a tied weight once, under the embedding's name."""
+    assert isinstance(model, Decoder)
+    if model.has_tied_head:
+        del state[f"{prefix}lm_head.weight"]
+
+
+def _supply_tied_head(model: nn.Module, state: dict[str, Any], prefix: str, *unused: object) -> None:
+    """The other half: a strict load must not miss the weight that was left out."""
+    assert isinstance(model, Decoder)
+    if model.has_tied_head and f"{prefix}model.embed_tokens.weight" in state:
+        state.setdefault(f"{prefix}lm_head.weight", state[f"{prefix}model.embed_tokens.weight"])

@@ -1,0 +1,149 @@
+"""Writing on from token ids, one token of every row at a time. The text-level front is `slothcore.generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from slothcore.layers.kv_cache import KvCache
+from slothcore.layers.packed import PackedInputs
+from slothcore.models.sampling import Sampling, choose
+
+if TYPE_CHECKING:
+    from slothcore.models.decoder import Decoder
+
+
+class Generates:
+    """Gives a decoder its `generate`."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        seed: int | None = None,
+        should_stop: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Continue each prompt; prompts are read packed, so padding never takes part.
+
+        A row is what it would be alone. It ends with an end-of-sequence token, and is filled with `pad_token_id`
+        while other rows go on. LoRA dropout is off meanwhile.
+
+        Args:
+            input_ids: [B, S] prompts, or [S] for one.
+            attention_mask: [B, S], zero at padding; left padding puts the new tokens right behind each prompt.
+            max_new_tokens: most tokens to add to a row.
+            temperature, top_k, top_p, repetition_penalty: see `Sampling`; temperature 0 is greedy.
+            eos_token_id: one or several; default: the model's own. An empty sequence: none, so every row gets
+                max_new_tokens.
+            pad_token_id: default: the model's own, else its first end-of-sequence token.
+            seed: of the random draws; None draws from torch's default generator.
+            should_stop: called after each token with the new ids [B, new so far]; rows for which the returned [B] bool
+                is true end there.
+        Returns: [B, S + new] int64 on the model's device: the prompts as given, then the new tokens.
+        Raises: ValueError for options or inputs that do not fit.
+        """
+        model = cast("Decoder", self)
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
+        if input_ids.dim() == 1:
+            input_ids = input_ids[None]
+            attention_mask = attention_mask[None] if attention_mask is not None else None
+        prompts = model.pack(input_ids, attention_mask=attention_mask)
+        eos, pad = _ending_ids(model, eos_token_id, pad_token_id)
+        generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
+
+        was_training = model.training
+        model.eval()
+        try:
+            new = _generate(model, prompts, len(input_ids), max_new_tokens, sampling, eos, pad, generator, should_stop)
+        finally:
+            model.train(was_training)
+        return torch.cat([input_ids.to(model.device, torch.int64), new], dim=1)
+
+
+def _generate(
+    model: Decoder,
+    prompts: PackedInputs,
+    rows: int,
+    max_new_tokens: int,
+    sampling: Sampling,
+    eos: Sequence[int],
+    pad: int,
+    generator: torch.Generator | None,
+    should_stop: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    """New tokens [rows, at most max_new_tokens]."""
+    device, documents = model.device, prompts.documents
+    seen: Tensor | None = None
+    if sampling.repetition_penalty != 1.0:
+        row_of_token = torch.repeat_interleave(documents.cu_seqlens.diff(), output_size=len(prompts.input_ids))
+        seen = torch.zeros(rows, model.config.vocab_size, dtype=torch.bool, device=device)
+        seen[row_of_token, prompts.input_ids] = True
+    eos_ids = torch.tensor(eos, dtype=torch.int64, device=device)
+    every_row = torch.arange(rows, device=device)
+    finished = torch.zeros(rows, dtype=torch.bool, device=device)
+    new = torch.empty(rows, max_new_tokens, dtype=torch.int64, device=device)
+
+    cache = empty_cache(model, rows, capacity=documents.max_seqlen + max_new_tokens)
+    cache.begin_prompt(documents, len(prompts.input_ids))
+    hidden = model.model(prompts.input_ids, prompts.position_ids, documents, cache)
+    hidden = hidden[documents.cu_seqlens[1:].long() - 1]
+    for step in range(max_new_tokens):
+        if step > 0:
+            hidden = model.model(new[:, step - 1], cache.begin_token(), documents, cache)
+        token = choose(model.logits(hidden), sampling, seen, generator)
+        token = torch.where(finished, pad, token)
+        new[:, step] = token
+        if seen is not None:
+            seen[every_row, token] = True
+        finished = finished | torch.isin(token, eos_ids)
+        if should_stop is not None:
+            finished = finished | should_stop(new[:, : step + 1]).to(device)
+        if finished.all():
+            return new[:, : step + 1]
+    return new
+
+
+def empty_cache(model: Decoder, rows: int, capacity: int) -> KvCache:
+    """A cache for `rows` sequences of at most `capacity` tokens."""
+    return KvCache(
+        layers=model.config.num_hidden_layers,
+        rows=rows,
+        capacity=capacity,
+        num_kv_heads=model.config.num_key_value_heads,
+        head_dim=model.config.head_dim,
+        dtype=model.dtype,
+        device=model.device,
+    )
+
+
+def _ending_ids(
+    model: Decoder, eos_token_id: int | Sequence[int] | None, pad_token_id: int | None
+) -> tuple[tuple[int, ...], int]:
+    """End-of-sequence ids and the padding id: the caller's, else the model's."""
+    if eos_token_id is None:
+        eos = model.eos_token_ids
+    else:
+        eos = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
+    if pad_token_id is None:
+        pad_token_id = model.config.pad_token_id
+    if pad_token_id is None or pad_token_id < 0:
+        pad_token_id = eos[0] if eos else 0
+    vocab_size = model.config.vocab_size
+    for name, value in (*(("eos_token_id", value) for value in eos), ("pad_token_id", pad_token_id)):
+        if not 0 <= value < vocab_size:
+            raise ValueError(f"{name} must lie in 0..{vocab_size - 1} (the vocabulary), got {value}")
+    return eos, pad_token_id

@@ -1,0 +1,14 @@
+"""Llama 1, 2, 3, 3.1, 3.2, and the families that publish the same architecture under its name."""
+
+from slothcore.models.config import DecoderConfig, HfConfig, common_fields
+
+
+def config_from_hf(hf: HfConfig) -> DecoderConfig:
+    """Llama (arXiv:2302.13971, 2307.09288, 2407.21783): pre-norm, rotary positions, SiLU-gated MLP."""
+    attention_bias = hf.take("attention_bias", bool, False)
+    return DecoderConfig(
+        **common_fields(hf),
+        qkv_bias=attention_bias,
+        attention_output_bias=attention_bias,
+        mlp_bias=hf.take("mlp_bias", bool, False),
+    )

@@ -1,0 +1,121 @@
+"""Which rows meet in which optimizer step.
+
+A row is a list of documents: one for plain training, several for packed training. The order of every epoch is a pure
+function of the seed and the epoch, so a run is resumed by its step number alone.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slothcore.data.masking import TokenizedRow
+from slothcore.data.packing import pack_first_fit_decreasing
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Documents laid end to end, on the host.
+
+    input_ids, labels [T] int64; cu_seqlens [documents + 1] int32. T = tokens, none of them padding.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    cu_seqlens: Tensor
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The rows of one optimizer step and what the loss is divided by."""
+
+    epoch: int
+    rows: list[int]
+    num_targets: int
+    num_tokens: int
+
+
+class RowSet:
+    """Rows ready to be batched.
+
+    Args:
+        documents: tokenised documents; every one must have at least one target.
+        capacity: pack documents into rows of at most this many tokens; None: one document a row.
+    """
+
+    def __init__(self, documents: Sequence[TokenizedRow], *, capacity: int | None = None) -> None:
+        self.documents = documents
+        lengths = [len(document.input_ids) for document in documents]
+        singles = [[index] for index in range(len(documents))]
+        self.rows = singles if capacity is None else pack_first_fit_decreasing(lengths, capacity)
+        self.row_tokens = [sum(lengths[i] for i in row) for row in self.rows]
+        targets = [document.num_targets for document in documents]
+        self.row_targets = [sum(targets[i] for i in row) for row in self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def micro_batch(self, rows: Sequence[int]) -> MicroBatch:
+        """The documents of `rows`, end to end."""
+        documents = [self.documents[index] for row in rows for index in self.rows[row]]
+        boundaries = [0]
+        for document in documents:
+            boundaries.append(boundaries[-1] + len(document.input_ids))
+        return MicroBatch(
+            input_ids=torch.tensor([token for document in documents for token in document.input_ids]),
+            labels=torch.tensor([label for document in documents for label in document.labels]),
+            cu_seqlens=torch.tensor(boundaries, dtype=torch.int32),
+        )
+
+    def micro_batches(self, rows: Sequence[int], size: int) -> Iterator[MicroBatch]:
+        """`rows` in order, `size` at a time."""
+        for start in range(0, len(rows), size):
+            yield self.micro_batch(rows[start : start + size])
+
+    def fingerprint(self) -> str:
+        """A hash of every token, label and boundary: equal only for the same data in the same order."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            for index in row:
+                document = self.documents[index]
+                digest.update(torch.tensor([document.input_ids, document.labels], dtype=torch.int64).numpy().tobytes())
+            digest.update(b"row")
+        return digest.hexdigest()
+
+
+class StepSchedule:
+    """Optimizer step number -> its rows. Steps count from 0; the last step of an epoch may have fewer rows.
+
+    Args:
+        max_steps: the number of steps; -1: as many as `num_train_epochs` passes over the rows take.
+    """
+
+    def __init__(
+        self, rows: RowSet, *, step_rows: int, seed: int, max_steps: int = -1, num_train_epochs: float = 1.0
+    ) -> None:
+        self.rows, self.step_rows, self.seed = rows, step_rows, seed
+        self.steps_per_epoch = math.ceil(len(rows) / step_rows)
+        self.total_steps = max_steps if max_steps > 0 else math.ceil(num_train_epochs * self.steps_per_epoch)
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def plan(self, step: int) -> StepPlan:
+        """What optimizer step `step` trains on."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        chosen = self._epoch_order(epoch)[position * self.step_rows : (position + 1) * self.step_rows]
+        return StepPlan(
+            epoch=epoch,
+            rows=chosen,
+            num_targets=sum(self.rows.row_targets[row] for row in chosen),
+            num_tokens=sum(self.rows.row_tokens[row] for row in chosen),
+        )
+
+    def _epoch_order(self, epoch: int) -> list[int]:
+        if self._order[0] != epoch:
+            # seed + epoch would give epoch 1 of seed 0 the order of epoch 0 of seed 1.
+            digest = hashlib.sha256(f"{self.seed}/{epoch}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+            self._order = (epoch, torch.randperm(len(self.rows), generator=generator).tolist())
+        return self._order[1]

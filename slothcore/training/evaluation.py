@@ -1,0 +1,42 @@
+"""Loss and perplexity on held-out rows."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from slothcore.models.decoder import Decoder
+from slothcore.training.batches import RowSet
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Mean loss of all target tokens, each counted once, and its exponential."""
+
+    loss: float
+    num_targets: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that is beyond a float."""
+        return math.exp(self.loss) if self.loss < 700.0 else math.inf
+
+
+@torch.no_grad()
+def evaluate(model: Decoder, rows: RowSet, *, batch_size: int) -> EvalResult:
+    """Run the model over `rows` without dropout; it is left in the mode in which it was.
+
+    Each batch's loss is divided by the targets of the whole set, so the sum is the mean over tokens, not over batches.
+    """
+    num_targets = sum(rows.row_targets)
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in rows.micro_batches(range(len(rows)), batch_size):
+            total += model(
+                batch.input_ids, labels=batch.labels, cu_seqlens=batch.cu_seqlens, num_items=num_targets
+            ).loss
+    finally:
+        model.train(was_training)
+    return EvalResult(loss=total.item(), num_targets=num_targets)

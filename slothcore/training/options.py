@@ -1,0 +1,130 @@
+"""Turning what a user wrote, in YAML or in flags, into the typed fields of a dataclass.
+
+A wrong key or value is refused here with one sentence; silently ignoring it would train a wrong model.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+WORDS_FOR_NONE = {"none", "null", "~"}
+WORDS_FOR_BOOL = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+def option(default: Any, text: str, *, group: str) -> Any:
+    """A dataclass field that carries its own help text and the group under which `--help` lists it."""
+    return field(default=default, metadata={"help": text, "group": group})
+
+
+def check_names(given: Iterable[str], known: Iterable[str], *, source: str) -> None:
+    """Raise ValueError for the first name in `given` that is not in `known`, naming the nearest known one."""
+    known = list(known)
+    for name in given:
+        if name in known:
+            continue
+        nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"unknown option {name!r} in {source}{hint}")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping of option names to values in a YAML file; only plain data is read, never objects.
+
+    Raises: FileNotFoundError, or ValueError if the file is not YAML or not a mapping.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"the configuration file {path} does not exist")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is not valid YAML: {reason}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} must hold a mapping of option names to values, got a {type(content).__name__}")
+    return dict(content)
+
+
+def coerce(name: str, value: Any, annotation: Any) -> Any:
+    """`value` as the type that `annotation` asks for; text such as "1e-4" or "true" is read as that type.
+
+    Supports str, int, float, bool, None, Literal, tuple[str, ...] and unions of these.
+
+    Raises: ValueError naming the option, what it must be and what it is.
+    """
+    for member in _members(annotation):
+        accepted, result = _convert(value, member)
+        if accepted:
+            return result
+    raise ValueError(f"{name} must be {describe(annotation)}, got {value!r}")
+
+
+def describe(annotation: Any) -> str:
+    """What a user may write for a field of this type, in words."""
+    members = _members(annotation)
+    words = [_describe_one(member) for member in sorted(members, key=lambda member: member is types.NoneType)]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The alternatives of a union, the one for None first, so that "none" is not read as text."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        members = typing.get_args(annotation)
+        return sorted(members, key=lambda member: member is not types.NoneType)
+    return [annotation]
+
+
+def _describe_one(member: Any) -> str:
+    if typing.get_origin(member) is Literal:
+        return " | ".join(str(choice) for choice in typing.get_args(member))
+    if typing.get_origin(member) is tuple:
+        return "a list of names"
+    return {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        types.NoneType: "null",
+    }[member]
+
+
+def _convert(value: Any, member: Any) -> tuple[bool, Any]:
+    """Whether `value` can be read as `member`, and the result."""
+    text = value.strip() if isinstance(value, str) else None
+    if member is types.NoneType:
+        return value is None or (text is not None and text.lower() in WORDS_FOR_NONE), None
+    if typing.get_origin(member) is Literal:
+        matches = [choice for choice in typing.get_args(member) if choice == value or str(choice) == text]
+        # True == 1 in Python, but `bits: true` is a mistake.
+        return bool(matches) and not isinstance(value, bool), matches[0] if matches else None
+    if typing.get_origin(member) is tuple:
+        is_list = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+        return is_list, tuple(value) if is_list else None
+    if member is bool:
+        if text is not None and text.lower() in WORDS_FOR_BOOL:
+            return True, WORDS_FOR_BOOL[text.lower()]
+        return isinstance(value, bool), value
+    if member is str:
+        # Path is welcome wherever text is: the Python API takes both.
+        return isinstance(value, str | Path), str(value)
+    if isinstance(value, bool):
+        return False, None
+    if text is not None:
+        # YAML 1.1 reads 1e-4 (no dot) as text; a learning rate is usually written so.
+        try:
+            return True, member(text)
+        except ValueError:
+            return False, None
+    return isinstance(value, (int, float) if member is float else int), member(value) if _is_number(value) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)

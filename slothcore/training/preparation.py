@@ -1,0 +1,104 @@
+"""What stands between a user's model and data and the loop: checks, tokenizing, packing."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+
+from slothcore.data.masking import TokenizedRow, tokenise_dataset
+from slothcore.data.packing import wasted_fraction
+from slothcore.data.tokenizer import Tokenizer
+from slothcore.lora.attach import lora_config_of
+from slothcore.models.decoder import Decoder
+from slothcore.training.batches import RowSet
+from slothcore.training.config import TrainConfig
+from slothcore.training.report import say
+
+DEFAULT_MAX_SEQ_LENGTH = 2048
+
+
+def resolve_max_seq_length(config: TrainConfig, model: Decoder) -> int:
+    """The longest row. Raises ValueError if the configuration asks for more than the model takes."""
+    if config.max_seq_length is None:
+        return min(DEFAULT_MAX_SEQ_LENGTH, model.max_seq_length)
+    if config.max_seq_length > model.max_seq_length:
+        raise ValueError(
+            f"max_seq_length is {config.max_seq_length}, but the model takes at most {model.max_seq_length} tokens; "
+            "lower it, or load the model with a longer max_seq_length"
+        )
+    return config.max_seq_length
+
+
+def choose_trainable(model: Decoder, config: TrainConfig) -> None:
+    """Make trainable what the configuration says: all weights, or what `add_lora` left so.
+
+    Raises: ValueError if the model and the configuration do not fit together.
+    """
+    has_adapter = lora_config_of(model) is not None
+    if config.full_finetuning:
+        if has_adapter:
+            raise ValueError("full_finetuning is set, but the model has a LoRA adapter; merge it, or drop the option")
+        if model.bits == 4:
+            raise ValueError("full_finetuning trains dense weights, but the model has 4 bits; load it with 16 or 32")
+        if model.dtype == torch.float16:
+            raise ValueError("full_finetuning in float16 loses small updates; load the model in bfloat16 or float32")
+        model.requires_grad_(True)
+    elif not has_adapter:
+        raise ValueError("the model has no LoRA adapter; call slothcore.add_lora(model), or set full_finetuning")
+    if any(p.dtype == torch.float16 for p in model.parameters() if p.requires_grad):
+        # Gradients are scaled against underflow, and a float16 one may overflow when it is scaled back.
+        raise ValueError("float16 weights cannot be trained; set lora_dtype to float32, or train in bfloat16")
+    model.gradient_checkpointing = config.gradient_checkpointing
+
+
+def prepare_rows(
+    dataset: Sequence[dict[str, Any]] | Sequence[TokenizedRow],
+    tokenizer: Tokenizer | None,
+    config: TrainConfig,
+    *,
+    what: str,
+) -> RowSet:
+    """Tokenise and pack a dataset as the configuration says, and tell the user what became of it.
+
+    Args:
+        dataset: records, or rows that are tokenised already.
+        what: the name of this dataset in messages.
+    Raises: ValueError if it is empty, a record does not fit its format, or a tokenised row cannot be used.
+    """
+    assert config.max_seq_length is not None
+    if not dataset:
+        raise ValueError(f"the {what} dataset is empty; give at least one record")
+    if all(isinstance(item, TokenizedRow) for item in dataset):
+        rows = [_checked(cast(TokenizedRow, row), i, config.max_seq_length, what) for i, row in enumerate(dataset)]
+    else:
+        if tokenizer is None:
+            raise ValueError(f"the {what} dataset is not tokenised; give a tokenizer too")
+        rows, stats = tokenise_dataset(
+            cast(Sequence[dict[str, Any]], dataset),
+            tokenizer,
+            max_seq_length=config.max_seq_length,
+            completion_only_loss=config.completion_only_loss,
+            overlength=config.overlength,
+            format=config.format,
+            text_field=config.text_field,
+        )
+        say(f"{what}: {stats.describe(config.max_seq_length)}")
+    if not config.packing:
+        return RowSet(rows)
+    packed = RowSet(rows, capacity=config.max_seq_length)
+    wasted = wasted_fraction(packed.rows, [len(row.input_ids) for row in rows], config.max_seq_length)
+    say(f"{what}: {len(rows)} documents packed into {len(packed)} rows of {config.max_seq_length}, {wasted:.1%} free")
+    return packed
+
+
+def _checked(row: TokenizedRow, index: int, max_seq_length: int, what: str) -> TokenizedRow:
+    """Tokenised rows come from the user's own code; what it did is checked but not repaired."""
+    if len(row.input_ids) != len(row.labels):
+        raise ValueError(f"{what} row {index} has {len(row.input_ids)} ids but {len(row.labels)} labels")
+    if len(row.input_ids) > max_seq_length:
+        raise ValueError(
+            f"{what} row {index} has {len(row.input_ids)} tokens; max_seq_length is {max_seq_length}: cut or drop it"
+        )
+    if row.num_targets == 0:
+        raise ValueError(f"{what} row {index} has no target: all labels after the first are -100; drop it")
+    return row

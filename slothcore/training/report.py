@@ -1,0 +1,160 @@
+"""What a run says: the progress bar, the JSONL log, the drawing of the loss."""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+LOG_FILE = "log.jsonl"
+PLOT_FILE = "loss.png"
+
+
+def say(text: str) -> None:
+    """One line to the user, above the progress bar if there is one."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+class Report:
+    """Progress bar and log of one run, from `step` on.
+
+    Each line of the log is flushed as it is written: a killed run keeps it.
+    """
+
+    def __init__(
+        self, output_dir: Path, *, step: int, total_steps: int, device: torch.device, disable_tqdm: bool
+    ) -> None:
+        self.device = device
+        self.file = (output_dir / LOG_FILE).open("a", encoding="utf-8")
+        self.bar = tqdm(
+            initial=step, total=total_steps, desc="training", unit="step", disable=disable_tqdm, dynamic_ncols=True
+        )
+
+    def __enter__(self) -> "Report":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.close()
+        self.file.close()
+
+    def advance(self) -> None:
+        """One optimizer step is done."""
+        self.bar.update()
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Write a line of the log and show its figures on the bar."""
+        if self.device.type == "cuda":
+            record = {**record, "memory_gib": round(torch.cuda.max_memory_allocated(self.device) / 2**30, 3)}
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        shown = {}
+        if "loss" in record:
+            shown = {"loss": f"{record['loss']:.4f}", "tokens/s": f"{record['tokens_per_second']:.0f}"}
+        if "memory_gib" in record:
+            shown["GiB"] = f"{record['memory_gib']:.1f}"
+        if shown:
+            self.bar.set_postfix(shown, refresh=True)
+
+
+class Meter:
+    """Loss, tokens and seconds, per line of the log and in all.
+
+    The sum of the losses stays on the device until a line is due: reading it waits for the device.
+    While entered (`with meter:`), the clock stands still; evaluation and saving are no training time.
+    """
+
+    def __init__(self, device: torch.device, *, window_loss: float, window_steps: int, elapsed: float) -> None:
+        self.loss = torch.tensor(window_loss, dtype=torch.float64, device=device)
+        self.steps = window_steps
+        self.tokens = 0
+        self._elapsed = self._window_start = elapsed
+        self._started = time.perf_counter()
+
+    def add(self, loss: Tensor, tokens: int) -> None:
+        """Count one optimizer step."""
+        self.loss += loss
+        self.steps += 1
+        self.tokens += tokens
+
+    def elapsed(self) -> float:
+        """Seconds of training so far."""
+        return self._elapsed + time.perf_counter() - self._started
+
+    def tokens_per_second(self) -> float:
+        """Of the steps since the last reset; wait for the device first."""
+        return self.tokens / max(self.elapsed() - self._window_start, 1e-9)
+
+    def read_loss(self) -> float:
+        """The losses of the window, summed; waits for the device. Raises ValueError if the sum is not finite."""
+        total = self.loss.item()
+        if not math.isfinite(total):
+            raise ValueError(
+                "the loss is no longer finite; lower learning_rate, raise warmup_steps, or train in bfloat16 or float32"
+            )
+        return total
+
+    def reset(self) -> None:
+        """Begin the next line of the log."""
+        self.loss.zero_()
+        self.steps = self.tokens = 0
+        self._window_start = self.elapsed()
+
+    def __enter__(self) -> "Meter":
+        self._elapsed = self.elapsed()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._started = time.perf_counter()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a log; a last line that a killed process left unfinished is dropped."""
+    records = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+    return records
+
+
+def rewind_log(source: Path, target: Path, step: int) -> None:
+    """Write to `target` the records of `source` up to `step`, so that a resumed run repeats no line."""
+    lines = [json.dumps(record) + "\n" for record in read_log(source) if record["step"] <= step]
+    temporary = target.with_suffix(".partial")
+    temporary.write_text("".join(lines), encoding="utf-8")
+    os.replace(temporary, target)
+
+
+def draw_loss(output_dir: Path) -> str:
+    """Draw `loss.png` from the log and say where it is, or why there is none."""
+    try:
+        # Figure draws without pyplot, whose choice of a window system belongs to the user's own program.
+        from matplotlib.figure import Figure
+    except ImportError:
+        return f"{PLOT_FILE} was not drawn: matplotlib is not installed (pip install 'slothcore[plots]')"
+    records = read_log(output_dir / LOG_FILE)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for key, label, marker in (("loss", "training", ""), ("eval_loss", "evaluation", "o")):
+        points = [(record["step"], record[key]) for record in records if key in record]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, marker=marker)
+    axes.set(xlabel="optimizer step", ylabel="loss per target token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(output_dir / PLOT_FILE, dpi=120)
+    return f"the loss is drawn in {output_dir / PLOT_FILE}"

@@ -1,0 +1,126 @@
+"""From a trainer to a checkpoint and back, to the last bit."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slothcore.training.optimizer import load_optimizer_state, optimizer_state
+from slothcore.training.report import LOG_FILE, Meter, rewind_log, say
+from slothcore.training.run_folder import check_output_dir, claim_output_dir
+from slothcore.training.run_state import (
+    OPTIMIZER_FILE,
+    RNG_FILE,
+    RunState,
+    checkpoints,
+    find_checkpoint,
+    keep_newest,
+    read_safetensors,
+    read_state,
+    remove_folder,
+    restore_generators,
+    save_checkpoint,
+)
+from slothcore.training.weights import load_weights, save_weights
+
+if TYPE_CHECKING:
+    from slothcore.training.trainer import SFTTrainer
+
+# Options that leave the course of training as it is: where it writes, how often it speaks, where it computes.
+WITHOUT_INFLUENCE = {
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "eval_steps",
+    "eval_data",
+    "per_device_eval_batch_size",
+    "plot",
+    "disable_tqdm",
+    "device",
+    "gradient_checkpointing",
+}
+
+
+def write_checkpoint(trainer: "SFTTrainer", state: RunState, meter: Meter) -> Path:
+    """Save everything that the next step depends on, and delete the checkpoints beyond the limit."""
+    tensors, values = optimizer_state(trainer.optimizer, trainer.parameters)
+    state.epoch, state.position = divmod(state.step, trainer.schedule.steps_per_epoch)
+    state.window_loss, state.window_steps = meter.read_loss(), meter.steps
+    state.elapsed = meter.elapsed()
+    state.optimizer_values, state.scaler = values, trainer.scaler.state_dict()
+    output_dir = Path(trainer.config.output_dir)
+    path = save_checkpoint(
+        output_dir,
+        state,
+        optimizer_tensors=tensors,
+        device=trainer.model.device,
+        save_weights=lambda folder: save_weights(trainer.model, trainer.tokenizer, folder),
+    )
+    keep_newest(output_dir, trainer.config.save_total_limit)
+    return path
+
+
+def restore(trainer: "SFTTrainer", fresh: RunState) -> RunState:
+    """Put the trainer into the state of the checkpoint that its configuration names.
+
+    The log is cut at the checkpoint's step and later checkpoints are deleted: the run is rewound, not forked.
+
+    Args:
+        fresh: the state that a new run of this trainer would begin with.
+    Raises: FileNotFoundError if there is no checkpoint; ValueError if it is of another model, of other data or
+        damaged. Neither changes a file.
+    """
+    config = trainer.config
+    assert isinstance(config.resume_from_checkpoint, str)
+    output_dir = Path(config.output_dir)
+    checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir)
+    if checkpoint.parent.resolve() != output_dir.resolve():
+        # Going on in a folder of its own is fine, but not over a third run.
+        check_output_dir(replace(config, resume_from_checkpoint=None))
+    saved = read_state(checkpoint)
+    _check_same_run(trainer, fresh, saved, checkpoint)
+    optimizer_tensors = read_safetensors(checkpoint / OPTIMIZER_FILE)
+    generators = read_safetensors(checkpoint / RNG_FILE)
+    load_weights(trainer.model, checkpoint)
+    load_optimizer_state(trainer.optimizer, trainer.parameters, optimizer_tensors, saved.optimizer_values)
+    if saved.scaler:
+        trainer.scaler.load_state_dict(saved.scaler)
+    restore_generators(generators, trainer.model.device)
+
+    claim_output_dir(config)
+    rewind_log(checkpoint.parent / LOG_FILE, output_dir / LOG_FILE, saved.step)
+    for later in checkpoints(output_dir):
+        if later != checkpoint and int(later.name.partition("-")[2]) > saved.step:
+            remove_folder(later)
+            say(f"deleted {later}, which came after the checkpoint that training goes on from")
+    say(f"resumed from {checkpoint}: step {saved.step} of {trainer.total_steps}")
+    saved.config = fresh.config
+    return saved
+
+
+def _check_same_run(trainer: "SFTTrainer", fresh: RunState, saved: RunState, checkpoint: Path) -> None:
+    """Raise ValueError unless going on from `checkpoint` continues the same training; say what differs in options."""
+    if saved.model_fingerprint != fresh.model_fingerprint:
+        raise ValueError(
+            f"{checkpoint} is of another model: base weights, bits, dtype or adapter shapes differ; "
+            "resume with the options that the run began with (its config.yaml), or start a new run"
+        )
+    if saved.data_fingerprint != fresh.data_fingerprint:
+        raise ValueError(
+            f"{checkpoint} was trained on other data (or other packing, masking or lengths); "
+            "resume with the data and options that the run began with, or start a new run"
+        )
+    if saved.config["optim"] != fresh.config["optim"]:
+        raise ValueError(
+            f"{checkpoint} holds the state of optim {saved.config['optim']}, "
+            f"and optim is {fresh.config['optim']}; set it back, or start a new run"
+        )
+    if saved.step >= trainer.total_steps:
+        raise ValueError(
+            f"{checkpoint} has already done {saved.step} of {trainer.total_steps} steps; raise max_steps to go on"
+        )
+    for name, value in fresh.config.items():
+        if name not in WITHOUT_INFLUENCE and saved.config.get(name) != value:
+            say(f"note: {name} is {value}, and was {saved.config.get(name)} until this checkpoint")

@@ -1,0 +1,242 @@
+"""Supervised fine-tuning: the loop.
+
+The loss of an optimizer step is the sum over all its target tokens divided by their number, whatever the cut into
+micro-batches, so gradient accumulation changes memory and time but not the result.
+"""
+
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slothcore.data.masking import TokenizedRow
+from slothcore.data.tokenizer import Tokenizer
+from slothcore.models.decoder import Decoder
+from slothcore.training.batches import StepPlan, StepSchedule
+from slothcore.training.config import TrainConfig
+from slothcore.training.evaluation import EvalResult, evaluate
+from slothcore.training.interruption import Interruption
+from slothcore.training.optimizer import create_optimizer, trainable_parameters
+from slothcore.training.preparation import choose_trainable, prepare_rows, resolve_max_seq_length
+from slothcore.training.report import Meter, Report, draw_loss, say
+from slothcore.training.resume import restore, write_checkpoint
+from slothcore.training.run_folder import CONFIG_FILE, check_output_dir, claim_output_dir
+from slothcore.training.run_state import RunState, model_fingerprint
+from slothcore.training.schedule import learning_rate_factor, resolve_warmup_steps
+from slothcore.training.weights import save_result
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to.
+
+    `train_loss` is the mean over all optimizer steps so far; `path` is where the adapter, or the model, was saved
+    (the checkpoint, if the run was interrupted).
+    """
+
+    steps: int
+    train_loss: float
+    eval_loss: float | None
+    eval_perplexity: float | None
+    tokens: int
+    seconds: float
+    path: Path
+    interrupted: bool
+
+
+class SFTTrainer:
+    """Supervised fine-tuning of an adapter, or of all weights.
+
+    Args:
+        model: from `slothcore.load` or `from_config`, with `add_lora` unless `config.full_finetuning`.
+        train_dataset: records as `load_dataset` gives them, or rows that are tokenised already.
+        eval_dataset: the same, or None.
+    Raises: ValueError for a configuration or data that cannot be trained on, before anything is written.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer | None,
+        train_dataset: Sequence[dict[str, Any]] | Sequence[TokenizedRow],
+        eval_dataset: Sequence[dict[str, Any]] | Sequence[TokenizedRow] | None = None,
+        config: TrainConfig | None = None,
+    ) -> None:
+        config = config or TrainConfig()
+        check_output_dir(config)
+        self.model, self.tokenizer = model, tokenizer
+        self.config = config = replace(config, max_seq_length=resolve_max_seq_length(config, model))
+        choose_trainable(model, config)
+        self.parameters = trainable_parameters(model)
+        self.optimizer = create_optimizer(model, config)
+        # float16 gradients below 6e-8 vanish; scaling the loss keeps them. A disabled scaler passes all through.
+        scaled = model.dtype == torch.float16 and model.device.type == "cuda"
+        self.scaler = torch.amp.GradScaler(model.device.type, enabled=scaled)
+        self.train_rows = prepare_rows(train_dataset, tokenizer, config, what="training")
+        self.eval_rows = prepare_rows(eval_dataset, tokenizer, config, what="evaluation") if eval_dataset else None
+        self.schedule = StepSchedule(
+            self.train_rows,
+            step_rows=config.step_rows,
+            seed=config.seed,
+            max_steps=config.max_steps,
+            num_train_epochs=config.num_train_epochs,
+        )
+        self.total_steps = self.schedule.total_steps
+        self.warmup_steps = resolve_warmup_steps(
+            warmup_steps=config.warmup_steps, warmup_ratio=config.warmup_ratio, total_steps=self.total_steps
+        )
+
+    def train(self) -> TrainResult:
+        """Run, or go on from `config.resume_from_checkpoint`, and save the result.
+
+        Ctrl-C ends the current step, saves a checkpoint and returns with `interrupted` set.
+
+        Raises: ValueError if the output folder holds another run, the checkpoint is of another model or other data,
+            or the loss is no longer finite.
+        """
+        config = self.config
+        state = self._begin()
+        output_dir = Path(config.output_dir)
+        meter = Meter(
+            self.model.device,
+            window_loss=state.window_loss,
+            window_steps=state.window_steps,
+            elapsed=state.elapsed,
+        )
+        report = Report(
+            output_dir,
+            step=state.step,
+            total_steps=self.total_steps,
+            device=self.model.device,
+            disable_tqdm=config.disable_tqdm,
+        )
+        evaluated: EvalResult | None = None
+        checkpoint: Path | None = None
+        stop = False
+        self.model.train()
+        with report, Interruption() as interruption:
+            while state.step < self.total_steps and not stop:
+                plan = self.schedule.plan(state.step)
+                learning_rate = self._learning_rate(state.step)
+                loss, grad_norm = self._optimizer_step(plan, learning_rate)
+                meter.add(loss, plan.num_tokens)
+                state.step += 1
+                state.tokens += plan.num_tokens
+                report.advance()
+                last = state.step == self.total_steps
+                stop = interruption.requested and not last
+                if last or state.step % config.logging_steps == 0:
+                    report.log(self._training_record(state, meter, learning_rate, grad_norm))
+                with meter:
+                    if self.eval_rows and (last or _is_due(state.step, config.eval_steps)):
+                        evaluated = self.evaluate()
+                        report.log(self._evaluation_record(state, evaluated))
+                    if stop or (config.save_steps and (last or _is_due(state.step, config.save_steps))):
+                        checkpoint = write_checkpoint(self, state, meter)
+        if stop and checkpoint:
+            say(f"interrupted after step {state.step}; saved {checkpoint}. {self._how_to_go_on()}")
+            path = checkpoint
+        else:
+            path = save_result(self.model, self.tokenizer, output_dir)
+            say(f"saved {path}")
+        if config.plot:
+            say(draw_loss(output_dir))
+        return TrainResult(
+            steps=state.step,
+            train_loss=(state.logged_loss + meter.loss.item()) / max(1, state.step),
+            eval_loss=evaluated.loss if evaluated else None,
+            eval_perplexity=evaluated.perplexity if evaluated else None,
+            tokens=state.tokens,
+            seconds=meter.elapsed(),
+            path=path,
+            interrupted=stop,
+        )
+
+    def evaluate(self) -> EvalResult:
+        """Loss per target token and perplexity on the evaluation data. Raises ValueError if there is none."""
+        if self.eval_rows is None:
+            raise ValueError("there is no evaluation data; pass eval_dataset")
+        return evaluate(self.model, self.eval_rows, batch_size=self.config.per_device_eval_batch_size)
+
+    def _begin(self) -> RunState:
+        """The state to start from: a fresh one, or that of the checkpoint. Nothing is written before it is valid."""
+        state = RunState(
+            model_fingerprint=model_fingerprint(self.model),
+            data_fingerprint=self.train_rows.fingerprint(),
+            config=self.config.to_dict(),
+        )
+        torch.manual_seed(self.config.seed)
+        if self.config.resume_from_checkpoint:
+            return restore(self, state)
+        claim_output_dir(self.config)
+        say(
+            f"training {sum(p.numel() for p in self.parameters.values()):,} weights for {self.total_steps} steps of "
+            f"{self.config.step_rows} rows; {len(self.train_rows)} rows make {self.schedule.steps_per_epoch} steps"
+        )
+        return state
+
+    def _optimizer_step(self, plan: StepPlan, learning_rate: float) -> tuple[Tensor, Tensor]:
+        """One update. Gives its loss and the norm of its gradient before clipping, both still on the device."""
+        loss = torch.zeros((), dtype=torch.float32, device=self.model.device)
+        for batch in self.train_rows.micro_batches(plan.rows, self.config.per_device_train_batch_size):
+            part = self.model(
+                batch.input_ids, labels=batch.labels, cu_seqlens=batch.cu_seqlens, num_items=plan.num_targets
+            ).loss
+            self.scaler.scale(part).backward()
+            loss += part.detach()
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        grad_norm = torch.nn.utils.get_total_norm(gradients)
+        if self.config.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.max_grad_norm, grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, grad_norm
+
+    def _learning_rate(self, step: int) -> float:
+        return self.config.learning_rate * learning_rate_factor(
+            self.config.lr_scheduler_type, step, warmup_steps=self.warmup_steps, total_steps=self.total_steps
+        )
+
+    def _training_record(
+        self, state: RunState, meter: Meter, learning_rate: float, grad_norm: Tensor
+    ) -> dict[str, Any]:
+        """A line of the log. This reads the loss, and so waits for the device."""
+        total = meter.read_loss()
+        norm = grad_norm.item()
+        record = {
+            "step": state.step,
+            "epoch": state.step / self.schedule.steps_per_epoch,
+            "loss": total / meter.steps,
+            "learning_rate": learning_rate,
+            "grad_norm": norm if math.isfinite(norm) else None,  # float16 overflows now and then
+            "tokens": state.tokens,
+            "tokens_per_second": meter.tokens_per_second(),
+            "elapsed": meter.elapsed(),
+        }
+        state.logged_loss += total
+        meter.reset()
+        return record
+
+    def _evaluation_record(self, state: RunState, result: EvalResult) -> dict[str, Any]:
+        perplexity = result.perplexity if math.isfinite(result.perplexity) else None
+        say(f"step {state.step}: evaluation loss {result.loss:.4f}, perplexity {result.perplexity:.4g}")
+        return {"step": state.step, "eval_loss": result.loss, "eval_perplexity": perplexity}
+
+    def _how_to_go_on(self) -> str:
+        if self.config.model is None:
+            return "Go on with TrainConfig(resume_from_checkpoint='latest', ...)"
+        config = shlex.quote(str(Path(self.config.output_dir) / CONFIG_FILE))
+        return f"Go on with: slothcore train --config {config} --resume-from-checkpoint latest"
+
+
+def _is_due(step: int, interval: int | None) -> bool:
+    return interval is not None and step % interval == 0

@@ -1,0 +1,229 @@
+"""LoRA Functions: hand-derived gradients, their error beside plain torch's, and dropout."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from slothcore.autograd.lora import Projection, lora_fused, lora_linear, lora_mlp
+from tests.autograd.lora_reference import fused, leaves, mlp, plain_fused, plain_mlp, projection, widened_projection
+from tests.numerics import assert_as_accurate_as_eager
+
+ACTIVATIONS = ["silu", "gelu_pytorch_tanh"]
+
+
+def check_gradients(function: Callable[..., Tensor], x: Tensor, projections: Sequence[Projection]) -> None:
+    """gradcheck over x and every factor, with the same dropout masks in each evaluation."""
+    inputs = leaves(x, projections)
+
+    def seeded(*_: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return function(x, projections)
+
+    assert gradcheck(seeded, inputs)
+
+
+def check_against_plain(
+    fused: Callable[..., Tensor], plain: Callable[..., Tensor], x: Tensor, projections: Sequence[Projection]
+) -> None:
+    """Output and every gradient are as near to float64 as those of plain torch in the same dtype."""
+    wide_x = x.detach().double().requires_grad_(x.requires_grad)
+    wide = [widened_projection(p, x.dtype) for p in projections]
+    exact = plain(wide_x, wide)
+    dy = torch.randn_like(exact).to(x.dtype)
+    exact_grads = torch.autograd.grad(exact, leaves(wide_x, wide), dy.double())
+    inputs = leaves(x, projections)
+    eager, ours = plain(x, projections), fused(x, projections)
+    assert_as_accurate_as_eager(ours, eager, exact, what="y")
+    eager_grads = torch.autograd.grad(eager, inputs, dy)
+    grads = torch.autograd.grad(ours, inputs, dy)
+    for i, (leaf, ours, eager, exact) in enumerate(zip(inputs, grads, eager_grads, exact_grads, strict=True)):
+        assert ours.dtype == leaf.dtype
+        assert_as_accurate_as_eager(ours, eager, exact, what=f"gradient {i} of shape {tuple(leaf.shape)}")
+
+
+GROUPS = {
+    "one": lambda: [projection(5, 6, 2, scaling=0.5)],
+    "one without LoRA": lambda: [projection(5, 6)],
+    "two, biases": lambda: [projection(5, 6, 3, bias="trainable"), projection(4, 6, 2, bias="frozen", scaling=2.0)],
+    "three, one without LoRA": lambda: [
+        projection(5, 6, 2, bias="trainable"),
+        projection(3, 6),
+        projection(4, 6, 9, scaling=0.3),
+    ],
+    "dropout": lambda: [projection(5, 6, 2, dropout=0.4, scaling=0.7)],
+    "three, dropout in two": lambda: [
+        projection(5, 6, 2, dropout=0.4),
+        projection(3, 6, 3, bias="trainable", scaling=2.0),
+        projection(4, 6, 2, dropout=0.2),
+    ],
+    "three, dropout beside none": lambda: [projection(5, 6, 2, dropout=0.4), projection(3, 6), projection(4, 6, 8)],
+}
+
+
+@pytest.mark.parametrize("x_trains", [True, False])
+@pytest.mark.parametrize("group", GROUPS)
+def test_gradcheck_of_fused_projections(group: str, x_trains: bool) -> None:
+    projections = GROUPS[group]()
+    x = torch.randn(3, 6, dtype=torch.float64).requires_grad_(x_trains)
+    if leaves(x, projections):
+        check_gradients(fused, x, projections)
+    else:
+        assert not fused(x, projections).requires_grad
+
+
+@pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])
+def test_gradcheck_with_a_frozen_factor(frozen: str) -> None:
+    p = projection(5, 6, 8)
+    getattr(p, frozen).requires_grad_(False)
+    check_gradients(fused, torch.randn(3, 6, dtype=torch.float64), [p])
+
+
+def test_gradcheck_of_one_linear() -> None:
+    p = projection(5, 6, 2, scaling=0.5, bias="trainable")
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    check_gradients(lambda x, ps: lora_linear(x, ps[0]), x, [p])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("x_trains", [True, False])
+@pytest.mark.parametrize("variant", ["plain", "biases and dropout", "down only", "gate only", "none"])
+def test_gradcheck_of_mlp(variant: str, x_trains: bool, activation: str) -> None:
+    options = {"bias": "trainable", "dropout": 0.3, "scaling": 0.5} if variant == "biases and dropout" else {}
+    ranks = {"down only": (0, 0, 2), "gate only": (2, 0, 0), "none": (0, 0, 0)}.get(variant, (2, 3, 2))
+    projections = [projection(*shape, r, **options) for shape, r in zip(((5, 4), (5, 4), (4, 5)), ranks, strict=True)]
+    x = torch.randn(3, 4, dtype=torch.float64).requires_grad_(x_trains)
+    if leaves(x, projections):
+        check_gradients(lambda x, ps: mlp(x, ps, activation), x, projections)
+    else:
+        assert not mlp(x, projections).requires_grad
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_is_as_accurate_as_plain_torch(dtype: torch.dtype, factor_dtype: torch.dtype, bits: int) -> None:
+    kind = {"dtype": dtype, "factor_dtype": factor_dtype, "bits": bits}
+    projections = [
+        projection(96, 64, 8, scaling=2.0, bias="trainable", **kind),
+        projection(32, 64, 4, scaling=0.5, **kind),
+        projection(32, 64, bias="frozen", **kind),
+    ]
+    x = torch.randn(33, 64).to(dtype).requires_grad_()
+    check_against_plain(fused, plain_fused, x, projections)
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mlp_is_as_accurate_as_plain_torch(dtype: torch.dtype, activation: str, bits: int) -> None:
+    kind = {"dtype": dtype, "factor_dtype": torch.float32, "bits": bits, "scaling": 2.0}
+    projections = [projection(96, 64, 8, **kind), projection(96, 64, 8, **kind), projection(64, 96, 8, **kind)]
+    x = torch.randn(33, 64).to(dtype).requires_grad_()
+    check_against_plain(
+        lambda x, ps: lora_mlp(x, *ps, activation=activation),
+        lambda x, ps: plain_mlp(x, *ps, activation=activation),
+        x,
+        projections,
+    )
+
+
+def test_mixed_dense_and_nf4_bases() -> None:
+    kind = {"dtype": torch.float32, "scaling": 0.5}
+    projections = [projection(32, 64, 8, bits=4, **kind), projection(16, 64, 8, **kind)]
+    check_against_plain(fused, plain_fused, torch.randn(7, 64).requires_grad_(), projections)
+
+
+def test_no_rows() -> None:
+    projections = [projection(5, 6, 2), projection(4, 6, 2)]
+    x = torch.randn(0, 6, dtype=torch.float64, requires_grad=True)
+    y = fused(x, projections)
+    assert y.shape == (0, 9)
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == (0, 6)
+    assert projections[0].lora_A is not None
+    assert not projections[0].lora_A.grad.any()
+
+
+def test_dropout_hides_elements_from_each_projection_on_its_own() -> None:
+    """With W = 0 and A = B = I the output is the masked input itself."""
+    width, rate = 16, 0.25
+    eye = torch.eye(width, dtype=torch.float64)
+    p = Projection(weight=torch.zeros_like(eye), lora_A=eye, lora_B=eye, dropout=rate)
+    x = torch.ones(4000, width, dtype=torch.float64)
+    torch.manual_seed(5)
+    y = lora_fused(x, [p, replace(p, dropout=0.0), p])
+    first, whole, second = y.split(width, dim=1)
+    assert torch.equal(whole, x)
+    for dropped in (first, second):
+        # Each element is 0 or 1 / (1 - p); six standard deviations of the share of zeros.
+        assert set(dropped.unique().tolist()) == {0.0, 1 / (1 - rate)}
+        deviation = (rate * (1 - rate) / x.numel()) ** 0.5
+        assert abs((dropped == 0).double().mean().item() - rate) < 6 * deviation
+    assert not torch.equal(first, second)
+    assert not torch.equal(lora_fused(x, [p]), lora_fused(x, [p])), "each call draws new masks"
+    torch.manual_seed(5)
+    assert torch.equal(lora_fused(x, [p, replace(p, dropout=0.0), p]), y)
+
+
+def test_errors_name_rule_and_value() -> None:
+    p = projection(5, 6, 2)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    with pytest.raises(ValueError, match="x has 7 features"):
+        lora_linear(torch.randn(3, 7, dtype=torch.float64), p)
+    with pytest.raises(ValueError, match=r"\[tokens, in_features\]"):
+        lora_linear(x[None], p)
+    with pytest.raises(ValueError, match="cast x"):
+        lora_linear(x.float(), p)
+    with pytest.raises(ValueError, match="cast x"):
+        lora_mlp(x, p, p, projection(6, 5, dtype=torch.float32), activation="silu")
+    with pytest.raises(ValueError, match="dropout must be"):
+        replace(p, dropout=1.0)
+    with pytest.raises(ValueError, match="both lora_A and lora_B"):
+        replace(p, lora_B=None)
+    with pytest.raises(ValueError, match="gate and up"):
+        lora_mlp(x, p, p, projection(6, 4), activation="silu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 33, 513, 2048])
+def test_functions_on_gpu(tokens: int, factor_dtype: torch.dtype, bits: int) -> None:
+    hidden, intermediate = 2048, 5632
+    kind = {"dtype": torch.bfloat16, "factor_dtype": factor_dtype, "bits": bits, "device": "cuda"}
+    x = torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    qkv = [
+        projection(2048, hidden, 16, scaling=2.0, bias="trainable", **kind),
+        projection(256, hidden, 16, **kind),
+        projection(256, hidden, bias="frozen", **kind),
+    ]
+    check_against_plain(fused, plain_fused, x, qkv)
+    linears = [
+        projection(intermediate, hidden, 16, **kind),
+        projection(intermediate, hidden, 12, scaling=0.5, **kind),
+        projection(hidden, intermediate, 16, scaling=2.0, **kind),
+    ]
+    check_against_plain(
+        lambda x, ps: lora_mlp(x, *ps, activation="silu"),
+        lambda x, ps: plain_mlp(x, *ps, activation="silu"),
+        x,
+        linears,
+    )
+
+
+@pytest.mark.gpu
+def test_dropout_masks_agree_between_forward_and_backward_on_gpu() -> None:
+    """y is linear in x for fixed masks, so x . dx must equal y . dy; a mask drawn anew would break that."""
+    p = projection(256, 512, 16, device="cuda", dtype=torch.float32, dropout=0.5, scaling=4.0)
+    p = replace(p, weight=torch.zeros_like(p.weight))
+    x = torch.randn(300, 512, device="cuda", requires_grad=True)
+    y = lora_linear(x, p)
+    dy = torch.randn_like(y)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    left, right = (x.double() * dx.double()).sum(), (y.double() * dy.double()).sum()
+    assert abs(left - right) <= 1e-4 * (x.norm() * dx.norm())

@@ -1,0 +1,64 @@
+"""Chat templates: what they may use, what they may not."""
+
+from datetime import datetime
+
+import pytest
+
+from slothcore.data.chat import ChatTemplate
+
+MESSAGES = [{"role": "user", "content": "a < b & 'c'"}, {"role": "assistant", "content": "é"}]
+
+
+def test_blocks_leave_no_blank_lines_and_no_indentation() -> None:
+    source = "{% for m in messages %}\n    {% if loop.first %}\nfirst\n    {% endif %}\n{{ m.role }}\n{% endfor %}\n"
+    assert ChatTemplate(source).render(MESSAGES) == "first\nuser\nassistant\n"
+
+
+def test_json_is_not_escaped() -> None:
+    template = ChatTemplate("{{ messages[0] | tojson }}{{ messages[1] | tojson(indent=1) }}")
+    assert template.render(MESSAGES) == (
+        '{"role": "user", "content": "a < b & \'c\'"}{\n "role": "assistant",\n "content": "é"\n}'
+    )
+
+
+def test_loop_controls_dates_special_tokens_and_generation_blocks() -> None:
+    source = (
+        "{{ bos_token }}{{ strftime_now('%Y') }}"
+        "{% for m in messages %}{% generation %}{{ m.role }}{% endgeneration %}{% break %}{% endfor %}"
+    )
+    template = ChatTemplate(source, special_tokens={"bos_token": "<s>"})
+    assert template.render(MESSAGES) == f"<s>{datetime.now().year}user"
+
+
+def test_absent_tools_are_none() -> None:
+    template = ChatTemplate("{% if tools is none %}none{% else %}{{ tools[0].name }}{% endif %}")
+    assert template.render(MESSAGES) == "none"
+    assert template.render(MESSAGES, tools=[{"name": "add"}]) == "add"
+
+
+def test_a_template_may_complain() -> None:
+    template = ChatTemplate("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(ValueError, match="rejects this conversation: roles must alternate"):
+        template.render(MESSAGES)
+    with pytest.raises(ValueError, match="rejects this conversation"):
+        ChatTemplate("{{ messages[0].content + 1 }}").render(MESSAGES)
+    with pytest.raises(ValueError, match="not valid Jinja"):
+        ChatTemplate("{% for %}")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages.__class__.__mro__ }}",
+        "{{ ''.__class__.__base__.__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].update(role='system') }}",
+        "{{ raise_exception.__globals__.keys() }}",
+        "{{ cycler.__init__.__globals__.os }}",
+        "{% include '/etc/passwd' %}",
+    ],
+)
+def test_a_template_cannot_leave_the_sandbox(source: str) -> None:
+    with pytest.raises(ValueError, match="rejects this conversation"):
+        ChatTemplate(source).render(MESSAGES)
+    assert MESSAGES[0]["role"] == "user"

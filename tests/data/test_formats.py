@@ -1,0 +1,109 @@
+"""Record layouts: recognised, read, and refused with the fields found and those expected."""
+
+import pytest
+
+from slothcore.data.formats import (
+    ChatExample,
+    TextExample,
+    alpaca_prompt,
+    check_format_name,
+    detect_format,
+    format_example,
+)
+
+WITH_INPUT = """Below is an instruction that describes a task, paired with an input that provides further context. \
+Write a response that appropriately completes the request.
+
+### Instruction:
+Translate.
+
+### Input:
+chat
+
+### Response:
+"""
+WITHOUT_INPUT = """Below is an instruction that describes a task. \
+Write a response that appropriately completes the request.
+
+### Instruction:
+Translate.
+
+### Response:
+"""
+TURNS = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"})
+
+
+@pytest.mark.parametrize(
+    ("record", "name", "example"),
+    [
+        ({"text": "a"}, "text", TextExample("", "a")),
+        ({"document": "a"}, "document", TextExample("", "a", running=True)),
+        ({"prompt": "a", "completion": "b"}, "prompt", TextExample("a", "b")),
+        ({"prompt": "a", "completion": 4}, "prompt", TextExample("a", "4")),
+        ({"instruction": "Translate.", "output": "cat"}, "alpaca", TextExample(WITHOUT_INPUT, "cat")),
+        ({"instruction": "Translate.", "input": "", "output": "cat"}, "alpaca", TextExample(WITHOUT_INPUT, "cat")),
+        ({"instruction": "Translate.", "input": None, "output": "cat"}, "alpaca", TextExample(WITHOUT_INPUT, "cat")),
+        ({"instruction": "Translate.", "input": "chat", "output": "cat"}, "alpaca", TextExample(WITH_INPUT, "cat")),
+        ({"instruction": "Translate.", "context": "chat", "response": "cat"}, "dolly", TextExample(WITH_INPUT, "cat")),
+        ({"messages": list(TURNS), "label": True}, "messages", ChatExample(TURNS)),
+        (
+            {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},
+            "conversations",
+            ChatExample(TURNS),
+        ),
+        # As a CSV cell holds it.
+        ({"messages": '[{"role": "user", "content": "hi"}]'}, "messages", ChatExample(TURNS[:1])),
+        ({"messages": list(TURNS), "tools": [{"name": "f"}]}, "messages", ChatExample(TURNS, ({"name": "f"},))),
+        ({"messages": list(TURNS), "text": "rendered"}, "messages", ChatExample(TURNS)),
+    ],
+)
+def test_layouts(record: dict, name: str, example: TextExample | ChatExample) -> None:
+    assert detect_format(record) == name
+    assert format_example(record) == example
+    assert format_example(record, format=name) == example
+
+
+def test_the_text_may_stand_in_another_field() -> None:
+    assert format_example({"body": "a", "title": "t"}, text_field="body") == TextExample("", "a")
+    with pytest.raises(ValueError, match=r"the fields 'text', but needs.*; body \(text\)"):
+        format_example({"text": "a"}, text_field="body")
+
+
+def test_braces_in_the_data_are_data() -> None:
+    assert "{input} {0}" in alpaca_prompt("{input} {0}", "{instruction}")
+
+
+@pytest.mark.parametrize(
+    ("record", "arguments", "message"),
+    [
+        (
+            {"promt": "a"},
+            {"where": "record 7"},
+            r"record 7 has the fields 'promt', but needs those of one format: mess",
+        ),
+        ({}, {}, "has the fields none"),
+        ({"instruction": "a"}, {"format": "alpaca"}, "lacks 'output': it has the fields 'instruction', and the format"),
+        ({"text": 3 * [1]}, {}, "'text' must be text, got list"),
+        ({"prompt": None, "completion": "b"}, {}, "'prompt' must be text, got NoneType"),
+        (["a"], {}, "must be an object with named fields, got list"),
+        ({"messages": []}, {}, "at least one message"),
+        ({"messages": "hi"}, {}, "must be a list"),
+        ({"messages": [{"role": "user"}]}, {}, "message 1: needs 'role' and 'content', has 'role'"),
+        ({"messages": ["hi"]}, {}, "message 1: needs 'role' and 'content', has str"),
+        (
+            {"conversations": [{"from": "cat", "value": "miaow"}]},
+            {},
+            "message 1: unknown speaker 'cat'; known are human",
+        ),
+        ({"messages": list(TURNS), "tools": {"name": "f"}}, {}, "'tools' must be a list of objects"),
+        ({"text": "a"}, {"format": "parquet"}, "unknown record format 'parquet'; known are auto, messages"),
+    ],
+)
+def test_refusals(record: dict, arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        format_example(record, **arguments)
+
+
+def test_aliases() -> None:
+    assert check_format_name("sharegpt") == "conversations"
+    assert check_format_name("auto") == "auto"

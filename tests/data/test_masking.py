@@ -1,0 +1,235 @@
+"""Rows and labels: what is learned, one begin and one end, what is cut and counted."""
+
+from pathlib import Path
+
+import pytest
+
+from slothcore.data.formats import ALPACA_PROMPT
+from slothcore.data.masking import IGNORED_LABEL, TokenizedRow, tokenise_dataset, tokenise_example
+from slothcore.data.tokenizer import Tokenizer
+from tests.data.tiny_tokenizers import (
+    CHATML,
+    CHATML_THINKING,
+    CHATML_WITH_BEGIN,
+    CHATML_WITH_CLOSING,
+    write_byte_tokenizer,
+    write_sentencepiece_tokenizer,
+)
+
+BOS, EOS, IM_START, IM_END = 1, 2, 3, 4
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "the first"},
+    {"role": "assistant", "content": "one"},
+    {"role": "user", "content": "the second"},
+    {"role": "assistant", "content": " two "},
+]
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    return Tokenizer.from_folder(write_byte_tokenizer(tmp_path / "bytes"))
+
+
+def chat_tokenizer(folder: Path, template: str) -> Tokenizer:
+    return Tokenizer.from_folder(write_byte_tokenizer(folder, config={"chat_template": template}))
+
+
+def learned(row: TokenizedRow, tokenizer: Tokenizer) -> list[str]:
+    """The text of each run of targets."""
+    runs: list[list[int]] = []
+    previous = IGNORED_LABEL
+    for token, label in zip(row.input_ids, row.labels, strict=True):
+        assert label in (token, IGNORED_LABEL)
+        if label != IGNORED_LABEL:
+            if previous == IGNORED_LABEL:
+                runs.append([])
+            runs[-1].append(label)
+        previous = label
+    return [tokenizer.decode(run, skip_special_tokens=False) for run in runs]
+
+
+def test_a_text_is_learned_whole_and_ends(tokenizer: Tokenizer) -> None:
+    row = tokenise_example({"text": "the cat"}, tokenizer, max_seq_length=100)
+    assert row.input_ids == row.labels
+    assert row.input_ids[0] == BOS
+    assert row.input_ids[-1] == EOS
+    assert row.input_ids.count(BOS) == row.input_ids.count(EOS) == 1
+    assert tokenizer.decode(row.input_ids) == "the cat"
+    assert row.num_targets == len(row.input_ids) - 1
+
+
+def test_ends_that_the_text_writes_are_not_doubled(tokenizer: Tokenizer) -> None:
+    written = tokenise_example({"text": "<s>the cat</s>"}, tokenizer, max_seq_length=100)
+    assert written == tokenise_example({"text": "the cat"}, tokenizer, max_seq_length=100)
+    row = tokenise_example({"prompt": "<s>Q", "completion": "A</s>"}, tokenizer, max_seq_length=100)
+    assert row == tokenise_example({"prompt": "Q", "completion": "A"}, tokenizer, max_seq_length=100)
+
+
+def test_a_tokenizer_that_adds_its_own_end(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(
+        write_byte_tokenizer(tmp_path, config={"add_bos_token": True, "add_eos_token": True})
+    )
+    row = tokenise_example({"prompt": "Q", "completion": "A"}, tokenizer, max_seq_length=100)
+    assert row.input_ids.count(EOS) == 1
+    assert learned(row, tokenizer) == ["A</s>"]
+
+
+def test_without_begin_and_end_tokens_none_are_added(tmp_path: Path) -> None:
+    folder = write_byte_tokenizer(tmp_path, add_bos=False, config={"bos_token": None, "eos_token": None})
+    tokenizer = Tokenizer.from_folder(folder)
+    row = tokenise_example({"text": "the cat"}, tokenizer, max_seq_length=100)
+    assert row.input_ids == row.labels == tokenizer.encode("the cat")
+
+
+def test_a_prompt_is_not_learned(tokenizer: Tokenizer) -> None:
+    record = {"instruction": "Say the.", "output": "the"}
+    row = tokenise_example(record, tokenizer, max_seq_length=1000)
+    assert learned(row, tokenizer) == ["the</s>"]
+    assert tokenizer.decode(row.input_ids) == ALPACA_PROMPT.format(instruction="Say the.") + "the"
+    whole = tokenise_example(record, tokenizer, max_seq_length=1000, completion_only_loss=False)
+    assert whole == TokenizedRow(row.input_ids, row.input_ids)
+
+
+def test_a_token_across_the_boundary_is_learned(tokenizer: Tokenizer) -> None:
+    """': ' is one token here, so the prompt ends inside it."""
+    row = tokenise_example({"prompt": "Q:", "completion": " the"}, tokenizer, max_seq_length=100)
+    assert learned(row, tokenizer) == [": the</s>"]
+
+
+def test_a_completion_gets_no_space_from_the_tokenizer(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(write_sentencepiece_tokenizer(tmp_path))
+    row = tokenise_example({"prompt": "What is 2?\n", "completion": "Two"}, tokenizer, max_seq_length=100)
+    assert tokenizer.decode(row.input_ids) == "What is 2?\nTwo"
+    assert [label for label in row.labels if label != IGNORED_LABEL] == [tokenizer.token_id(t) for t in "Two"] + [EOS]
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML_WITH_BEGIN])
+def test_the_assistants_turns_are_learned(tmp_path: Path, template: str) -> None:
+    tokenizer = chat_tokenizer(tmp_path, template)
+    row = tokenise_example({"messages": CHAT}, tokenizer, max_seq_length=1000)
+    assert learned(row, tokenizer) == ["one<|im_end|>\n", " two <|im_end|>\n"]
+    # The tokenizer adds a begin token to plain text, but a conversation has exactly those of its template.
+    assert row.input_ids.count(BOS) == template.count("bos_token")
+    assert tokenizer.decode(row.input_ids, skip_special_tokens=False) == tokenizer.apply_chat_template(CHAT)
+    whole = tokenise_example({"messages": CHAT}, tokenizer, max_seq_length=1000, completion_only_loss=False)
+    assert whole == TokenizedRow(row.input_ids, row.input_ids)
+
+
+def test_sharegpt_gives_the_same_row(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer(tmp_path, CHATML)
+    speakers = {"system": "system", "user": "human", "assistant": "gpt"}
+    turns = [{"from": speakers[m["role"]], "value": m["content"]} for m in CHAT]
+    given = tokenise_example({"conversations": turns}, tokenizer, max_seq_length=1000)
+    assert given == tokenise_example({"messages": CHAT}, tokenizer, max_seq_length=1000)
+
+
+def test_a_closing_after_the_last_message_only(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer(tmp_path, CHATML_WITH_CLOSING)
+    row = tokenise_example({"messages": CHAT}, tokenizer, max_seq_length=1000)
+    assert learned(row, tokenizer) == ["one<|im_end|>\n", " two <|im_end|>\n</s>"]
+
+
+def test_an_assistant_may_begin(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer(tmp_path, CHATML)
+    row = tokenise_example({"messages": CHAT[2:]}, tokenizer, max_seq_length=1000)
+    assert learned(row, tokenizer) == ["one<|im_end|>\n", " two <|im_end|>\n"]
+
+
+def test_a_template_that_rewrites_earlier_turns(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer(tmp_path, CHATML_THINKING)
+    thinking = [dict(m, content=f"<think>hm</think>{m['content']}") if m["role"] == "assistant" else m for m in CHAT]
+    with pytest.raises(ValueError, match=r"record 1: the chat template renders message 3 differently"):
+        tokenise_example({"messages": thinking}, tokenizer, max_seq_length=1000)
+    row = tokenise_example({"messages": thinking}, tokenizer, max_seq_length=1000, completion_only_loss=False)
+    assert row.num_targets == len(row.input_ids) - 1
+    # Thinking in the last turn alone is rendered as it is.
+    row = tokenise_example({"messages": [*CHAT[:4], thinking[4]]}, tokenizer, max_seq_length=1000)
+    assert learned(row, tokenizer) == ["one<|im_end|>\n", "<think>hm</think> two <|im_end|>\n"]
+
+
+def test_a_template_that_changes_the_text(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer(tmp_path, CHATML.replace("message.content", "message.content | upper"))
+    with pytest.raises(ValueError, match=r"record 1: the chat template changes the text of message 3"):
+        tokenise_example({"messages": CHAT}, tokenizer, max_seq_length=1000)
+
+
+def test_a_conversation_without_a_template(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match=r"record 1: .*has no chat template; add a chat_template.jinja"):
+        tokenise_example({"messages": CHAT}, tokenizer, max_seq_length=1000)
+
+
+def test_long_rows_are_truncated_or_dropped_and_counted(tokenizer: Tokenizer) -> None:
+    records = [{"text": "xyz"}, {"text": "x" * 8}, {"text": "x" * 100}, {"prompt": "x" * 50, "completion": "y"}]
+    rows, stats = tokenise_dataset(records, tokenizer, max_seq_length=10)
+    assert [len(row.input_ids) for row in rows] == [5, 10, 10]
+    assert rows[2].input_ids[-1] != EOS
+    assert (stats.records, stats.rows, stats.tokens, stats.targets) == (4, 3, 25, 22)
+    assert (stats.truncated, stats.dropped_overlength, stats.dropped_without_target) == (2, 0, 1)
+    assert stats.describe(10) == (
+        "4 records gave 3 rows of 25 tokens, 22 of them learned; 2 truncated to 10 tokens; "
+        "1 without a token to learn dropped"
+    )
+    rows, stats = tokenise_dataset(records, tokenizer, max_seq_length=10, overlength="drop")
+    assert [len(row.input_ids) for row in rows] == [5, 10]
+    assert (stats.truncated, stats.dropped_overlength, stats.dropped_without_target) == (0, 2, 0)
+    assert stats.describe(10).endswith("; 2 longer than 10 tokens dropped")
+
+
+def test_running_text_is_cut_into_rows_and_each_token_learned_once(tokenizer: Tokenizer) -> None:
+    text = "".join(chr(ord("a") + i * i % 26) for i in range(1000))
+    for length in (2, 3, 10, 1001, 1002, 2000):
+        rows, stats = tokenise_dataset([{"document": text}], tokenizer, max_seq_length=length, overlength="drop")
+        assert max(len(row.input_ids) for row in rows) <= length
+        targets = [label for row in rows for label in row.labels[1:]]
+        assert [rows[0].input_ids[0], *targets] == [*tokenizer.encode(text), EOS]
+        assert stats.truncated == stats.dropped_overlength == stats.dropped_without_target == 0
+    with pytest.raises(ValueError, match=r"fills .* rows"):
+        tokenise_example({"document": text}, tokenizer, max_seq_length=10)
+
+
+def test_nothing_left_is_refused_with_an_example(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match=r"no row has a token to learn .* One of the rows is: '<s>xxxxxxxxx'"):
+        tokenise_dataset([{"prompt": "x" * 50, "completion": "y"}] * 3, tokenizer, max_seq_length=10)
+    with pytest.raises(ValueError, match="all 2 records are longer than max_seq_length = 5 tokens"):
+        tokenise_dataset([{"text": "x" * 50}] * 2, tokenizer, max_seq_length=5, overlength="drop")
+    with pytest.raises(ValueError, match="the dataset has no records"):
+        tokenise_dataset([], tokenizer, max_seq_length=5)
+
+
+def test_bad_arguments(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="max_seq_length must be at least 2, got 1"):
+        tokenise_dataset([{"text": "a"}], tokenizer, max_seq_length=1)
+    with pytest.raises(ValueError, match="overlength must be 'truncate' or 'drop', got 'split'"):
+        tokenise_dataset([{"text": "a"}], tokenizer, max_seq_length=8, overlength="split")
+    with pytest.raises(ValueError, match="record 1002 has the fields 'txt'"):
+        tokenise_dataset([{"text": "a"}] * 1001 + [{"txt": "a"}], tokenizer, max_seq_length=8)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama-3", "qwen2.5-0.5b-instruct", "mistral-7b-instruct-v0.3", "phi-3-mini-128k-instruct"]
+)
+def test_published_templates_mark_the_assistants_turns(shared_data: Path, name: str) -> None:
+    tokenizer = Tokenizer.from_folder(shared_data / "tokenizers" / name)
+    chat = CHAT[1:]
+    row = tokenise_example({"messages": chat}, tokenizer, max_seq_length=1000)
+    ends = {
+        "llama-3": ("<|eot_id|>", "<|eot_id|>"),
+        "qwen2.5-0.5b-instruct": ("<|im_end|>\n", "<|im_end|>\n"),
+        "mistral-7b-instruct-v0.3": ("</s>", "</s>"),
+        "phi-3-mini-128k-instruct": ("<|end|>", "<|end|><|endoftext|>"),
+    }[name]
+    said = [run.replace(" ", "") for run in learned(row, tokenizer)]
+    assert said == [content + end for content, end in zip(("one", "two"), ends, strict=True)]
+    assert row.input_ids.count(tokenizer.bos_token_id) == (name in ("llama-3", "mistral-7b-instruct-v0.3"))
+
+
+def test_published_conversations(shared_data: Path) -> None:
+    from slothcore.data.files import load_dataset
+
+    tokenizer = Tokenizer.from_folder(shared_data / "tokenizers" / "llama-3")
+    records = load_dataset(shared_data / "datasets" / "oasst_100_sharegpt.json")
+    rows, stats = tokenise_dataset(records, tokenizer, max_seq_length=512)
+    assert stats.rows + stats.dropped_without_target == len(records)
+    assert 0 < stats.targets < stats.tokens
+    assert all(len(row.input_ids) == len(row.labels) <= 512 for row in rows)

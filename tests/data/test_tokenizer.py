@@ -1,0 +1,192 @@
+"""Tokenizer folders: ids and text as transformers gives them, special tokens, and clear errors."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer as TokenizerCore
+
+from slothcore.data.tokenizer import Tokenizer
+from tests.data.tiny_tokenizers import CHATML, write_byte_tokenizer, write_sentencepiece_tokenizer
+
+MIXED_TEXTS = [
+    "Hello, world!  Two  spaces\n\n\tand 12345 café — naïve 日本語 🙂 e\u0301",
+    " leading and trailing ",
+    "",
+    "\n\n\n",
+    "<s>[INST] inside</s> <|im_start|>user\nhi<|im_end|>\n<|end|> y <|eot_id|> z<|endoftext|>",
+    "it 's a do n't . , ! we 've I'LL",
+    "def f(x):\n    return x ** 2  # comment\n",
+]
+# The models' own config.json must lie beside: transformers chooses the tokenizer class by it.
+PUBLISHED = {
+    "tokenizers/llama-3": "Llama-3-8B",
+    "tokenizers/qwen2.5-0.5b-instruct": "Qwen2.5-0.5B",
+    "tokenizers/mistral-7b-instruct-v0.3": None,
+    "tokenizers/phi-3-mini-128k-instruct": "Phi-3-mini-4k-instruct",
+    "models/babyllama-105": None,
+}
+
+
+@pytest.fixture(params=PUBLISHED, ids=lambda name: name.split("/")[1])
+def published(request: pytest.FixtureRequest, shared_data: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(shared_data / request.param, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = PUBLISHED[request.param]
+    if config is not None:
+        shutil.copyfile(shared_data / "configs" / f"{config}.json", folder / "config.json")
+    return folder
+
+
+def test_ids_and_text_equal_transformers(published: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    reference = transformers.AutoTokenizer.from_pretrained(published)
+    ours = Tokenizer.from_folder(published)
+    assert ours.vocab_size == len(reference)
+    assert ours.bos_token_id == reference.bos_token_id
+    assert ours.eos_token_id == reference.eos_token_id
+    for text in MIXED_TEXTS:
+        for special in (True, False):
+            expected = reference(text, add_special_tokens=special).input_ids
+            assert ours.encode(text, add_special_tokens=special) == expected
+            for skip in (True, False):
+                assert ours.decode(expected, skip_special_tokens=skip) == reference.decode(
+                    expected, skip_special_tokens=skip
+                )
+    assert ours.encode_batch(MIXED_TEXTS) == [ours.encode(text) for text in MIXED_TEXTS]
+
+
+def test_chats_equal_transformers(published: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    reference = transformers.AutoTokenizer.from_pretrained(published)
+    ours = Tokenizer.from_folder(published)
+    if reference.chat_template is None:
+        assert ours.chat_template is None
+        return
+    messages = [
+        {"role": "user", "content": "Is 1 < 2 & <b>?"},
+        {"role": "assistant", "content": " Yes. "},
+        {"role": "user", "content": "日本語"},
+    ]
+    tools = [
+        {"type": "function", "function": {"name": "add", "description": "a < b", "parameters": {"type": "object"}}}
+    ]
+    for given in (None, tools):
+        for prompt in (True, False):
+            expected = reference.apply_chat_template(
+                messages, tools=given, add_generation_prompt=prompt, tokenize=False
+            )
+            assert ours.apply_chat_template(messages, prompt, tools=given) == expected
+
+
+def test_published_pad_tokens(shared_data: Path) -> None:
+    """Configured, dedicated, and neither: the end token."""
+    qwen = Tokenizer.from_folder(shared_data / "tokenizers/qwen2.5-0.5b-instruct")
+    assert qwen.pad_token_id == qwen.token_id("<|endoftext|>") != qwen.eos_token_id
+    llama = Tokenizer.from_folder(shared_data / "tokenizers/llama-3")
+    assert llama.pad_token_id == llama.token_id("<|finetune_right_pad_id|>")
+    baby = Tokenizer.from_folder(shared_data / "models/babyllama-105")
+    assert baby.pad_token_id == baby.eos_token_id
+
+
+def test_a_reserved_token_pads_before_the_end_token_does(tmp_path: Path) -> None:
+    folder = write_byte_tokenizer(tmp_path)
+    assert Tokenizer.from_folder(folder).pad_token_id == 2
+    core = TokenizerCore.from_file(str(folder / "tokenizer.json"))
+    core.add_special_tokens(["<|reserved_special_token_0|>"])
+    core.save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.pad_token_id == tokenizer.vocab_size - 1
+
+
+def test_special_tokens_may_be_dicts_and_stand_in_the_map(tmp_path: Path) -> None:
+    folder = write_byte_tokenizer(tmp_path)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<s>", "lstrip": False}}))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|im_end|>", "bos_token": "</s>"}))
+    tokenizer = Tokenizer.from_folder(folder)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 4)
+
+
+def test_the_config_decides_what_is_added_around_a_text(tmp_path: Path) -> None:
+    for add_bos in (True, False):
+        for wanted_bos in (True, False):
+            for wanted_eos in (True, False):
+                config = {"add_bos_token": wanted_bos, "add_eos_token": wanted_eos}
+                folder = write_byte_tokenizer(
+                    tmp_path / f"{add_bos}{wanted_bos}{wanted_eos}", add_bos=add_bos, config=config
+                )
+                tokenizer = Tokenizer.from_folder(folder)
+                plain = tokenizer.encode("the", add_special_tokens=False)
+                assert tokenizer.encode("the") == [1] * wanted_bos + plain + [2] * wanted_eos
+
+
+def test_saved_truncation_and_padding_are_ignored(tmp_path: Path) -> None:
+    folder = write_byte_tokenizer(tmp_path)
+    core = TokenizerCore.from_file(str(folder / "tokenizer.json"))
+    core.enable_truncation(3)
+    core.enable_padding(length=50)
+    core.save(str(folder / "tokenizer.json"))
+    assert len(Tokenizer.from_folder(folder).encode("a longer text")) == 14
+
+
+def test_tokens_that_only_the_config_lists_are_added(tmp_path: Path) -> None:
+    size = Tokenizer.from_folder(write_byte_tokenizer(tmp_path)).vocab_size
+    added = {str(size): {"content": "<|extra|>", "special": True}}
+    folder = write_byte_tokenizer(tmp_path, config={"added_tokens_decoder": added})
+    assert Tokenizer.from_folder(folder).encode("<|extra|>", add_special_tokens=False) == [size]
+    folder = write_byte_tokenizer(tmp_path, config={"added_tokens_decoder": {str(size + 7): {"content": "<|extra|>"}}})
+    with pytest.raises(ValueError, match="do not belong together"):
+        Tokenizer.from_folder(folder)
+
+
+def test_named_templates_and_the_jinja_file(tmp_path: Path) -> None:
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": CHATML}]
+    folder = write_byte_tokenizer(tmp_path, config={"chat_template": named})
+    messages = [{"role": "user", "content": "hi"}]
+    assert Tokenizer.from_folder(folder).apply_chat_template(messages) == "<|im_start|>user\nhi<|im_end|>\n"
+    (folder / "chat_template.jinja").write_text("{{ eos_token }}")
+    assert Tokenizer.from_folder(folder).apply_chat_template(messages) == "</s>"
+
+
+def test_save_copies_the_original_files(tmp_path: Path) -> None:
+    folder = write_byte_tokenizer(tmp_path / "a", config={"chat_template": CHATML})
+    (folder / "model.safetensors").write_bytes(b"weights")
+    Tokenizer.from_folder(folder).save(tmp_path / "b")
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    for file in (tmp_path / "b").iterdir():
+        assert file.read_bytes() == (folder / file.name).read_bytes()
+    Tokenizer.from_folder(folder).save(folder)
+
+
+def test_text_survives_a_round_trip(tmp_path: Path) -> None:
+    byte_level = Tokenizer.from_folder(write_byte_tokenizer(tmp_path / "byte"))
+    for text in MIXED_TEXTS:
+        plain = text.replace("<s>", "").replace("</s>", "").replace("<|im_start|>", "").replace("<|im_end|>", "")
+        assert byte_level.decode(byte_level.encode(plain)) == plain
+    pieces = Tokenizer.from_folder(write_sentencepiece_tokenizer(tmp_path / "pieces"))
+    assert pieces.decode(pieces.encode("What is 2? Two.")) == "What is 2? Two."
+
+
+def test_broken_folders(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no tokenizer.json in .*make one with transformers"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"not a valid tokenizer.json"):
+        Tokenizer.from_folder(tmp_path)
+    folder = write_byte_tokenizer(tmp_path / "tokenizer", config={"eos_token": "<|nowhere|>"})
+    with pytest.raises(ValueError, match=r"eos_token is '<\|nowhere\|>', which tokenizer.json does not hold"):
+        Tokenizer.from_folder(folder)
+    (folder / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="must hold a JSON object"):
+        Tokenizer.from_folder(folder)
+    (folder / "tokenizer_config.json").write_text("{,}")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        Tokenizer.from_folder(folder)
+
+
+def test_without_a_chat_template_the_remedy_is_said(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(write_byte_tokenizer(tmp_path))
+    assert tokenizer.chat_template is None
+    with pytest.raises(ValueError, match=r"has no chat template; add a chat_template.jinja"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])

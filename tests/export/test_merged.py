@@ -1,0 +1,240 @@
+"""save_merged: a complete folder that transformers reads with equal logits, or no folder at all."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from slothcore.data.tokenizer import Tokenizer
+from slothcore.export import merged
+from slothcore.export.merged import save_merged
+from slothcore.layers.linear import Linear
+from slothcore.lora.adapter_io import load_adapter, save_adapter
+from slothcore.lora.attach import add_lora
+from slothcore.lora.merge import merged_weight
+from slothcore.models.decoder import Decoder
+from slothcore.models.load import load_model
+from tests.data.tiny_tokenizers import CHATML, write_byte_tokenizer
+from tests.lora.reference import (
+    load_pair,
+    logits_of,
+    make_batch,
+    randomise_zero_factors,
+    reference_logits,
+    write_tiny_llama,
+)
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "all linears": ({}, {"r": 8}),
+    "tied head": ({"tie_word_embeddings": True}, {"r": 4, "use_rslora": True}),
+    "tied head adapted": ({"tie_word_embeddings": True}, {"r": 4, "target_modules": ["lm_head", "up_proj"]}),
+    "tied head trained": ({"tie_word_embeddings": True}, {"r": 4, "modules_to_save": ["lm_head"]}),
+    "biases and norms trained": (
+        {"attention_bias": True, "mlp_bias": True},
+        {"r": 4, "bias": "all", "modules_to_save": ["norm", "embed_tokens"]},
+    ),
+}
+
+
+def adapted(folder: Path, *, bits: int = 32, **options: Any) -> Decoder:
+    """A model whose adapter, and whatever else trains, has moved."""
+    model = load_model(folder, bits=bits, dtype=torch.float32, device="cpu")
+    add_lora(model, **options)
+    randomise_zero_factors(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora" not in name:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def through_transformers(folder: Path) -> Tensor:
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    return reference_logits(model, make_batch(97))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("bits", [32, 4])
+def test_transformers_gives_the_same_logits(tmp_path: Path, name: str, bits: int) -> None:
+    model_options, options = CASES[name]
+    model = adapted(write_tiny_llama(tmp_path / "base", **model_options), bits=bits, **options)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    save_merged(model, None, tmp_path / "merged", dtype=torch.float32)
+    expected = logits_of(model, make_batch(97))
+    assert (through_transformers(tmp_path / "merged") - expected).abs().max() < 1e-4
+    # And so does slothcore; the model itself was only read.
+    again = load_model(tmp_path / "merged", bits=32, device="cpu")
+    assert (logits_of(again, make_batch(97)) - expected).abs().max() < 1e-4
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_the_head_is_stored_once_exactly_if_it_is_still_the_embedding(tmp_path: Path) -> None:
+    for name, tied in (("tied head", True), ("tied head adapted", False), ("tied head trained", False)):
+        model_options, options = CASES[name]
+        model = adapted(write_tiny_llama(tmp_path / name / "base", **model_options), **options)
+        save_merged(model, None, tmp_path / name / "merged")
+        config = json.loads((tmp_path / name / "merged" / "config.json").read_text())
+        assert config["tie_word_embeddings"] is tied
+        assert ("lm_head.weight" in load_file(tmp_path / name / "merged" / "model.safetensors")) is not tied
+
+
+def test_the_folder_is_complete(tmp_path: Path) -> None:
+    base = write_tiny_llama(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    model = adapted(base, r=4)
+    model.hf_config = {**config, "quantization_config": {"load_in_4bit": True}, "_name_or_path": "/somewhere"}
+    model.generation_config = {"temperature": 0.6, "do_sample": True}
+    tokenizer = Tokenizer.from_folder(write_byte_tokenizer(tmp_path / "tokenizer", config={"chat_template": CHATML}))
+    save_merged(model, tokenizer, tmp_path / "a" / "merged", max_shard_bytes=100_000)
+    folder = tmp_path / "a" / "merged"
+    assert [p.name for p in folder.parent.iterdir()] == ["merged"]
+    shards = sorted(folder.glob("model-*-of-*.safetensors"))
+    assert len(shards) > 1
+    assert {p.name for p in folder.iterdir()} - {p.name for p in shards} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    written = json.loads((folder / "config.json").read_text())
+    assert written.get("dtype", written.get("torch_dtype")) == "bfloat16"
+    assert not {"quantization_config", "_name_or_path"} & written.keys()
+    assert {k: v for k, v in written.items() if "dtype" not in k} == {
+        k: v for k, v in config.items() if "dtype" not in k
+    }
+    assert json.loads((folder / "generation_config.json").read_text()) == model.generation_config
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    for shard in shards:
+        assert shard.stat().st_size < 120_000
+        with safe_open(shard, framework="pt") as file:
+            assert file.metadata() == {"format": "pt"}
+            for name in list(file.keys()):
+                assert index["weight_map"][name] == shard.name
+                assert file.get_slice(name).get_dtype() == "BF16"
+    assert Tokenizer.from_folder(folder).encode("the cat") == tokenizer.encode("the cat")
+    assert through_transformers(folder).isfinite().all()
+
+
+def test_a_weight_is_rounded_once(tmp_path: Path) -> None:
+    """bfloat16 of the float32 sum; adding in bfloat16, or rounding the base first, gives other bits."""
+    _, reference = load_pair(write_tiny_llama(tmp_path), bits=4)
+    model = adapted(tmp_path, bits=4, r=8)
+    differs = 0
+    for path, linear in model.named_modules():
+        if not isinstance(linear, Linear) or linear.lora_A is None:
+            continue
+        base = reference.get_submodule(path).weight.detach()
+        delta = linear.lora_scaling * (linear.lora_B @ linear.lora_A).detach()
+        exact = (base.double() + delta.double()).float()
+        torch.testing.assert_close(merged_weight(linear, torch.float32), exact, rtol=1e-6, atol=1e-7)
+        rounded = merged_weight(linear, torch.bfloat16)
+        assert torch.equal(rounded, merged_weight(linear, torch.float32).bfloat16())
+        differs += int((rounded != base.bfloat16() + delta.bfloat16()).sum())
+    assert differs > 0
+
+
+def test_a_model_without_an_adapter_is_saved_as_it_is(tmp_path: Path) -> None:
+    base = write_tiny_llama(tmp_path / "base")
+    save_merged(load_model(base, bits=32, device="cpu"), None, tmp_path / "merged", dtype=torch.float32)
+    mine, original = load_file(tmp_path / "merged" / "model.safetensors"), load_file(base / "model.safetensors")
+    assert mine.keys() == original.keys()
+    assert all(torch.equal(mine[name], original[name]) for name in mine)
+
+
+def test_an_existing_folder_is_replaced(tmp_path: Path) -> None:
+    model = adapted(write_tiny_llama(tmp_path / "base"), r=4)
+    folder = tmp_path / "merged"
+    save_merged(model, None, folder, max_shard_bytes=100_000)
+    (folder / "notes.txt").write_text("mine")
+    save_merged(model, None, folder)
+    names = {p.name for p in folder.iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors", "notes.txt"}
+    assert through_transformers(folder).isfinite().all()
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(write_tiny_llama(tmp_path / "base"), r=4)
+    tokenizer = Tokenizer.from_folder(write_byte_tokenizer(tmp_path / "tokenizer"))
+
+    def failing(model: Decoder, dtype: torch.dtype) -> Any:
+        yield from list(original(model, dtype))[:5]
+        raise OSError("no space left on device")
+
+    original = merged.merged_state
+    monkeypatch.setattr(merged, "merged_state", failing)
+    with pytest.raises(OSError, match="no space"):
+        save_merged(model, tokenizer, tmp_path / "out" / "merged", max_shard_bytes=10_000)
+    assert list((tmp_path / "out").iterdir()) == []
+    monkeypatch.undo()
+
+    monkeypatch.setattr(Tokenizer, "save", lambda self, path: failing_save(path))
+
+    def failing_save(path: Path) -> None:
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        save_merged(model, tokenizer, tmp_path / "out" / "merged")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_only_one_shard_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a weight is asked for, those of earlier shards are no longer referred to."""
+    import weakref
+
+    model = adapted(write_tiny_llama(tmp_path / "base"), r=4)
+    alive: list[tuple[int, weakref.ref[Tensor]]] = []
+    largest = 0
+    original = merged.merged_state
+
+    def watching(model: Decoder, dtype: torch.dtype) -> Any:
+        nonlocal largest
+        for name, tensor in original(model, dtype):
+            alive.append((tensor.nbytes, weakref.ref(tensor)))
+            yield name, tensor
+            del tensor
+            largest = max(largest, sum(size for size, ref in alive if ref() is not None))
+
+    monkeypatch.setattr(merged, "merged_state", watching)
+    limit = 50_000
+    save_merged(model, None, tmp_path / "merged", max_shard_bytes=limit)
+    assert sum(size for size, _ in alive) > 4 * limit
+    # The shard that is full and the weight that did not fit into it.
+    assert largest <= limit + max(size for size, _ in alive)
+
+
+@pytest.mark.gpu
+def test_a_gpu_merges_the_same_weights(tmp_path: Path) -> None:
+    base = write_tiny_llama(tmp_path / "base")
+    model = load_model(base, bits=4, dtype=torch.bfloat16, device="cuda")
+    randomise_zero_factors(add_lora(model, r=4, modules_to_save=["lm_head"]))
+    save_adapter(model, tmp_path / "adapter")
+    save_merged(model, None, tmp_path / "gpu", dtype=torch.float32)
+    on_cpu = load_adapter(load_model(base, bits=4, dtype=torch.bfloat16, device="cpu"), tmp_path / "adapter")
+    save_merged(on_cpu, None, tmp_path / "cpu", dtype=torch.float32)
+    mine, theirs = (load_file(tmp_path / folder / "model.safetensors") for folder in ("gpu", "cpu"))
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_refusals(tmp_path: Path) -> None:
+    model = adapted(write_tiny_llama(tmp_path / "base"), r=4)
+    with pytest.raises(
+        ValueError, match=r"dtype must be torch.bfloat16, torch.float16 or torch.float32, got torch.int8"
+    ):
+        save_merged(model, None, tmp_path / "merged", dtype=torch.int8)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file; give a folder"):
+        save_merged(model, None, tmp_path / "file")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "file"]

@@ -1,0 +1,104 @@
+"""Text in, text out, with a toy tokenizer whose every token is one word."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer as Core
+from tokenizers import models, pre_tokenizers
+
+from slothcore.data.tokenizer import Tokenizer
+from slothcore.inference.generate import generate
+from slothcore.models.decoder import Decoder
+from slothcore.models.load import from_config
+
+WORDS = 30
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": WORDS,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.5,
+}
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    core = Core(models.WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.save(str(tmp_path / "tokenizer.json"))
+    return Tokenizer.from_folder(tmp_path)
+
+
+@pytest.fixture
+def model() -> Decoder:
+    return from_config(CONFIG, device="cpu").eval()
+
+
+PROMPTS = ["w3 w4 w5", "w7", "w9 w1 w2 w8 w20", "w11 w12", "w13"]
+
+
+def test_texts_are_the_decoded_ids(model: Decoder, tokenizer: Tokenizer) -> None:
+    texts = generate(model, tokenizer, PROMPTS, max_new_tokens=9)
+    for prompt, text in zip(PROMPTS, texts, strict=True):
+        ids = tokenizer.encode(prompt)
+        continued = model.generate(torch.tensor(ids), max_new_tokens=9)
+        assert text == " ".join(f"w{i}" for i in continued[0, len(ids) :].tolist())
+
+
+def test_one_prompt_may_be_a_string(model: Decoder, tokenizer: Tokenizer) -> None:
+    assert generate(model, tokenizer, PROMPTS[0], max_new_tokens=4) == generate(
+        model, tokenizer, PROMPTS[:1], max_new_tokens=4
+    )
+    assert generate(model, tokenizer, [], max_new_tokens=4) == []
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
+def test_batch_size_does_not_matter(model: Decoder, tokenizer: Tokenizer, batch_size: int) -> None:
+    expected = generate(model, tokenizer, PROMPTS, max_new_tokens=9, batch_size=3)
+    assert generate(model, tokenizer, PROMPTS, max_new_tokens=9, batch_size=batch_size) == expected
+
+
+def test_end_of_sequence_ends_a_text(model: Decoder, tokenizer: Tokenizer) -> None:
+    words = generate(model, tokenizer, PROMPTS[0], max_new_tokens=9)[0].split()
+    model.generation_config = {"eos_token_id": int(words[4][1:])}
+    expected = words[: words.index(words[4])]
+    assert generate(model, tokenizer, PROMPTS[0], max_new_tokens=9)[0].split() == expected
+
+
+def test_stop_strings(model: Decoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = generate(model, tokenizer, PROMPTS, max_new_tokens=9)
+    stops = [" ".join(free[0].split()[3:5]), free[2].split()[5]]
+    expected = []
+    for text in free:
+        cuts = [text.index(stop) for stop in stops if stop in text]
+        expected.append(text[: min(cuts)] if cuts else text)
+    assert expected[0] != free[0]
+    assert generate(model, tokenizer, PROMPTS, max_new_tokens=9, stop=stops) == expected
+
+    steps = []
+    monkeypatch.setattr(model, "logits", lambda hidden: steps.append(1) or Decoder.logits(model, hidden))
+    assert generate(model, tokenizer, PROMPTS[0], max_new_tokens=9, stop=stops[0]) == expected[:1]
+    complete = free[0].index(stops[0]) + len(stops[0])
+    assert len(steps) == len(free[0][:complete].split()) < 9, "generation ends when the stop string is complete"
+
+
+def test_seeds(model: Decoder, tokenizer: Tokenizer) -> None:
+    def draw(seed: int) -> list[str]:
+        return generate(model, tokenizer, [PROMPTS[0]] * 4, max_new_tokens=9, temperature=1.0, seed=seed, batch_size=2)
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+    first, second, third, fourth = draw(1)
+    assert (first, second) != (third, fourth), "each batch draws its own numbers"
+
+
+def test_wrong_arguments(model: Decoder, tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="the prompt '' has no token"):
+        generate(model, tokenizer, ["w1", ""], max_new_tokens=3)
+    with pytest.raises(ValueError, match="stop must not hold an empty string"):
+        generate(model, tokenizer, "w1", max_new_tokens=3, stop=["", "a"])
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        generate(model, tokenizer, "w1", max_new_tokens=3, batch_size=0)

@@ -1,0 +1,67 @@
+"""RMSNorm as a module: the formula, the fused residual add, and who gets a gradient."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from slothcore.layers.norm import RMSNorm
+from tests.numerics import relative_error
+
+T, H = 5, 12
+
+
+def formula(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * (weight + offset)
+
+
+@pytest.fixture(params=[(0.0, True), (1.0, False)], ids=["llama", "gemma"])
+def norm(request: pytest.FixtureRequest) -> RMSNorm:
+    offset, cast = request.param
+    module = RMSNorm(H, eps=1e-3, weight_offset=offset, cast_before_weight=cast, dtype=torch.float64)
+    torch.nn.init.normal_(module.weight)
+    return module
+
+
+def test_formula(norm: RMSNorm) -> None:
+    x = torch.randn(T, H, dtype=torch.float64)
+    torch.testing.assert_close(norm(x), formula(x, norm.weight, norm.eps, norm.weight_offset))
+
+
+def test_residual_is_added_first_and_handed_on(norm: RMSNorm) -> None:
+    branch = torch.randn(T, H, dtype=torch.float64, requires_grad=True)
+    residual = torch.randn(T, H, dtype=torch.float64, requires_grad=True)
+    to_y, to_h = torch.randn(2, T, H, dtype=torch.float64)
+    y, h = norm(branch, residual)
+    assert torch.equal(h, branch + residual)
+    torch.testing.assert_close(y, formula(h, norm.weight, norm.eps, norm.weight_offset))
+    actual = torch.autograd.grad((y * to_y).sum() + (h * to_h).sum(), (branch, residual, norm.weight))
+
+    h = branch + residual
+    y = formula(h, norm.weight, norm.eps, norm.weight_offset)
+    expected = torch.autograd.grad((y * to_y).sum() + (h * to_h).sum(), (branch, residual, norm.weight))
+    for gradient, reference in zip(actual, expected, strict=True):
+        # The weight gradient is summed in float32.
+        assert relative_error(gradient, reference) < 1e-6
+
+
+def test_a_frozen_weight_gets_no_gradient(norm: RMSNorm) -> None:
+    norm.weight.requires_grad_(False)
+    x = torch.randn(T, H, dtype=torch.float64, requires_grad=True)
+    norm(x).sum().backward()
+    assert x.grad is not None
+    assert norm.weight.grad is None
+
+
+def test_rounding_order_is_a_choice() -> None:
+    """In bfloat16 the two orders differ, and each equals its own definition to the bit."""
+    x = torch.randn(200, 64).bfloat16()
+    early = RMSNorm(64, eps=1e-6, cast_before_weight=True, dtype=torch.bfloat16)
+    late = RMSNorm(64, eps=1e-6, cast_before_weight=False, dtype=torch.bfloat16)
+    weight = torch.randn(64).bfloat16()
+    for module in (early, late):
+        module.weight.data.copy_(weight)
+    wide = x.float()
+    unit = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+    assert torch.equal(early(x), weight * unit.bfloat16())
+    assert torch.equal(late(x), (weight.float() * unit).bfloat16())
+    assert not torch.equal(early(x), late(x))

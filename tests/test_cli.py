@@ -1,0 +1,142 @@
+"""The command: help that teaches, flags that reach the call, and a round from training to an answer."""
+
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from slothcore.cli import build_parser, main
+from slothcore.training.config import TrainConfig
+from slothcore.version import __version__
+from tests.training.tiny import write_model, write_records
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    write_model(folder / "model")
+    write_records(folder / "data.jsonl", 8)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder) -> Path:
+    (folder / "run.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "model": str(folder / "model"),
+                "data": str(folder / "data.jsonl"),
+                "output_dir": str(folder / "run"),
+                "device": "cpu",
+                "bits": 4,
+                "r": 4,
+                "max_steps": 50,
+                "plot": False,
+                "disable_tqdm": True,
+            }
+        )
+    )
+    assert main(["train", "--config", str(folder / "run.yaml"), "--max_steps", "3", "--target-modules", "q_proj"]) == 0
+    return folder / "run"
+
+
+def test_flags_reach_the_run_and_the_run_repeats(folder, run) -> None:
+    config = TrainConfig.from_yaml(run / "config.yaml")
+    assert (config.max_steps, config.target_modules, config.bits) == (3, "q_proj", 4)
+    repeated = folder / "repeated"
+    assert main(["train", "--config", str(run / "config.yaml"), "--output-dir", str(repeated)]) == 0
+    ours, theirs = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (run, repeated))
+    assert all((ours[name] == theirs[name]).all() for name in ours | theirs)
+
+
+def test_the_adapter_names_its_base(folder, run) -> None:
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(folder / "model")
+
+
+def test_the_end_of_training_says_how_to_talk_to_the_result(folder, run, capsys) -> None:
+    argv = ["train", "--config", str(run / "config.yaml"), "--output-dir", str(folder / "talk")]
+    assert main(argv) == 0
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last == f"talk to it: slothcore generate --model {folder / 'talk'} --prompt 'Hello'"
+
+
+@pytest.mark.parametrize("which", ["run", "run/adapter", "run/checkpoint-3", "model"])
+def test_generate_opens_runs_adapters_and_models(folder, run, capsys, which) -> None:
+    capsys.readouterr()
+    argv = ["generate", "--model", str(folder / which), "--device", "cpu", "--prompt", "Add 1", "Add 2"]
+    assert main([*argv, "--max-new-tokens", "3"]) == 0
+    assert capsys.readouterr().out
+
+
+def test_prompts_from_a_file_are_those_of_the_flag(folder, run, capsys) -> None:
+    (folder / "prompts.txt").write_text("Add 1\n\nAdd 2\n")
+    common = ["generate", "--model", str(run), "--device", "cpu", "--max-new-tokens", "3"]
+    outputs = []
+    for further in (["--prompt", "Add 1", "Add 2"], ["--prompts-file", str(folder / "prompts.txt")]):
+        capsys.readouterr()
+        assert main([*common, *further]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+
+
+def test_merge_writes_a_model_that_answers_like_the_run(folder, run, capsys) -> None:
+    merged = folder / "merged"
+    argv = ["merge", "--model", str(run), "--output-dir", str(merged), "--dtype", "float32", "--device", "cpu"]
+    assert main(argv) == 0
+    outputs = []
+    for model in (run, merged):
+        capsys.readouterr()
+        bits = "4" if model == run else "32"
+        assert main(["generate", "--model", str(model), "--device", "cpu", "--bits", bits, "--prompt", "Add 3"]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+
+
+def test_help_lists_every_option_with_its_default_and_an_example(capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for item in fields(TrainConfig):
+        assert f"--{item.name.replace('_', '-')}" in text
+    assert {f"{item.metadata['group']}:" for item in fields(TrainConfig)} <= set(text.splitlines())
+    assert "examples:\n  slothcore train --model" in text
+
+
+def test_the_examples_of_the_help_are_valid() -> None:
+    parser = build_parser()
+    for example in (
+        "train --model meta-llama/Llama-3.2-1B --data alpaca.json --max-steps 200 --output-dir runs/alpaca",
+        "train --config run.yaml --learning-rate 1e-4",
+        "train --config runs/alpaca/config.yaml --resume-from-checkpoint latest",
+        "merge --model runs/alpaca --output-dir merged",
+    ):
+        assert parser.parse_known_args(example.split())[1] == []
+
+
+def test_the_script_works_from_a_checkout(tmp_path) -> None:
+    """Away from the repository, where only the script's own path leads to the package."""
+    result = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "train.py", "--bits", "3"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 2
+    assert result.stderr == "slothcore: error: bits must be 4 | 16 | 32, got '3'\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_version(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"slothcore {__version__}\n"

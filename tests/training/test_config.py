@@ -1,0 +1,90 @@
+"""Options from Python, YAML and flags; an unknown name or wrong value is one sentence."""
+
+from dataclasses import fields
+
+import pytest
+
+from slothcore.training.config import TrainConfig, field_types
+from slothcore.training.options import describe
+
+
+def test_flags_stand_on_top_of_the_file(tmp_path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("max_steps: 5\nlearning_rate: 1e-4\ntarget_modules: [q_proj, v_proj]\npacking: true\n")
+    config = TrainConfig.from_sources(path, {"max_steps": "7", "bits": "16"})
+    assert (config.max_steps, config.learning_rate, config.bits) == (7, 1e-4, 16)
+    assert config.target_modules == ("q_proj", "v_proj")
+    assert config.packing is True
+
+
+def test_the_written_configuration_repeats_the_run(tmp_path) -> None:
+    config = TrainConfig(
+        model="a/b",
+        data=("x.json", "y.json"),
+        lora_dropout=0.1,
+        modules_to_save=("lm_head",),
+        adam_epsilon=1e-9,
+        resume_from_checkpoint="latest",
+        overwrite_output_dir=True,
+    )
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml())
+    again = TrainConfig.from_yaml(path)
+    for item in fields(TrainConfig):
+        if item.name in ("resume_from_checkpoint", "overwrite_output_dir"):
+            assert getattr(again, item.name) == item.default
+        else:
+            assert getattr(again, item.name) == getattr(config, item.name)
+
+
+def test_every_option_explains_itself() -> None:
+    for item in fields(TrainConfig):
+        assert item.metadata["help"]
+        assert item.metadata["group"]
+        assert describe(field_types()[item.name])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learning_rat": 1}, "unknown option 'learning_rat' in the configuration; did you mean 'learning_rate'"),
+        ({"lora_r": 8}, "unknown option 'lora_r'.*did you mean"),
+        ({"bits": 3}, "bits must be 4 | 16 | 32, got 3"),
+        ({"bits": True}, "bits must be"),
+        ({"max_steps": 2.5}, "max_steps must be a whole number, got 2.5"),
+        ({"max_steps": 0}, "max_steps must be at least 1, or -1"),
+        ({"r": 0}, "r must be at least 1, got 0"),
+        ({"r": True}, "r must be a whole number, got True"),
+        ({"learning_rate": "fast"}, "learning_rate must be a number, got 'fast'"),
+        ({"learning_rate": -1}, "learning_rate must be greater than 0, got -1"),
+        ({"weight_decay": "inf"}, "weight_decay must be finite, got inf"),
+        ({"learning_rate": float("nan")}, "learning_rate must be finite, got nan"),
+        ({"lora_dropout": 1.0}, r"lora_dropout must lie in \[0, 1\), got 1.0"),
+        ({"packing": "perhaps"}, "packing must be true or false, got 'perhaps'"),
+        ({"optim": "sgd"}, "optim must be adamw | adamw_8bit, got 'sgd'"),
+        ({"target_modules": [1]}, r"target_modules must be text or a list of names, got \[1\]"),
+        ({"warmup_steps": 3, "warmup_ratio": 0.1}, "warmup_steps .3. and warmup_ratio .0.1. are both set"),
+        ({"full_finetuning": True}, "full_finetuning trains dense weights, and bits is 4"),
+        ({"eval_data": "a", "eval_fraction": 0.1}, "eval_data and eval_fraction are both set"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(values, message) -> None:
+    with pytest.raises(ValueError, match=message.replace("|", r"\|")) as caught:
+        TrainConfig.from_dict(values)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "!!python/object/apply:os.getcwd []\n"])
+def test_a_file_that_is_no_mapping_of_plain_values_is_refused(tmp_path, text) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"run\.yaml"):
+        TrainConfig.from_yaml(path)
+
+
+def test_none_and_true_in_words() -> None:
+    config = TrainConfig(
+        max_seq_length="none", eval_steps="5", resume_from_checkpoint="true", completion_only_loss="no"
+    )
+    assert (config.max_seq_length, config.eval_steps) == (None, 5)
+    assert (config.resume_from_checkpoint, config.completion_only_loss) == ("latest", False)

@@ -1,0 +1,111 @@
+"""Training on a GPU: 8-bit AdamW, float16 with loss scaling, resuming, and an optimizer step that waits for nothing."""
+
+import pytest
+import torch
+
+from slothcore.lora.attach import add_lora
+from slothcore.models.load import from_config
+from slothcore.training.config import TrainConfig
+from slothcore.training.report import read_log
+from slothcore.training.trainer import SFTTrainer
+from tests.training.tiny import CONFIG, random_rows
+
+pytestmark = pytest.mark.gpu
+
+# Head dimension 64, a multiple of NF4's block in every row, and parameters large enough for 8-bit state.
+SHAPE = {
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "initializer_range": 0.03,
+}
+
+
+def trainer(output_dir, *, dtype: torch.dtype = torch.bfloat16, bits: int = 4, **options) -> SFTTrainer:
+    torch.manual_seed(0)
+    full = bool(options.get("full_finetuning"))
+    model = from_config({**CONFIG, **SHAPE}, bits=bits, dtype=dtype, device="cuda")
+    if not full:
+        add_lora(model, r=16, lora_dropout=options.pop("lora_dropout", 0.0))
+    config = TrainConfig(
+        output_dir=str(output_dir),
+        bits=bits,
+        **{
+            "max_steps": 8,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "save_steps": 0,
+            "plot": False,
+            "disable_tqdm": True,
+            **options,
+        },
+    )
+    return SFTTrainer(model, None, random_rows(16, longest=100), config=config)
+
+
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_loss_falls(tmp_path, dtype, optim) -> None:
+    run = trainer(tmp_path, dtype=dtype, optim=optim, max_steps=30)
+    assert run.scaler.is_enabled() == (dtype == torch.float16)
+    run.train()
+    log = read_log(tmp_path / "log.jsonl")
+    losses = [record["loss"] for record in log]
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
+    assert log[-1]["memory_gib"] > 0
+
+
+def test_all_weights_train(tmp_path) -> None:
+    run = trainer(tmp_path, bits=16, full_finetuning=True, max_steps=30)
+    run.train()
+    losses = [record["loss"] for record in read_log(tmp_path / "log.jsonl")]
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
+
+
+def test_float16_steps_have_the_size_of_float32_ones(tmp_path) -> None:
+    """The scale is taken out of the gradient before it is clipped and reported."""
+    norms = []
+    for name, dtype in {"half": torch.float16, "single": torch.float32}.items():
+        trainer(tmp_path / name, dtype=dtype, max_steps=1).train()
+        norms.append(read_log(tmp_path / name / "log.jsonl")[0]["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=0.05)
+
+
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
+def test_state_comes_back_to_the_last_bit(tmp_path, optim) -> None:
+    """Kernels may add in another order from run to run, so what is compared is the restored state, not the course."""
+    options = {"optim": optim, "dtype": torch.float16, "lora_dropout": 0.1}
+    first = trainer(tmp_path, max_steps=4, save_steps=4, **options)
+    first.train()
+    generator = torch.cuda.get_rng_state()
+    second = trainer(tmp_path, max_steps=8, resume_from_checkpoint="latest", **options)
+    assert not torch.equal(torch.cuda.get_rng_state(), generator)  # drawing the second model moved it
+    assert second._begin().step == 4
+    assert torch.equal(torch.cuda.get_rng_state(), generator)
+    assert second.scaler.get_scale() == first.scaler.get_scale()
+    for name, parameter in first.parameters.items():
+        assert torch.equal(parameter, second.parameters[name]), name
+        ours, theirs = first.optimizer.state[parameter], second.optimizer.state[second.parameters[name]]
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            assert type(value) is type(theirs[key])
+            assert torch.equal(value, theirs[key]) if isinstance(value, torch.Tensor) else value == theirs[key], key
+            if isinstance(value, torch.Tensor):
+                assert (value.dtype, value.device) == (theirs[key].dtype, theirs[key].device)
+    if optim == "adamw_8bit":
+        assert any(s.get("state1", torch.empty(0)).dtype == torch.uint8 for s in first.optimizer.state.values())
+
+
+def test_a_step_does_not_wait_for_the_gpu(tmp_path) -> None:
+    run = trainer(tmp_path, max_grad_norm=0.5)
+    for step in range(2):  # compiles kernels and allocates state
+        run._optimizer_step(run.schedule.plan(step), 1e-3)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run._optimizer_step(run.schedule.plan(2), 1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
