@@ -71,7 +71,9 @@ def test_every_kernel_has_an_eager_twin_with_the_same_signatures() -> None:
         shared = fused.keys() & eager.keys()
         assert shared, f"{kernel_file.name} and its twin share no function"
         for name in shared:
-            assert parameters(fused[name]) == parameters(eager[name]), f"{kernel_file.stem}.{name} differs from its twin"
+            assert parameters(fused[name]) == parameters(eager[name]), (
+                f"{kernel_file.stem}.{name} differs from its twin"
+            )
         for name, function in fused.items():
             assert name in shared or not launches(function), f"{kernel_file.stem}.{name} has no twin"
 

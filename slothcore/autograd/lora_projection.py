@@ -37,7 +37,7 @@ from slothcore.kernels import lora_gemm, lora_gemm_eager, nf4_gemm
 from slothcore.kernels.nf4_tensor import BLOCK, Nf4Tensor
 
 # Up to this many rows the NF4 weight is decoded inside the matrix product; above, once into a scratch tile.
-NF4_IN_KERNEL_ROWS = 64
+NF4_IN_KERNEL_ROWS = 256
 
 
 def project(x: Tensor, group: Group, lora_A: Factors, lora_B: Factors, bias: Factors) -> tuple[Tensor, Tensor | None]:

@@ -79,7 +79,7 @@ def forward_tile(head_dim: int, dtype: torch.dtype, capability: tuple[int, int] 
         return scalar
     width = padded_head_dim(head_dim)
     if shared_memory_kib(capability) == 227:
-        return Tile(128, 64, 8, 2) if width == 256 else Tile(128, 64, 8, 3)
+        return Tile(128, 64, 8, 2) if width == 256 else Tile(64, 64, 4, 3)
     if width == 256:
         return Tile(64, 32, 4, 2)
     return Tile(128, 64, 4 if width <= 64 else 8, 2)

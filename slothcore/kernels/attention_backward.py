@@ -64,7 +64,7 @@ def key_gradient_tile(head_dim: int, dtype: torch.dtype, capability: tuple[int, 
         return scalar
     width, memory = padded_head_dim(head_dim), shared_memory_kib(capability)
     if memory == 227:
-        return Tile(32, 64, 8, 2) if width == 256 else Tile(64, 128, 8, 2)
+        return Tile(32, 64, 8, 2) if width == 256 else Tile(32, 64, 4, 3)
     if width == 256:
         return Tile(32, 32 if memory == 99 else 64, 8, 1)
     return Tile(64 if width <= 64 else 32, 64, 4, 2)
@@ -242,22 +242,33 @@ def attention_key_gradient_kernel(
         q_head_ptr = q_ptr + head * stride_q_head
         dout_head_ptr = dout_ptr + head * stride_dout_head
         stats_head_ptr = stats_ptr + (head * tokens.to(tl.int64) + start) * STATS
-        dk, dv = _add_key_gradient(
-            dk, dv, k, v, q_head_ptr, dout_head_ptr, stats_head_ptr, stride_q_row, stride_dout_row, start, length, key,
-            key, tl.minimum(first_whole, last_query), score_scale, cap_scale, window,
+        if k.dtype == tl.float32:
+            # A sum for each head: one over all of them is so long that its rounding would show.
+            dk_head = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
+            dv_head = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
+        else:
+            dk_head, dv_head = dk, dv
+        dk_head, dv_head = _add_key_gradient(
+            dk_head, dv_head, k, v, q_head_ptr, dout_head_ptr, stats_head_ptr, stride_q_row, stride_dout_row,
+            start, length, key, key, tl.minimum(first_whole, last_query), score_scale, cap_scale, window,
             True, WINDOWED, CAPPED, HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D,
         )  # fmt: skip
-        dk, dv = _add_key_gradient(
-            dk, dv, k, v, q_head_ptr, dout_head_ptr, stats_head_ptr, stride_q_row, stride_dout_row, start, length, key,
-            first_whole, last_whole, score_scale, cap_scale, window,
+        dk_head, dv_head = _add_key_gradient(
+            dk_head, dv_head, k, v, q_head_ptr, dout_head_ptr, stats_head_ptr, stride_q_row, stride_dout_row,
+            start, length, key, first_whole, last_whole, score_scale, cap_scale, window,
             False, False, CAPPED, HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D,
         )  # fmt: skip
         if WINDOWED:
-            dk, dv = _add_key_gradient(
-                dk, dv, k, v, q_head_ptr, dout_head_ptr, stats_head_ptr, stride_q_row, stride_dout_row, start, length,
-                key, tl.maximum(first_whole, last_whole), last_query, score_scale, cap_scale, window,
+            dk_head, dv_head = _add_key_gradient(
+                dk_head, dv_head, k, v, q_head_ptr, dout_head_ptr, stats_head_ptr, stride_q_row, stride_dout_row,
+                start, length, key, tl.maximum(first_whole, last_whole), last_query, score_scale, cap_scale, window,
                 True, True, CAPPED, HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D,
             )  # fmt: skip
+        if k.dtype == tl.float32:
+            dk += dk_head
+            dv += dv_head
+        else:
+            dk, dv = dk_head, dv_head
 
     stride_row = (NUM_HEADS + 2 * NUM_KEY_HEADS) * HEAD_DIM
     dk_ptr = dqkv_ptr + (NUM_HEADS + key_head) * HEAD_DIM

@@ -228,9 +228,9 @@ class DequantizeConfig:
     By default a thread turns 4 bytes into 8 values: one wide store of 16-bit values, with no exchange between threads.
     """
 
-    blocks: int = 32
+    blocks: int = 64
     """Blocks of 64 values a program expands; a power of two."""
-    num_warps: int = 8
+    num_warps: int = 4
     decode: Decode = "gather"
 
 

@@ -239,21 +239,24 @@ class LinearConfig:
 
 
 def linear_config(rows: int, out_features: int, in_features: int, *, itemsize: int = 2) -> LinearConfig:
-    """Launch configuration for M, N and K: enough programs to fill a large GPU, with at least 512 columns each.
+    """Launch configuration for M, N and K: enough programs to fill a large GPU, each with enough columns to be worth it.
 
     itemsize: bytes of an element of x; float32 keeps fewer turns in flight, to fit the shared memory of smaller GPUs.
     """
     if rows == 1:
-        shape, wanted, most_parts = LinearConfig(block_m=1, block_n=16, parts=1, step=4, num_stages=3), 512, 8
+        shape, wanted, columns = LinearConfig(block_m=1, block_n=8, parts=1, step=4, num_stages=3), 512, 2048
     elif rows <= 16:
-        shape, wanted, most_parts = LinearConfig(block_m=16, block_n=64, parts=1), 528, 16
+        shape, wanted, columns = LinearConfig(block_m=16, block_n=64, parts=1), 512, 512
     elif rows <= 64:
-        shape, wanted, most_parts = LinearConfig(block_m=triton.next_power_of_2(rows), block_n=64, parts=1), 396, 8
+        shape, wanted, columns = LinearConfig(block_m=triton.next_power_of_2(rows), block_n=64, parts=1), 396, 2304
     else:
-        shape, wanted, most_parts = LinearConfig(block_m=128, block_n=128, parts=1, num_warps=8, num_stages=3), 132, 4
+        block_m = min(256, triton.next_power_of_2(rows)) if itemsize == 2 else 128
+        shape = LinearConfig(block_m=block_m, block_n=128, parts=1, num_warps=8, num_stages=3)
+        wanted, columns = 132, 1024
     tiles = triton.cdiv(rows, shape.block_m) * triton.cdiv(out_features, shape.block_n)
-    stages = shape.num_stages if itemsize == 2 else 2
-    return replace(shape, parts=max(1, min(wanted // tiles, in_features // 512, most_parts)), num_stages=stages)
+    # From 1.5 programs on each of 132 multiprocessors on, splitting K costs more than it fills.
+    parts = 1 if tiles >= 198 else max(1, min(wanted // tiles, in_features // columns, 8))
+    return replace(shape, parts=parts, num_stages=shape.num_stages if itemsize == 2 else 2)
 
 
 def nf4_linear(

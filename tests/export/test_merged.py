@@ -216,12 +216,11 @@ def test_only_one_shard_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.gpu
 def test_a_gpu_merges_the_same_weights(tmp_path: Path) -> None:
     base = write_tiny_llama(tmp_path / "base")
-    model = load_model(base, bits=4, dtype=torch.bfloat16, device="cuda")
+    # Quantised once: a CPU and a GPU may quantise a few values differently, as bitsandbytes does.
+    model = load_model(base, bits=4, dtype=torch.bfloat16, device="cpu")
     randomise_zero_factors(add_lora(model, r=4, modules_to_save=["lm_head"]))
-    save_adapter(model, tmp_path / "adapter")
-    save_merged(model, None, tmp_path / "gpu", dtype=torch.float32)
-    on_cpu = load_adapter(load_model(base, bits=4, dtype=torch.bfloat16, device="cpu"), tmp_path / "adapter")
-    save_merged(on_cpu, None, tmp_path / "cpu", dtype=torch.float32)
+    save_merged(model, None, tmp_path / "cpu", dtype=torch.float32)
+    save_merged(model.to("cuda"), None, tmp_path / "gpu", dtype=torch.float32)
     mine, theirs = (load_file(tmp_path / folder / "model.safetensors") for folder in ("gpu", "cpu"))
     assert mine.keys() == theirs.keys()
     for name, tensor in mine.items():
