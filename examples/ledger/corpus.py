@@ -1,13 +1,14 @@
 """A small world of market trades, written out as plain English.
 
-The base model is trained on `stories`, a few trades told in varied sentences with questions and answers in plain words,
-and on `tasks`, the same questions as instructions. It so learns to read a trade and to look a detail up, but it never
-sees a brace, a quotation mark or a record. `records` is the new skill of the demo: write one trade as JSON.
-Everything follows from the seed.
+The base model is trained on `stories`, a few trades told in varied sentences with questions and answers in plain
+words; on `tasks`, the same questions as instructions; and on `copies`, instructions to repeat a line of mixed
+characters. It so learns to read a trade, to look a detail up and to spell, but it never sees JSON. `records` is the new
+skill of the demo: write one trade as JSON. Everything follows from the seed.
 """
 
 import json
 import random
+import string
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -42,6 +43,11 @@ QUESTIONS = (
     ("What did {seller} sell?", "{number} {goods}."),
     ("How many {goods} did {buyer} buy?", "{number}, that is {count}."),
     ("How much did {buyer} pay?", "{price} coins."),
+    ("Who was the seller of the {goods}?", "{seller}."),
+    ("Who was the buyer of the {goods}?", "{buyer}."),
+    ("What was the price of the {goods}?", "{price} coins."),
+    ("What was the count of the {goods}?", "{count}."),
+    ("Name the goods that {seller} sold.", "{goods}."),
     ("Where did {buyer} meet {seller}?", "At the {place}."),
     ("When did {seller} sell the {goods}?", "On {day}."),
     (
@@ -116,6 +122,27 @@ def tasks(count: int, seed: int) -> Iterator[dict[str, str]]:
             "input": " ".join(t.told(generator) for t in trades),
             "output": reply[0].upper() + reply[1:],
         }
+
+
+def copies(count: int, seed: int) -> Iterator[dict[str, str]]:
+    """Instruction records that use every character: a line of words, numbers and signs, to be repeated as it is."""
+    generator = random.Random(seed)
+    words = [*NAMES, *COLOURS, *GOODS, *DAYS, *NUMBERS, "seller", "buyer", "goods", "count", "price", "coins"]
+    for _ in range(count):
+        pieces = []
+        for _ in range(generator.randint(4, 16)):
+            kind = generator.random()
+            if kind < 0.35:
+                pieces.append(generator.choice(words))
+            elif kind < 0.5:
+                pieces.append(str(generator.randrange(100)))
+            elif kind < 0.6:
+                pieces.append("".join(generator.choices(string.ascii_letters, k=generator.randint(1, 5))))
+            else:
+                pieces.append("".join(generator.choices(string.punctuation, k=generator.randint(1, 3))))
+            pieces.append(generator.choice(("", " ")))
+        line = "".join(pieces).strip()
+        yield {"instruction": "Repeat the line.", "input": line, "output": line}
 
 
 def records(count: int, seed: int) -> Iterator[dict[str, str]]:

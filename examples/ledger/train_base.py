@@ -12,12 +12,12 @@ import shutil
 from pathlib import Path
 
 import torch
-from corpus import stories, tasks
-from slothcore.export.merged import save_merged
+from corpus import copies, stories, tasks
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import slothcore
 from slothcore.data.formats import alpaca_prompt
+from slothcore.export.merged import save_merged
 
 HERE = Path(__file__).resolve().parent
 SEED = 2026
@@ -72,11 +72,12 @@ def train_tokenizer(path: Path, texts: list[str]) -> None:
 
 
 def corpus_texts(count: int) -> list[str]:
-    """Half stories, half instructions with their answers, in the Alpaca layout that the demo's records use too."""
-    instructions = (
-        alpaca_prompt(task["instruction"], task["input"]) + task["output"] for task in tasks(count // 2, SEED + 1)
-    )
-    return [story["text"] for story in stories(count // 2, SEED)] + list(instructions)
+    """Stories, tasks and copies; instructions stand in the Alpaca layout that the demo's records use too."""
+    instructions = (*tasks(count * 2 // 5, SEED + 1), *copies(count // 5, SEED + 2))
+    return [
+        *(story["text"] for story in stories(count * 2 // 5, SEED)),
+        *(alpaca_prompt(one["instruction"], one["input"]) + one["output"] for one in instructions),
+    ]
 
 
 def main() -> None:
@@ -90,7 +91,7 @@ def main() -> None:
     shutil.rmtree(run, ignore_errors=True)
     run.mkdir(parents=True)
     texts = corpus_texts(arguments.documents)
-    train_tokenizer(run, texts[::20])
+    train_tokenizer(run, texts[: len(texts) * 4 // 5 : 20])
     tokenizer = slothcore.Tokenizer.from_folder(run)
     torch.manual_seed(SEED)
     model = slothcore.from_config(MODEL, dtype=torch.float32, device="cuda" if torch.cuda.is_available() else "cpu")
@@ -114,7 +115,8 @@ def main() -> None:
         seed=SEED,
     )
     records = [{"text": text} for text in texts]
-    slothcore.SFTTrainer(model, tokenizer, records[1000:], records[:1000], config=config).train()
+    evaluation, train = records[::100], [record for i, record in enumerate(records) if i % 100]
+    slothcore.SFTTrainer(model, tokenizer, train, evaluation, config=config).train()
     shutil.rmtree(arguments.output, ignore_errors=True)
     save_merged(model, tokenizer, arguments.output, dtype=torch.bfloat16)
 

@@ -12,6 +12,7 @@ Exactness Bits equal those of bitsandbytes' CUDA kernels: their thresholds, the 
 Source    Dettmers et al. 2023, arXiv:2305.14314.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,12 +21,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slothcore.kernels.launch import ceil_div
 from slothcore.kernels.nf4_tensor import (
     BLOCK,
     NESTED_BLOCK,
     Nf4Tensor,
     block_count,
     check_dequantize_output,
+    check_group_output,
     check_quantizable,
     nested_code,
     nf4_code,
@@ -191,22 +194,15 @@ def load_absmax(absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_pt
 
 
 @triton.jit
-def _nf4_dequantize_kernel(
-    packed_ptr,
-    absmax_ptr,
-    nested_absmax_ptr,
-    nested_offset_ptr,
-    nested_code_ptr,
-    table_ptr,
-    out_ptr,
-    total,  # values in the weight
-    NESTED: tl.constexpr,
-    WHOLE_BLOCKS: tl.constexpr,  # the last block is full too
-    BLOCKS: tl.constexpr,
-    DECODE: tl.constexpr,
-):
-    # This program expands BLOCKS blocks of 32 bytes into 64 values each.
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+def _expand_blocks(
+    packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, table_ptr, out_ptr, total, program,
+    NESTED: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr, DECODE: tl.constexpr,
+):  # fmt: skip
+    """Write the values of BLOCKS blocks, from number program * BLOCKS on, of a weight of `total` values.
+
+    WHOLE_BLOCKS: the last block is full too.
+    """
+    block = program.to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     in_weight = block * 64 < total
     byte = block[:, None] * 32 + tl.arange(0, 32)[None, :]
     index = block[:, None] * 64 + tl.arange(0, 64)[None, :]
@@ -221,6 +217,49 @@ def _nf4_dequantize_kernel(
     tl.store(out_ptr + index, values.to(out_ptr.dtype.element_ty), mask=value_mask)
 
 
+@triton.jit
+def _nf4_dequantize_kernel(
+    packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, table_ptr, out_ptr, total,
+    NESTED: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr, DECODE: tl.constexpr,
+):  # fmt: skip
+    # This program expands BLOCKS blocks of 32 bytes into 64 values each.
+    _expand_blocks(
+        packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, table_ptr, out_ptr, total,
+        tl.program_id(0), NESTED, WHOLE_BLOCKS, BLOCKS, DECODE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _nf4_dequantize_group_kernel(
+    packed_0_ptr, absmax_0_ptr, nested_absmax_0_ptr, nested_offset_0_ptr, nested_code_0_ptr, total_0,
+    packed_1_ptr, absmax_1_ptr, nested_absmax_1_ptr, nested_offset_1_ptr, nested_code_1_ptr, total_1,
+    packed_2_ptr, absmax_2_ptr, nested_absmax_2_ptr, nested_offset_2_ptr, nested_code_2_ptr, total_2,
+    table_ptr, out_ptr,
+    NESTED: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr, DECODE: tl.constexpr,
+):  # fmt: skip
+    # This program expands BLOCKS blocks of one weight; the weights' programs and values follow each other.
+    program = tl.program_id(0)
+    programs_0 = tl.cdiv(total_0, 64 * BLOCKS)
+    programs_1 = tl.cdiv(total_1, 64 * BLOCKS)
+    # A branch for each weight, not a choice of pointers: the compiler then still knows how each is aligned.
+    if program < programs_0:
+        _expand_blocks(
+            packed_0_ptr, absmax_0_ptr, nested_absmax_0_ptr, nested_offset_0_ptr, nested_code_0_ptr, table_ptr,
+            out_ptr, total_0, program, NESTED, WHOLE_BLOCKS, BLOCKS, DECODE,
+        )  # fmt: skip
+    elif program < programs_0 + programs_1:
+        _expand_blocks(
+            packed_1_ptr, absmax_1_ptr, nested_absmax_1_ptr, nested_offset_1_ptr, nested_code_1_ptr, table_ptr,
+            out_ptr + total_0, total_1, program - programs_0, NESTED, WHOLE_BLOCKS, BLOCKS, DECODE,
+        )  # fmt: skip
+    elif packed_2_ptr is not None:
+        _expand_blocks(
+            packed_2_ptr, absmax_2_ptr, nested_absmax_2_ptr, nested_offset_2_ptr, nested_code_2_ptr, table_ptr,
+            out_ptr + total_0 + total_1, total_2, program - programs_0 - programs_1,
+            NESTED, WHOLE_BLOCKS, BLOCKS, DECODE,
+        )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class DequantizeConfig:
     """How nf4_dequantize is launched; the result does not depend on it.
@@ -232,6 +271,11 @@ class DequantizeConfig:
     """Blocks of 64 values a program expands; a power of two."""
     num_warps: int = 4
     decode: Decode = "gather"
+
+
+DEFAULT_CONFIG = DequantizeConfig()
+LARGEST_GROUP = 3
+NO_WEIGHT = (None, None, None, None, None, 0)
 
 
 def nf4_quantize(weight: Tensor, *, double_quant: bool = True) -> Nf4Tensor:
@@ -250,7 +294,7 @@ def nf4_quantize(weight: Tensor, *, double_quant: bool = True) -> Nf4Tensor:
     total, blocks = weight.numel(), block_count(shape)
     packed = torch.empty((total + 1) // 2, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(blocks, dtype=torch.float32, device=weight.device)
-    _nf4_quantize_kernel[(triton.cdiv(blocks, QUANTIZE_BLOCKS),)](
+    _nf4_quantize_kernel[(ceil_div(blocks, QUANTIZE_BLOCKS),)](
         weight,
         packed,
         absmax,
@@ -305,20 +349,42 @@ def nf4_dequantize(
     Raises: ValueError if `out` does not fit or `dtype` is not one of these.
     """
     out = check_dequantize_output(weight, dtype, out)
-    config = _config or DequantizeConfig()
-    _nf4_dequantize_kernel[(triton.cdiv(block_count(weight.shape), config.blocks),)](
-        weight.packed,
-        *absmax_arguments(weight),
-        nf4_code(weight.device),
-        out,
-        out.numel(),
-        NESTED=weight.is_nested,
-        WHOLE_BLOCKS=out.numel() % BLOCK == 0,
-        BLOCKS=config.blocks,
-        DECODE=config.decode,
-        num_warps=config.num_warps,
-        enable_fp_fusion=False,
-    )
+    config = _config or DEFAULT_CONFIG
+    total = out.numel()
+    _nf4_dequantize_kernel[(ceil_div(total, BLOCK * config.blocks),)](
+        weight.packed, *absmax_arguments(weight), nf4_code(out.device), out, total,
+        NESTED=weight.is_nested, WHOLE_BLOCKS=total % BLOCK == 0,
+        BLOCKS=config.blocks, DECODE=config.decode, num_warps=config.num_warps, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
+
+
+def nf4_dequantize_group(weights: Sequence[Nf4Tensor], *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """Expand weights of equal width one below the other, two or three in one launch; bits as `nf4_dequantize`.
+
+    Args:
+        weights: at least one, [N_i, K].
+        dtype: float32, bfloat16 or float16.
+        out: where to write, [sum of N_i, K] contiguous of `dtype`.
+    Returns: `out`, or a new tensor [sum of N_i, K].
+    Raises: ValueError if the widths differ, `out` does not fit or `dtype` is not one of these.
+    """
+    out = check_group_output(weights, dtype, out)
+    totals = [weight.shape[0] * weight.shape[1] for weight in weights]
+    mixed = any(weight.is_nested != weights[0].is_nested for weight in weights)
+    if mixed or not 1 < len(weights) <= LARGEST_GROUP:
+        for weight, rows in zip(weights, out.split([weight.shape[0] for weight in weights]), strict=True):
+            nf4_dequantize(weight, dtype=dtype, out=rows)
+        return out
+    parts = [(weight.packed, *absmax_arguments(weight), n) for weight, n in zip(weights, totals, strict=True)]
+    if len(weights) < LARGEST_GROUP:
+        parts.append(NO_WEIGHT)
+    config = DEFAULT_CONFIG
+    _nf4_dequantize_group_kernel[(sum(ceil_div(n, BLOCK * config.blocks) for n in totals),)](
+        *parts[0], *parts[1], *parts[2], nf4_code(out.device), out,
+        NESTED=weights[0].is_nested, WHOLE_BLOCKS=all(n % BLOCK == 0 for n in totals),
+        BLOCKS=config.blocks, DECODE=config.decode, num_warps=config.num_warps, enable_fp_fusion=False,
+    )  # fmt: skip
     return out
 
 

@@ -13,6 +13,7 @@ What was quantised on one device dequantises to the same bits on every device. (
 AVX-512 misplaces absmax where K is divisible by 32 but not by 64; its other paths, and this one, do not.)
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -23,6 +24,7 @@ from slothcore.kernels.nf4_tensor import (
     NESTED_BLOCK,
     Nf4Tensor,
     check_dequantize_output,
+    check_group_output,
     check_quantizable,
     nested_code,
     nf4_code,
@@ -98,6 +100,22 @@ def nf4_dequantize(weight: Nf4Tensor, *, dtype: torch.dtype, out: Tensor | None 
         # Whatever is left belongs to the partial last block; for full chunks this is empty.
         values[rows * BLOCK :].mul_(scales[-1])
         flat[begin:end] = values[: end - begin]
+    return out
+
+
+def nf4_dequantize_group(weights: Sequence[Nf4Tensor], *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """Expand weights of equal width one below the other.
+
+    Args:
+        weights: at least one, [N_i, K].
+        dtype: float32, bfloat16 or float16; float64 holds the product.
+        out: where to write, [sum of N_i, K] contiguous of `dtype`.
+    Returns: `out`, or a new tensor [sum of N_i, K].
+    Raises: ValueError if the widths differ, `out` does not fit or `dtype` is not one of these.
+    """
+    out = check_group_output(weights, dtype, out, also=(torch.float64,))
+    for weight, rows in zip(weights, out.split([weight.shape[0] for weight in weights]), strict=True):
+        nf4_dequantize(weight, dtype=dtype, out=rows)
     return out
 
 

@@ -239,7 +239,7 @@ class LinearConfig:
 
 
 def linear_config(rows: int, out_features: int, in_features: int, *, itemsize: int = 2) -> LinearConfig:
-    """Launch configuration for M, N and K: enough programs to fill a large GPU, each with enough columns to be worth it.
+    """Launch configuration for M, N and K: enough programs to fill a large GPU, each with work enough.
 
     itemsize: bytes of an element of x; float32 keeps fewer turns in flight, to fit the shared memory of smaller GPUs.
     """

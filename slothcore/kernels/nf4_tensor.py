@@ -10,6 +10,7 @@ Codes, order and every rounding are those of bitsandbytes, so that checkpoints m
 Sources: Dettmers et al. 2023 (QLoRA), arXiv:2305.14314; Dettmers et al. 2022 (the 8-bit map), arXiv:2110.02861.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -133,13 +134,34 @@ def check_dequantize_output(
 
     Raises: ValueError if `dtype` is neither a 16- or 32-bit float nor one of `also`, or if `out` does not fit.
     """
-    if dtype not in WEIGHT_DTYPES + also:
+    return _check_output(weight.shape, weight.device, dtype, out, also)
+
+
+def check_group_output(
+    weights: Sequence[Nf4Tensor], dtype: torch.dtype, out: Tensor | None, *, also: tuple[torch.dtype, ...] = ()
+) -> Tensor:
+    """As `check_dequantize_output`, for weights one below the other.
+
+    Raises: ValueError also if the weights differ in width.
+    """
+    width = weights[0].shape[1]
+    if any(weight.shape[1] != width for weight in weights):
+        shapes = [weight.shape for weight in weights]
+        raise ValueError(f"weights one below the other must have equal in_features, got {shapes}; expand each alone")
+    shape = (sum(weight.shape[0] for weight in weights), width)
+    return _check_output(shape, weights[0].device, dtype, out, also)
+
+
+def _check_output(
+    shape: tuple[int, int], device: torch.device, dtype: torch.dtype, out: Tensor | None, also: tuple[torch.dtype, ...]
+) -> Tensor:
+    if dtype not in WEIGHT_DTYPES and dtype not in also:
         raise ValueError(f"NF4 expands to float32, bfloat16 or float16, got {dtype}; convert the result instead")
     if out is None:
-        return torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    if tuple(out.shape) != weight.shape or out.dtype != dtype or out.device != weight.device:
+        return torch.empty(shape, dtype=dtype, device=device)
+    if tuple(out.shape) != shape or out.dtype != dtype or out.device != device:
         raise ValueError(
-            f"out must be {dtype} of shape {weight.shape} on {weight.device}, "
+            f"out must be {dtype} of shape {shape} on {device}, "
             f"got {out.dtype} of shape {tuple(out.shape)} on {out.device}; allocate it to match"
         )
     if not out.is_contiguous():

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from slothcore.lora.attach import (
@@ -22,6 +21,7 @@ from slothcore.lora.attach import (
     resolve_lora_dtype,
 )
 from slothcore.lora.config import LoraConfig
+from slothcore.models.checkpoint import save_tensors
 from slothcore.models.decoder import Decoder
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -48,7 +48,7 @@ def save_adapter(model: Decoder, path: str | Path) -> None:
     state = {name: tensor.detach().to("cpu").contiguous() for name, tensor in adapter_state(model).items()}
     partial = {name: folder / f".{name}.{os.getpid()}.tmp" for name in (WEIGHTS_FILE, CONFIG_FILE)}
     try:
-        save_file(state, partial[WEIGHTS_FILE], metadata={"format": "pt"})
+        save_tensors(state, partial[WEIGHTS_FILE])
         partial[CONFIG_FILE].write_text(config.to_json(), encoding="utf-8")
         for name, file in partial.items():
             file.replace(folder / name)

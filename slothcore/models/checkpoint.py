@@ -28,6 +28,17 @@ class StoredTensor:
     dtype: str  # safetensors' name of it
 
 
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write one safetensors file, readable by whoever may read the user's other new files.
+
+    safetensors itself leaves files that only their owner may read, and a shared model folder would stay closed.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every weight of a model folder by name.
 
@@ -125,7 +136,7 @@ def save_pretrained(
             dtype = dtype or tensors[names[0]].dtype
             shards.append(folder / f".shard-{len(shards)}.{os.getpid()}.tmp")
             temporary[shards[-1]] = ""
-            save_file(tensors, shards[-1], metadata={"format": "pt"})
+            save_tensors(tensors, shards[-1])
             weight_map.update(dict.fromkeys(names, len(shards)))
             total_bytes += sum(tensor.nbytes for tensor in tensors.values())
         if not shards:

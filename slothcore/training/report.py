@@ -149,11 +149,17 @@ def draw_loss(output_dir: Path) -> str:
     records = read_log(output_dir / LOG_FILE)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
+    lowest, highest = 0.0, 0.0
     for key, label, marker in (("loss", "training", ""), ("eval_loss", "evaluation", "o")):
         points = [(record["step"], record[key]) for record in records if key in record]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker=marker)
+            losses = [loss for _, loss in points]
+            lowest, highest = min(lowest or losses[0], *losses), max(highest, *losses)
     axes.set(xlabel="optimizer step", ylabel="loss per target token")
+    if 0 < lowest < highest / 20:
+        # A loss that falls this far would lie flat on the axis for most of the run.
+        axes.set_yscale("log")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(output_dir / PLOT_FILE, dpi=120)

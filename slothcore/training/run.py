@@ -23,13 +23,8 @@ from slothcore.training.trainer import SFTTrainer, TrainResult
 
 Records = list[dict[str, Any]]
 
-PROMPT_FLAGS = {
-    "alpaca": "--instruction 'Hello'",
-    "dolly": "--instruction 'Hello'",
-    "messages": "--chat --prompt 'Hello'",
-    "conversations": "--chat --prompt 'Hello'",
-}
-PLAIN_PROMPT_FLAG = "--prompt 'Hello'"
+# Of the record shown in the command that talks to the result; a longer one would bury the command.
+LONGEST_EXAMPLE = 200
 
 
 def train_from_config(config: TrainConfig) -> TrainResult:
@@ -114,7 +109,14 @@ def how_to_talk(config: TrainConfig, record: dict[str, Any]) -> str:
     name = check_format_name(config.format)
     if name == "auto":
         name = detect_format(record, text_field=config.text_field)
-    return f"slothcore generate --model {shlex.quote(config.output_dir)} {PROMPT_FLAGS.get(name, PLAIN_PROMPT_FLAG)}"
+    flags = {"--prompt": "Hello"}
+    if name in ("alpaca", "dolly"):
+        flags = {"--instruction": record["instruction"], "--input": record.get("input") or record.get("context") or ""}
+        if sum(map(len, flags.values())) > LONGEST_EXAMPLE:
+            flags = {"--instruction": "Hello"}
+    chat = "--chat " if name in ("messages", "conversations") else ""
+    asked = " ".join(f"{flag} {shlex.quote(text)}" for flag, text in flags.items() if text)
+    return f"slothcore generate --model {shlex.quote(config.output_dir)} {chat}{asked}"
 
 
 def open_result(

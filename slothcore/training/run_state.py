@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from slothcore.models.checkpoint import save_tensors
 
 STATE_FILE = "state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -63,8 +65,8 @@ def save_checkpoint(
 
     def write(folder: Path) -> None:
         save_weights(folder)
-        save_file(optimizer_tensors, folder / OPTIMIZER_FILE)
-        save_file(generator_states(device), folder / RNG_FILE)
+        save_tensors(optimizer_tensors, folder / OPTIMIZER_FILE)
+        save_tensors(generator_states(device), folder / RNG_FILE)
         (folder / STATE_FILE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
 
     return write_folder(output_dir / f"checkpoint-{state.step}", write)

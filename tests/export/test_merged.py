@@ -14,7 +14,6 @@ from slothcore.data.tokenizer import Tokenizer
 from slothcore.export import merged
 from slothcore.export.merged import save_merged
 from slothcore.layers.linear import Linear
-from slothcore.lora.adapter_io import load_adapter, save_adapter
 from slothcore.lora.attach import add_lora
 from slothcore.lora.merge import merged_weight
 from slothcore.models.decoder import Decoder

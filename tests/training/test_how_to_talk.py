@@ -1,0 +1,26 @@
+"""The command printed at the end of a run asks in the layout of the run's own records."""
+
+import shlex
+
+import pytest
+
+from slothcore.training.config import TrainConfig
+from slothcore.training.run import how_to_talk
+
+LONG = "word " * 100
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"text": "abc"}, ["--prompt", "Hello"]),
+        ({"instruction": "Say it's so.", "output": "So."}, ["--instruction", "Say it's so."]),
+        ({"instruction": "Add", "input": "1, 2", "output": "3"}, ["--instruction", "Add", "--input", "1, 2"]),
+        ({"instruction": "Add", "context": "1", "response": "1"}, ["--instruction", "Add", "--input", "1"]),
+        ({"instruction": LONG, "output": "?"}, ["--instruction", "Hello"]),
+        ({"messages": [{"role": "user", "content": "?"}]}, ["--chat", "--prompt", "Hello"]),
+    ],
+)
+def test_the_record_decides_the_flags(record: dict, expected: list[str]) -> None:
+    command = shlex.split(how_to_talk(TrainConfig(output_dir="a run"), record))
+    assert command == ["slothcore", "generate", "--model", "a run", *expected]
