@@ -1,4 +1,4 @@
-"""Where the time of one training step of slothcore goes: kernels by share, and how busy the GPU is.
+"""Where the time of one training step of slothcore goes: kernels by share, and the host's operations.
 
 python benchmarks/profile_step.py [--cases 4x2048,2x256] [--bits 4] [--lora-r 16] [--recompute] [--layers 32]
 """
@@ -7,6 +7,7 @@ import argparse
 import sys
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -37,7 +38,7 @@ def main() -> None:
     model = system.load(settings)
     factors = worker.lora_factors(model, layers=args.layers)
     worker.set_factors(factors)
-    optimizer = worker.make_optimizer(list(factors.values()), settings)
+    optimizer = worker.make_optimizer(system, list(factors.values()), settings)
     print(f"loaded in {time.perf_counter() - start:.1f} s")
     for case in cases:
         profile_case(system, model, factors, optimizer, settings, case, config["vocab_size"], args.kernels)
@@ -59,8 +60,7 @@ def profile_case(system, model, factors, optimizer, settings, case, vocab_size: 
         marks["optimizer"] = time.perf_counter()
         torch.cuda.synchronize()
         marks["wait"] = time.perf_counter()
-        times = list(marks.items())
-        return {name: 1e3 * (now - before) for (_, before), (name, now) in zip(times, times[1:], strict=False)}
+        return {name: 1e3 * (now - before) for (_, before), (name, now) in pairwise(marks.items())}
 
     for _ in range(3):
         step()
@@ -73,6 +73,9 @@ def profile_case(system, model, factors, optimizer, settings, case, vocab_size: 
         if event.device_type == DeviceType.CUDA:
             kernels[event.name] += event.device_time
             calls[event.name] += 1
+    hosts = sorted(
+        (e for e in recorded.key_averages() if e.device_type == DeviceType.CPU), key=lambda e: -e.self_cpu_time_total
+    )
     phases = ", ".join(f"{name} {value:.1f}" for name, value in host.items())
     total = sum(kernels.values()) / 1e3
     print(f"\n{case.rows}x{case.length}: {sum(host.values()):.1f} ms (host: {phases}); kernels {total:.1f} ms")
@@ -81,6 +84,8 @@ def profile_case(system, model, factors, optimizer, settings, case, vocab_size: 
         for name, microseconds in kernels.most_common(listed)
     ]
     print(harness.format_table(["ms", "share", "calls", "kernel"], rows))
+    rows = [[f"{e.self_cpu_time_total / 1e3:.2f}", str(e.count), e.key[:90]] for e in hosts[:listed]]
+    print(harness.format_table(["host ms (profiled)", "calls", "operation"], rows))
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def time_steps(
 ) -> dict[str, Any]:
     """Optimizer steps on random tokens: forward, backward, clipping, AdamW. The first loss precedes any update."""
     set_factors(factors)
-    optimizer = make_optimizer(list(factors.values()), settings)
+    optimizer = make_optimizer(system, list(factors.values()), settings)
     synchronize = torch.cuda.synchronize if settings.device == "cuda" else lambda: None
     if settings.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -102,13 +102,11 @@ def time_steps(
     }
 
 
-def make_optimizer(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
-    """The same for every system: bitsandbytes' 8-bit AdamW, which a CPU has not."""
+def make_optimizer(system: Peer, parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
+    """8-bit AdamW, the same arithmetic for every system; a CPU, which has none, gets torch's."""
     if settings.device == "cpu":
         return torch.optim.AdamW(parameters, lr=LEARNING_RATE)
-    import bitsandbytes
-
-    return bitsandbytes.optim.AdamW8bit(parameters, lr=LEARNING_RATE)
+    return system.adamw_8bit(parameters, LEARNING_RATE)
 
 
 def random_batch(case: StepCase, step: int, vocab_size: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The systems compared. Each file is one of them and offers the two functions of `Peer`."""
+"""The systems compared. Each file is one of them and offers the functions of `Peer`."""
 
 from dataclasses import dataclass
 from importlib import import_module
@@ -41,6 +41,9 @@ class Peer(Protocol):
 
     def load(self, settings: Settings) -> nn.Module:
         """The model with LoRA attached, in training mode; exactly the LoRA factors train."""
+
+    def adamw_8bit(self, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+        """bitsandbytes' 8-bit AdamW, as the system offers it."""
 
     def loss(self, model: nn.Module, input_ids: Tensor, settings: Settings) -> Tensor:
         """The loss of input_ids [B, S] (on the CPU) as their own labels."""

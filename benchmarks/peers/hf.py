@@ -36,6 +36,13 @@ def load(settings: Settings) -> nn.Module:
     return get_peft_model(model, lora).train()
 
 
+def adamw_8bit(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    # Imported here: a comparison on a CPU does without it.
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(parameters, lr=lr)
+
+
 def loss(model: nn.Module, input_ids: Tensor, settings: Settings) -> Tensor:
     ids = input_ids.to(settings.device, non_blocking=True)
     with torch.autocast(settings.device, torch.bfloat16, enabled=settings.dtype == torch.bfloat16):

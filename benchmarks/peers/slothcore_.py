@@ -1,5 +1,6 @@
 """slothcore through its public functions, as a user would call them."""
 
+import torch
 from torch import Tensor, nn
 
 import slothcore
@@ -13,6 +14,13 @@ def load(settings: Settings) -> nn.Module:
     model = slothcore.add_lora(model, r=settings.lora_r, lora_alpha=settings.lora_r)
     model.gradient_checkpointing = settings.recompute
     return model.train()
+
+
+def adamw_8bit(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    # Imported here: it needs bitsandbytes, which a comparison on a CPU does not.
+    from slothcore.training.adamw_8bit import AdamW8bit
+
+    return AdamW8bit(parameters, lr=lr)
 
 
 def loss(model: nn.Module, input_ids: Tensor, settings: Settings) -> Tensor:

@@ -6,10 +6,10 @@ from unsloth import FastLanguageModel
 from torch import nn
 
 from benchmarks.peers import Settings
-from benchmarks.peers.hf import loss
+from benchmarks.peers.hf import adamw_8bit, loss
 from benchmarks.shapes import LORA_TARGETS
 
-__all__ = ["load", "loss"]
+__all__ = ["adamw_8bit", "load", "loss"]
 
 
 def load(settings: Settings) -> nn.Module:

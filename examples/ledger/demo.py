@@ -8,6 +8,8 @@ after.
 """
 
 import json
+import os
+import shlex
 import subprocess
 import sys
 import time
@@ -43,6 +45,7 @@ def exact_match(model, tokenizer, held_out: list[dict[str, str]]) -> tuple[float
 
 
 def main() -> int:
+    os.chdir(ROOT)  # the paths in train.yaml start there
     held_out = write_data(RUN / "data")
     model, tokenizer = slothcore.load(str(BASE), bits=4)
     before, first_answers = exact_match(model, tokenizer, held_out)
@@ -50,7 +53,7 @@ def main() -> int:
 
     start = time.perf_counter()
     train = [sys.executable, "scripts/train.py", "--config", "examples/ledger/train.yaml"]
-    subprocess.run(train, cwd=ROOT, check=True)
+    subprocess.run(train, check=True)
     minutes = (time.perf_counter() - start) / 60
 
     model, tokenizer = slothcore.load(str(BASE), bits=4)
@@ -62,6 +65,9 @@ def main() -> int:
         )
     print(f"\nheld-out exact match: {before:.0%} before, {after:.0%} after {minutes:.1f} minutes of training")
     print(f"loss curve: {RUN / 'run' / 'loss.png'}")
+    question = f"--instruction {shlex.quote(held_out[0]['instruction'])} --input {shlex.quote(held_out[0]['input'])}"
+    command = os.path.relpath(Path(sys.executable).parent / "slothcore")
+    print(f"talk to it: {command} generate --model {RUN / 'run'} {question}")
     if before >= LACKING or after <= LEARNED:
         print(
             f"the skill was not learned: expected under {LACKING:.0%} before and over {LEARNED:.0%} after",

@@ -8,8 +8,9 @@ The equations of one group of projections (forward, dx, dA, dB, db) stand in `lo
 
 so the backward recomputes h instead of keeping it.
 
-Kept for backward: x, and x A^T of every projection, the factors themselves, and for the MLP [g | u]. Never kept: a
-decoded NF4 weight, a dropout mask, h. What only a frozen factor or input would need is neither kept nor computed.
+Kept for backward: x, and x A^T of every projection, the factors joined in the compute dtype, and for the MLP [g | u].
+Never kept: a decoded NF4 weight, a dropout mask, h. What only a frozen factor or input would need is neither kept nor
+computed. The joined factors have sum r (K + sum N) elements, as many as 1% of the activations of 8192 tokens.
 
 Shapes    x [T, H]; y [T, sum of out_features]; g, u, h [T, I].
           T = tokens, H = in_features, I = intermediate_size.
@@ -23,14 +24,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slothcore.autograd.lora_group import Group, Projection
-from slothcore.autograd.lora_projection import (
-    bias_grads,
-    factor_grads,
-    input_grad,
-    lora_output_grad,
-    project,
-)
+from slothcore.autograd.lora_group import Group, Projection, joined_factors
+from slothcore.autograd.lora_projection import bias_grads, factor_grads, input_grad, project
 from slothcore.kernels import glu, glu_eager
 from slothcore.kernels.glu import Activation
 
@@ -95,22 +90,29 @@ class _LoraFused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *inputs: Any) -> Tensor:
         *factors, group = inputs
-        y, u = project(x, group, *_by_kind(factors))
+        lora_A, lora_B, bias = _by_kind(factors)
+        A, B = joined_factors(group, lora_A, lora_B, x)
+        y, u = project(x, group, A, B, bias)
+        needs_x = ctx.needs_input_grad[0]
         needs_A, needs_B, _ = (any(kind) for kind in _by_kind(ctx.needs_input_grad[1:-1]))
         ctx.group = group
-        ctx.save_for_backward(x if needs_A else None, u if needs_B else None, *factors)
+        ctx.save_for_backward(
+            x if needs_A else None,
+            u if needs_B else None,
+            A if needs_x else None,
+            B if needs_x or needs_A else None,
+        )
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, u, *factors = ctx.saved_tensors
-        lora_A, lora_B, bias = _by_kind(factors)
-        needs_x = ctx.needs_input_grad[0]
-        v = lora_output_grad(dy, ctx.group, lora_B) if needs_x or x is not None else None
-        dx = input_grad(dy, v, ctx.group, lora_A) if needs_x else None
-        dA, dB = factor_grads(dy, x, u, v if x is not None else None, ctx.group, lora_A, lora_B)
-        return dx, *dA, *dB, *bias_grads(dy, ctx.group, bias), None
+        x, u, A, B = ctx.saved_tensors
+        v = None if B is None else torch.mm(dy, B)
+        dx = input_grad(dy, v, ctx.group, A) if ctx.needs_input_grad[0] else None
+        dA, dB = factor_grads(dy, x, u, None if x is None else v, ctx.group)
+        _, _, needs_bias = _by_kind(ctx.needs_input_grad[1:-1])
+        return dx, *dA, *dB, *bias_grads(dy, ctx.group, needs_bias), None
 
 
 class _LoraMlp(torch.autograd.Function):
@@ -124,46 +126,50 @@ class _LoraMlp(torch.autograd.Function):
         *factors, first, last, activation, inplace = inputs
         lora_A, lora_B, bias = _by_kind(factors)
         ops = glu if x.is_cuda else glu_eager
-        gate_up, u = project(x, first, lora_A[:2], lora_B[:2], bias[:2])
+        A, B = joined_factors(first, lora_A[:2], lora_B[:2], x)
+        gate_up, u = project(x, first, A, B, bias[:2])
         h = ops.glu_forward(gate_up, activation=activation)
-        y, u_down = project(h, last, lora_A[2:], lora_B[2:], bias[2:])
+        A_down, B_down = joined_factors(last, lora_A[2:], lora_B[2:], x)
+        y, u_down = project(h, last, A_down, B_down, bias[2:])
 
+        needs_x = ctx.needs_input_grad[0]
         needs_A, needs_B, _ = _by_kind(ctx.needs_input_grad[1:-4])
+        needs_first_A, needs_first_B = any(needs_A[:2]), any(needs_B[:2])
         ctx.first, ctx.last, ctx.activation, ctx.inplace = first, last, activation, inplace
         ctx.needs_down_A = needs_A[2]
         ctx.save_for_backward(
-            x if any(needs_A[:2]) else None,
-            u if any(needs_B[:2]) else None,
+            x if needs_first_A else None,
+            u if needs_first_B else None,
             u_down if needs_B[2] else None,
             gate_up,
-            *factors,
+            A if needs_x else None,
+            B if needs_x or needs_first_A else None,
+            A_down,
+            B_down,
         )
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, u, u_down, gate_up, *factors = ctx.saved_tensors
-        lora_A, lora_B, bias = _by_kind(factors)
+        x, u, u_down, gate_up, A, B, A_down, B_down = ctx.saved_tensors
         ops = glu if dy.is_cuda else glu_eager
+        _, _, needs_bias = _by_kind(ctx.needs_input_grad[1:-4])
 
-        v_down = lora_output_grad(dy, ctx.last, lora_B[2:])
-        dh = input_grad(dy, v_down, ctx.last, lora_A[2:])
+        v_down = None if B_down is None else torch.mm(dy, B_down)
+        dh = input_grad(dy, v_down, ctx.last, A_down)
         d_gate_up, h = ops.glu_backward(dh, gate_up, activation=ctx.activation, inplace=ctx.inplace)
         if ctx.inplace:
             # A kernel's writes are invisible to autograd; this makes a second backward raise instead of lie.
             torch.autograd.graph.increment_version(gate_up)
-        dA_down, dB_down = factor_grads(
-            dy, h, u_down, v_down if ctx.needs_down_A else None, ctx.last, lora_A[2:], lora_B[2:]
-        )
-        db_down = bias_grads(dy, ctx.last, bias[2:])
+        dA_down, dB_down = factor_grads(dy, h, u_down, v_down if ctx.needs_down_A else None, ctx.last)
+        db_down = bias_grads(dy, ctx.last, needs_bias[2:])
         del dh, h
 
-        needs_x = ctx.needs_input_grad[0]
-        v = lora_output_grad(d_gate_up, ctx.first, lora_B[:2]) if needs_x or x is not None else None
-        dA, dB = factor_grads(d_gate_up, x, u, v if x is not None else None, ctx.first, lora_A[:2], lora_B[:2])
-        db = bias_grads(d_gate_up, ctx.first, bias[:2])
-        dx = input_grad(d_gate_up, v, ctx.first, lora_A[:2]) if needs_x else None
+        v = None if B is None else torch.mm(d_gate_up, B)
+        dA, dB = factor_grads(d_gate_up, x, u, None if x is None else v, ctx.first)
+        db = bias_grads(d_gate_up, ctx.first, needs_bias[:2])
+        dx = input_grad(d_gate_up, v, ctx.first, A) if ctx.needs_input_grad[0] else None
         return dx, *dA, *dA_down, *dB, *dB_down, *db, *db_down, None, None, None, None
 
 

@@ -4,7 +4,8 @@ With projections i = 1, 2, .. of ranks r_i (each rounded up to a multiple of 8 b
 
     A = [A_1; A_2; ..]  [sum r, K]     B = diag(c_1 B_1, c_2 B_2, ..)  [sum N, sum r]     b = [b_1 | b_2 | ..]  [sum N]
 
-so that one matrix product with A or B serves all of them. What is joined here lives only as long as the caller's use.
+so that one matrix product with A or B serves all of them. A and B are made once, in forward, and kept for backward: at
+few tokens a step is bound by the number of launches, at many they are about 1% of what is kept.
 
 Shapes    A_i [r_i, K]; B_i [N_i, r_i]; b_i [N_i].
           K = in_features, N_i = out_features, r_i = rank, p_i = dropout probability.
@@ -12,19 +13,18 @@ Shapes    A_i [r_i, K]; B_i [N_i, r_i]; b_i [N_i].
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from slothcore.kernels import nf4, nf4_eager
+from slothcore.kernels import lora_factors, lora_factors_eager, nf4, nf4_eager
+from slothcore.kernels.lora_factors_eager import Factors, padded_rank
 from slothcore.kernels.nf4_tensor import Nf4Tensor
 
-# 16-byte rows for 16-bit factors: what tensor cores and TMA descriptors need.
-RANK_MULTIPLE = 8
-
-Factors = Sequence[Tensor | None]
+Dtypes = tuple[torch.dtype | None, ...]
 
 
 @dataclass(frozen=True)
@@ -54,85 +54,98 @@ class Projection:
             raise ValueError(f"LoRA dropout must be at least 0 and below 1, got {self.dropout}")
 
 
-@dataclass(frozen=True)
-class Group:
-    """What gets no gradient in a set of projections over one input, and where each lies among the others.
+class Layout(NamedTuple):
+    """Where each projection lies among the others of its group.
+
+    Attributes:
+        out_features: of each.
+        rows: the outputs of each in the concatenation of all.
+        columns: the ranks of each in the concatenation of all, without their padding.
+        ranks: number of all ranks, each projection's padded to a multiple of 8; 0 if there is no LoRA term at all.
+    """
+
+    out_features: tuple[int, ...]
+    rows: tuple[slice, ...]
+    columns: tuple[slice, ...]
+    ranks: int
+
+    @property
+    def outputs(self) -> slice:
+        """The outputs of all."""
+        return slice(0, self.rows[-1].stop)
+
+
+@lru_cache(maxsize=256)
+def layout_of(out_features: tuple[int, ...], ranks: tuple[int, ...]) -> Layout:
+    """Lay projections side by side; `ranks` is 0 for those without LoRA. A model has few layouts, so they are kept."""
+    row_edges = accumulate(out_features, initial=0)
+    column_edges = accumulate(map(padded_rank, ranks), initial=0)
+    starts = list(column_edges)
+    return Layout(
+        out_features,
+        rows=tuple(slice(start, end) for start, end in pairwise(row_edges)),
+        columns=tuple(slice(start, start + rank) for start, rank in zip(starts, ranks, strict=False)),
+        ranks=starts[-1],
+    )
+
+
+class Group(NamedTuple):
+    """What gets no gradient in a set of projections over one input.
 
     Attributes:
         weights: the base weights.
+        layout: where each projection lies among the others.
         scalings: scaling / (1 - dropout) of each, so that masks hold only 0 and 1.
         dropouts: probability of each; a projection without LoRA has 0.
-        rows: the outputs of each projection in the concatenation of all.
-        columns: the ranks of each in the concatenation of all, without their padding.
-        ranks: number of all ranks, each projection's padded to `RANK_MULTIPLE`; 0 if there is no LoRA term at all.
+        A_dtypes, B_dtypes, bias_dtypes: what each gradient is wanted in; None where there is no such factor.
         seed: of the dropout masks; None without dropout.
     """
 
     weights: tuple[Tensor | Nf4Tensor, ...]
+    layout: Layout
     scalings: tuple[float, ...]
     dropouts: tuple[float, ...]
-    rows: tuple[slice, ...]
-    columns: tuple[slice, ...]
-    ranks: int
+    A_dtypes: Dtypes
+    B_dtypes: Dtypes
+    bias_dtypes: Dtypes
     seed: int | None
 
     @staticmethod
     def of(projections: Sequence[Projection]) -> "Group":
         """Lay the projections side by side; draws the dropout seed from torch's default CPU generator."""
-        dropouts = tuple(0.0 if p.lora_A is None else p.dropout for p in projections)
-        ranks = [0 if p.lora_A is None else p.lora_A.shape[0] for p in projections]
-        padded = [-(-rank // RANK_MULTIPLE) * RANK_MULTIPLE for rank in ranks]
-        row_edges = accumulate((p.weight.shape[0] for p in projections), initial=0)
-        column_starts = accumulate(padded[:-1], initial=0)
+        weights = tuple([p.weight for p in projections])
+        ranks = tuple([0 if p.lora_A is None else p.lora_A.shape[0] for p in projections])
+        dropouts = tuple([0.0 if p.lora_A is None else p.dropout for p in projections])
         return Group(
-            weights=tuple(p.weight for p in projections),
-            scalings=tuple(p.scaling / (1.0 - p.dropout) for p in projections),
+            weights,
+            layout_of(tuple([w.shape[0] for w in weights]), ranks),
+            scalings=tuple([p.scaling / (1.0 - p.dropout) for p in projections]),
             dropouts=dropouts,
-            rows=tuple(slice(start, end) for start, end in pairwise(row_edges)),
-            columns=tuple(slice(start, start + rank) for start, rank in zip(column_starts, ranks, strict=True)),
-            ranks=sum(padded),
+            A_dtypes=tuple([_dtype(p.lora_A) for p in projections]),
+            B_dtypes=tuple([_dtype(p.lora_B) for p in projections]),
+            bias_dtypes=tuple([_dtype(p.bias) for p in projections]),
             # The CPU generator costs no device synchronisation, and gradient checkpointing restores it.
             seed=int(torch.randint(2**63 - 1, ())) if any(dropouts) else None,
         )
 
-    @property
-    def out_features(self) -> int:
-        return self.rows[-1].stop
 
-
-def stacked_A(group: Group, lora_A: Factors, like: Tensor) -> Tensor | None:
-    """[A_1; A_2; ..] in the dtype of `like`, each padded with zero rows to a multiple of `RANK_MULTIPLE`."""
-    if group.ranks == 0:
-        return None
-    parts = []
-    for A in present(lora_A):
-        missing = -A.shape[0] % RANK_MULTIPLE
-        parts.append(pad(A, (0, 0, 0, missing)) if missing else A)
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(like.dtype)
-
-
-def block_diagonal_B(group: Group, lora_B: Factors, like: Tensor) -> Tensor | None:
-    """diag(c_1 B_1, c_2 B_2, ..) in the dtype of `like`, [sum N, sum r] with zero columns for the padding."""
-    if group.ranks == 0:
-        return None
-    B = lora_B[0]
-    if len(lora_B) == 1 and B is not None and B.shape[1] == group.ranks:
-        scaling = group.scalings[0]
-        return (B if scaling == 1.0 else B * scaling).to(like.dtype)
-    joined = like.new_zeros(group.out_features, group.ranks)
-    for B, scaling, rows, columns in zip(lora_B, group.scalings, group.rows, group.columns, strict=True):
-        if B is not None:
-            torch.mul(B, scaling, out=joined[rows, columns])
-    return joined
+def joined_factors(
+    group: Group, lora_A: Factors, lora_B: Factors, like: Tensor
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """A = [A_1; A_2; ..] and B = diag(c_1 B_1, c_2 B_2, ..) in the dtype of `like`; None without LoRA."""
+    if group.layout.ranks == 0:
+        return None, None
+    ops = lora_factors if like.is_cuda else lora_factors_eager
+    return ops.pack_factors(
+        lora_A, lora_B, scalings=group.scalings, out_features=group.layout.out_features, dtype=like.dtype
+    )
 
 
 def joined_bias(bias: Factors, group: Group, like: Tensor) -> Tensor | None:
     """All biases, zero where a projection has none, in the dtype of `like`; None if none has any."""
-    if not present(bias):
+    if all(b is None for b in bias):
         return None
-    parts = [
-        like.new_zeros(rows.stop - rows.start) if b is None else b for b, rows in zip(bias, group.rows, strict=True)
-    ]
+    parts = [like.new_zeros(n) if b is None else b for b, n in zip(bias, group.layout.out_features, strict=True)]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(like.dtype)
 
 
@@ -147,29 +160,22 @@ def dropout_masks(group: Group, like: Tensor) -> Iterator[Tensor | None]:
         yield torch.empty_like(like).bernoulli_(1.0 - probability, generator=generator) if probability else None
 
 
-def dense_blocks(group: Group, like: Tensor) -> Iterator[tuple[Tensor, slice]]:
+def dense_blocks(group: Group, like: Tensor) -> Sequence[tuple[Tensor, slice]]:
     """The base weights as dense matrices in the dtype of `like`, each with the outputs that it makes.
 
     NF4 weights are decoded into one scratch, so that one matrix product serves all. Dense weights stay where they are,
     one product each: joining them would copy every weight, which at few tokens costs more than the products.
     """
-    if len(group.weights) > 1 and all(isinstance(w, Nf4Tensor) for w in group.weights):
-        scratch = like.new_empty(group.out_features, group.weights[0].shape[1])
-        for weight, rows in zip(group.weights, group.rows, strict=True):
-            dense(weight, like, out=scratch[rows])
-        yield scratch, slice(0, group.out_features)
-        return
-    for weight, rows in zip(group.weights, group.rows, strict=True):
-        yield dense(weight, like), rows
-
-
-def dense(weight: Tensor | Nf4Tensor, like: Tensor, out: Tensor | None = None) -> Tensor:
-    """The weight itself, or NF4 decoded in the dtype of `like`."""
-    if isinstance(weight, Tensor):
-        return weight
     ops = nf4 if like.is_cuda else nf4_eager
-    return ops.nf4_dequantize(weight, dtype=like.dtype, out=out)
+    if all(isinstance(w, Nf4Tensor) for w in group.weights):
+        if len(group.weights) == 1:
+            return [(ops.nf4_dequantize(group.weights[0], dtype=like.dtype), group.layout.outputs)]
+        return [(ops.nf4_dequantize_group(group.weights, dtype=like.dtype), group.layout.outputs)]
+    return [
+        (w if isinstance(w, Tensor) else ops.nf4_dequantize(w, dtype=like.dtype), rows)
+        for w, rows in zip(group.weights, group.layout.rows, strict=True)
+    ]
 
 
-def present(factors: Factors) -> list[Tensor]:
-    return [f for f in factors if f is not None]
+def _dtype(factor: Tensor | None) -> torch.dtype | None:
+    return None if factor is None else factor.dtype

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from slothcore.kernels import lora_factors_eager
 from slothcore.kernels.launch import ceil_div
-from slothcore.kernels.lora_factors_eager import Factors, needs_no_packing, padded_rank
+from slothcore.kernels.lora_factors_eager import Factors, padded_rank, unchanged_pair
 
 LARGEST_GROUP = 3
 BLOCK = 1024
@@ -91,8 +91,8 @@ def pack_factors(
         dtype: of the result.
     Returns: A [R, K]; B [N, R]. A single pair that needs no change is returned as it is, not copied.
     """
-    if needs_no_packing(lora_A, lora_B, scalings, dtype):
-        return lora_A[0], lora_B[0]
+    if pair := unchanged_pair(lora_A, lora_B, scalings, dtype):
+        return pair
     count = len(lora_A)
     if count > LARGEST_GROUP:
         return lora_factors_eager.pack_factors(
@@ -100,15 +100,15 @@ def pack_factors(
         )
     first = next(A for A in lora_A if A is not None)
     width = first.shape[1]
-    absent = (None,) * (LARGEST_GROUP - count)
-    A_0, A_1, A_2 = (*(_contiguous(A) for A in lora_A), *absent)
-    B_0, B_1, B_2 = (*(_contiguous(B) for B in lora_B), *absent)
-    rank_0, rank_1, rank_2 = (0 if A is None else A.shape[0] for A in (A_0, A_1, A_2))
+    absent = LARGEST_GROUP - count
+    A_0, A_1, A_2 = [None if A is None else A.contiguous() for A in lora_A] + [None] * absent
+    B_0, B_1, B_2 = [None if B is None else B.contiguous() for B in lora_B] + [None] * absent
+    rank_0, rank_1, rank_2 = [0 if A is None else A.shape[0] for A in (A_0, A_1, A_2)]
     column_1 = padded_rank(rank_0)
     column_2 = column_1 + padded_rank(rank_1)
     ranks = column_2 + padded_rank(rank_2)
-    rows_0, rows_1, rows_2 = (*out_features, *(0,) * len(absent))
-    scaling_0, scaling_1, scaling_2 = (*scalings, *(1.0,) * len(absent))
+    rows_0, rows_1, rows_2 = [*out_features] + [0] * absent
+    scaling_0, scaling_1, scaling_2 = [*scalings] + [1.0] * absent
 
     joined_A = torch.empty((ranks, width), dtype=dtype, device=first.device)
     joined_B = torch.empty((rows_0 + rows_1 + rows_2, ranks), dtype=dtype, device=first.device)
@@ -119,7 +119,3 @@ def pack_factors(
         COLUMN_1=column_1, COLUMN_2=column_2, RANKS=ranks, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
     return joined_A, joined_B
-
-
-def _contiguous(factor: Tensor | None) -> Tensor | None:
-    return None if factor is None else factor.contiguous()

@@ -44,8 +44,8 @@ def pack_factors(
         dtype: of the result.
     Returns: A [R, K]; B [N, R]. A single pair that needs no change is returned as it is, not copied.
     """
-    if needs_no_packing(lora_A, lora_B, scalings, dtype):
-        return lora_A[0], lora_B[0]
+    if pair := unchanged_pair(lora_A, lora_B, scalings, dtype):
+        return pair
     first = next(A for A in lora_A if A is not None)
     ranks = sum(padded_rank(A.shape[0]) for A in lora_A if A is not None)
     joined_A = torch.zeros(ranks, first.shape[1], dtype=dtype, device=first.device)
@@ -55,21 +55,19 @@ def pack_factors(
         if A is not None and B is not None:
             rank = A.shape[0]
             joined_A[column : column + rank] = A
-            wide = torch.promote_types(B.dtype, torch.float32)
+            wide = torch.promote_types(torch.promote_types(B.dtype, dtype), torch.float32)
             joined_B[row : row + rows, column : column + rank] = B.to(wide) * scaling
             column += padded_rank(rank)
         row += rows
     return joined_A, joined_B
 
 
-def needs_no_packing(lora_A: Factors, lora_B: Factors, scalings: Sequence[float], dtype: torch.dtype) -> bool:
-    """Whether there is one projection, unscaled and unpadded, whose factors have the dtype already."""
+def unchanged_pair(
+    lora_A: Factors, lora_B: Factors, scalings: Sequence[float], dtype: torch.dtype
+) -> tuple[Tensor, Tensor] | None:
+    """The factors of a single projection that are unscaled, unpadded and of the dtype already; else None."""
     A, B = lora_A[0], lora_B[0]
-    return (
-        len(lora_A) == 1
-        and A is not None
-        and B is not None
-        and scalings[0] == 1.0
-        and A.dtype == B.dtype == dtype
-        and A.shape[0] % RANK_MULTIPLE == 0
-    )
+    if len(lora_A) > 1 or A is None or B is None or scalings[0] != 1.0:
+        return None
+    fits = A.dtype == B.dtype == dtype and A.shape[0] % RANK_MULTIPLE == 0
+    return (A, B) if fits else None

@@ -143,12 +143,13 @@ def rms_norm_forward(
     num_tokens, width = x.shape
     assert weight.shape == (width,), f"weight {tuple(weight.shape)} does not fit rows of {width}"
     assert residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
-    y = x.new_empty(x.shape)
-    rstd = x.new_empty(num_tokens, dtype=torch.float32)
-    h = x if residual is None else x.new_empty(x.shape)
     x, weight = with_contiguous_rows(x), with_contiguous_rows(weight)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    rstd = torch.empty(num_tokens, dtype=torch.float32, device=x.device)
+    h, residual_stride = x, 0
     if residual is not None:
         residual = with_contiguous_rows(residual)
+        h, residual_stride = torch.empty_like(y), residual.stride(0)
     tile = whole_row_tile(width)
     rms_norm_forward_kernel[(ceil_div(num_tokens, tile.rows),)](
         x,
@@ -158,7 +159,7 @@ def rms_norm_forward(
         h if residual is not None else None,
         rstd,
         x.stride(0),
-        residual.stride(0) if residual is not None else 0,
+        residual_stride,
         num_tokens,
         eps,
         weight_offset,

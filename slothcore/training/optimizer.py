@@ -34,7 +34,8 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
         return torch.optim.AdamW(groups, **options, fused=True)
     device = next(iter(trainable_parameters(model).values())).device
     check_8bit(device)
-    from bitsandbytes.optim import AdamW8bit
+    # bitsandbytes takes a second to import, which a run on a CPU need not spend.
+    from slothcore.training.adamw_8bit import AdamW8bit
 
     return AdamW8bit(groups, **options)
 

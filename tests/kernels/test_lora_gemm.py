@@ -99,8 +99,9 @@ def test_kernel_in_interpreter(nan_filled_empty, rows: int, out: int, inner: int
 def test_rule_takes_the_kernel_only_where_it_wins() -> None:
     bf16 = torch.bfloat16
     assert choose_tile(8192, 4096, dtype=bf16, **H100) == HOPPER_TILE
-    assert choose_tile(512, 28672, dtype=torch.float16, **H100) == HOPPER_TILE
-    assert choose_tile(512, 4096, dtype=bf16, **H100) is None, "half of the multiprocessors would idle"
+    assert choose_tile(513, 28672, dtype=torch.float16, **H100) == HOPPER_TILE
+    assert choose_tile(512, 28672, dtype=torch.float16, **H100) is None, "the host would be late"
+    assert choose_tile(1024, 2048, dtype=bf16, **H100) is None, "half of the multiprocessors would idle"
     assert choose_tile(8192, 4096, dtype=torch.float32, **H100) is None
     for other in (7, 8, 10, 12):
         assert choose_tile(8192, 4096, dtype=bf16, capability_major=other, multiprocessors=108) is None

@@ -1,6 +1,6 @@
 """NF4: bits against bitsandbytes on the same device; the Triton kernels against the eager twin and CUDA's rules."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -271,6 +271,44 @@ def test_dequantise_writes_only_the_given_rows(kernel_device, ops) -> None:
     assert buffer[9:].isnan().all()
 
 
+def quantised_group(rows: Sequence[int], width: int, *, device: str, nested: Sequence[bool]) -> list[Nf4Tensor]:
+    return [
+        nf4_eager.nf4_quantize(random_weight((n, width), torch.float32).to(device), double_quant=double_quant)
+        for n, double_quant in zip(rows, nested, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("ops", [nf4, nf4_eager], ids=["kernel", "eager"])
+@pytest.mark.parametrize("nested", [(True,) * 4, (False,) * 4, (True, False, True, True)])
+@pytest.mark.parametrize("width", [64, 33])
+@pytest.mark.parametrize("rows", [(70,), (6, 9), (70, 65, 1), (1, 130, 70), (3, 4, 5, 6)])
+def test_group_has_the_bits_of_each_weight_alone(
+    kernel_device, nan_filled_empty, ops, rows: tuple[int, ...], width: int, nested: tuple[bool, ...]
+) -> None:
+    """One weight, several, more than one launch takes, mixed kinds; partial blocks and programs at every border."""
+    weights = quantised_group(rows, width, device=kernel_device, nested=nested[: len(rows)])
+    for dtype in (torch.float32, torch.float16):
+        expected = torch.cat([nf4_eager.nf4_dequantize(weight, dtype=dtype) for weight in weights])
+        assert_same_bits(ops.nf4_dequantize_group(weights, dtype=dtype), expected, str(dtype))
+    buffer = torch.full((sum(rows) + 4, width), float("nan"), device=kernel_device)
+    middle = buffer[2:-2]
+    assert ops.nf4_dequantize_group(weights, dtype=torch.float32, out=middle) is middle
+    assert not middle.isnan().any()
+    assert buffer[:2].isnan().all()
+    assert buffer[-2:].isnan().all()
+
+
+@pytest.mark.parametrize("ops", [nf4, nf4_eager], ids=["kernel", "eager"])
+def test_bad_groups_are_refused(ops) -> None:
+    weight, narrow = nf4_eager.nf4_quantize(torch.ones(2, 64)), nf4_eager.nf4_quantize(torch.ones(2, 32))
+    with pytest.raises(ValueError, match=r"equal in_features.*expand each alone"):
+        ops.nf4_dequantize_group([weight, narrow], dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"out must be.*\(4, 64\).*\(2, 64\)"):
+        ops.nf4_dequantize_group([weight, weight], dtype=torch.float32, out=torch.empty(2, 64))
+    with pytest.raises(ValueError, match="int32"):
+        ops.nf4_dequantize_group([weight, weight], dtype=torch.int32)
+
+
 def test_eager_expands_to_float64_without_rounding() -> None:
     weight = nf4_eager.nf4_quantize(random_weight((4, 64), torch.float32))
     exact = nf4_eager.nf4_dequantize(weight, dtype=torch.float64)
@@ -340,3 +378,13 @@ def test_gpu_every_launch_configuration_gives_the_same_bits(decode) -> None:
         for blocks, num_warps in ((16, 4), (32, 8), (64, 4), (128, 8)):
             config = nf4.DequantizeConfig(blocks=blocks, num_warps=num_warps, decode=decode)
             assert_same_bits(nf4.nf4_dequantize(weight, dtype=dtype, _config=config), expected, str(config))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [((4096, 1024, 1024), 4096), ((14336, 14336), 4096), ((1000, 7, 333), 333)])
+def test_gpu_group_has_the_bits_of_each_weight_alone(rows: tuple[int, ...], width: int, dtype: torch.dtype) -> None:
+    for nested in (True, False):
+        weights = quantised_group(rows, width, device="cuda", nested=[nested] * len(rows))
+        expected = torch.cat([nf4.nf4_dequantize(weight, dtype=dtype) for weight in weights])
+        assert_same_bits(nf4.nf4_dequantize_group(weights, dtype=dtype), expected, f"nested={nested}")
