@@ -30,7 +30,7 @@ def load(
         bits: 4 (NF4, the values of bitsandbytes with double quantisation), 16 or 32: how weights are kept.
         dtype: in which the model computes; default: float32 on a CPU with 4 or 32 bits, else bfloat16, or float16
             on a GPU that has no bfloat16.
-        device: default: the GPU if there is one.
+        device: default: the GPU if there is one. A GPU becomes torch's current one, where Triton's kernels run.
         max_seq_length: longest document to expect; default: the model's max_position_embeddings.
         revision, token, cache_dir, local_files_only: as huggingface_hub has them.
     Returns: the model in eval mode, and its tokenizer; None, with a warning, if the folder has no tokenizer.json.

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from slothcore.autograd.first_order import once_differentiable
 from slothcore.kernels import attention, attention_backward, attention_backward_eager, attention_eager
 
 LARGEST_HEAD_DIM = 256
@@ -33,7 +33,7 @@ class PackedAttention(torch.autograd.Function):
         ctx.heads = (num_heads, num_kv_heads, num_kv_heads)
         ctx.max_seqlen = max_seqlen
         ctx.options = {"scale": scale, "window": window, "softcap": softcap}
-        q, k, v = qkv.split(ctx.heads, dim=1)
+        q, k, v = qkv.split_with_sizes(ctx.heads, 1)
         out, lse = ops.attention_forward(q, k, v, cu_seqlens, max_seqlen, **ctx.options)
         flat_out = out.flatten(1)
         ctx.save_for_backward(qkv, flat_out, lse, cu_seqlens)
@@ -44,7 +44,7 @@ class PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         qkv, flat_out, lse, cu_seqlens = ctx.saved_tensors
         ops = attention_backward if qkv.is_cuda else attention_backward_eager
-        q, k, v = qkv.split(ctx.heads, dim=1)
+        q, k, v = qkv.split_with_sizes(ctx.heads, 1)
         grad_qkv = ops.attention_backward(
             grad_out.reshape(q.shape), q, k, v, flat_out.view(q.shape), lse, cu_seqlens, ctx.max_seqlen, **ctx.options
         )

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from slothcore.autograd.first_order import once_differentiable
 from slothcore.autograd.lora_group import Group, Projection, joined_factors
 from slothcore.autograd.lora_projection import bias_grads, factor_grads, input_grad, project
 from slothcore.kernels import glu, glu_eager

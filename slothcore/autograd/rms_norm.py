@@ -5,19 +5,17 @@ addition fused, h is an output that the next layer holds anyway, so the norm its
 A frozen weight costs no gradient work.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from slothcore.autograd.first_order import once_differentiable
 from slothcore.kernels import rms_norm as fused
 from slothcore.kernels import rms_norm_eager as eager
 
 
-@dataclass(frozen=True)
-class NormRule:
+class NormRule(NamedTuple):
     """What a model family says about its norms; nothing here gets a gradient."""
 
     eps: float

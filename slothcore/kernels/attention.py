@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slothcore.kernels.launch import ceil_div, next_power_of_2
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 HIDDEN = tl.constexpr(-1e30)
 
@@ -54,7 +56,7 @@ def shared_memory_kib(capability: tuple[int, int]) -> int:
 
 def padded_head_dim(head_dim: int) -> int:
     """Width of a tile: a power of two, at least what a tensor core takes."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, next_power_of_2(head_dim))
 
 
 def scalar_tile(head_dim: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> Tile | None:
@@ -73,6 +75,7 @@ def scalar_tile(head_dim: int, dtype: torch.dtype, capability: tuple[int, int] |
     return Tile(32, 32, 8, 1) if padded_head_dim(head_dim) <= widest else Tile(16, 16, 4, 1)
 
 
+@cache
 def forward_tile(head_dim: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> Tile:
     """Tile of the forward kernel; fits the shared memory of every device of that capability."""
     if scalar := scalar_tile(head_dim, dtype, capability):
@@ -297,7 +300,7 @@ def score_arguments(
 def tile_arguments(cu_seqlens: Tensor, max_seqlen: int, tokens: int, block: int) -> dict[str, int | bool]:
     """Number of tiles, and whether to search for a tile's document; see `locate_tile`."""
     documents = cu_seqlens.numel() - 1
-    if_equal, if_searched = documents * triton.cdiv(max_seqlen, block), tokens // block + documents
+    if_equal, if_searched = documents * ceil_div(max_seqlen, block), tokens // block + documents
     return {
         "documents": documents,
         "tiles": min(if_equal, if_searched),

@@ -19,6 +19,8 @@ Rounding  p and ds are rounded to the input dtype before their products, as in F
 Source    Dao 2023, arXiv:2307.08691, algorithm 2.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -46,6 +48,7 @@ from slothcore.kernels.attention import (
 STATS = tl.constexpr(4)
 
 
+@cache
 def query_gradient_tile(head_dim: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> Tile:
     """Tile of the kernel that forms dq; fits the shared memory of every device of that capability."""
     if scalar := scalar_tile(head_dim, dtype, capability):
@@ -58,6 +61,7 @@ def query_gradient_tile(head_dim: int, dtype: torch.dtype, capability: tuple[int
     return Tile(64, 64 if width <= 64 else 32, 4, 2)
 
 
+@cache
 def key_gradient_tile(head_dim: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> Tile:
     """Tile of the kernel that forms dk and dv; fits the shared memory of every device of that capability."""
     if scalar := scalar_tile(head_dim, dtype, capability):

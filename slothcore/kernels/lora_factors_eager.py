@@ -42,9 +42,9 @@ def pack_factors(
         scalings: c_i of each.
         out_features: N_i of each, with or without factors.
         dtype: of the result.
-    Returns: A [R, K]; B [N, R]. A single pair that needs no change is returned as it is, not copied.
+    Returns: A [R, K]; B [N, R]. What needs no change is returned as it is, not copied.
     """
-    if pair := unchanged_pair(lora_A, lora_B, scalings, dtype):
+    if pair := single_pair(lora_A, lora_B, scalings, dtype):
         return pair
     first = next(A for A in lora_A if A is not None)
     ranks = sum(padded_rank(A.shape[0]) for A in lora_A if A is not None)
@@ -62,12 +62,16 @@ def pack_factors(
     return joined_A, joined_B
 
 
-def unchanged_pair(
+def single_pair(
     lora_A: Factors, lora_B: Factors, scalings: Sequence[float], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor] | None:
-    """The factors of a single projection that are unscaled, unpadded and of the dtype already; else None."""
+    """The factors of one projection whose rank needs no padding, each by one of torch's operations or by none.
+
+    None for everything else, also for factors of another 16-bit dtype, where torch would round twice.
+    """
     A, B = lora_A[0], lora_B[0]
-    if len(lora_A) > 1 or A is None or B is None or scalings[0] != 1.0:
+    if len(lora_A) > 1 or A is None or B is None or A.shape[0] % RANK_MULTIPLE or B.dtype not in (dtype, torch.float32):
         return None
-    fits = A.dtype == B.dtype == dtype and A.shape[0] % RANK_MULTIPLE == 0
-    return (A, B) if fits else None
+    if scalings[0] == 1.0:
+        return A.to(dtype), B.to(dtype)
+    return A.to(dtype), torch.mul(B, scalings[0], out=torch.empty(B.shape, dtype=dtype, device=B.device))

@@ -143,13 +143,13 @@ def rms_norm_forward(
     num_tokens, width = x.shape
     assert weight.shape == (width,), f"weight {tuple(weight.shape)} does not fit rows of {width}"
     assert residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
-    x, weight = with_contiguous_rows(x), with_contiguous_rows(weight)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     rstd = torch.empty(num_tokens, dtype=torch.float32, device=x.device)
     h, residual_stride = x, 0
     if residual is not None:
         residual = with_contiguous_rows(residual)
         h, residual_stride = torch.empty_like(y), residual.stride(0)
+    x, weight = with_contiguous_rows(x), with_contiguous_rows(weight)
     tile = whole_row_tile(width)
     rms_norm_forward_kernel[(ceil_div(num_tokens, tile.rows),)](
         x,
@@ -202,7 +202,7 @@ def rms_norm_backward(
     tiles = ceil_div(num_tokens, tile.rows)
     tiles_per_program = ceil_div(tiles, REDUCTION_PROGRAMS) if weight_grad else 1
     programs = ceil_div(tiles, max(1, tiles_per_program))
-    dx = h.new_empty(h.shape)
+    dx = torch.empty_like(h, memory_format=torch.contiguous_format)
     dw_partial = h.new_empty((programs, width), dtype=torch.float32) if weight_grad else None
     rms_norm_backward_kernel[(programs,)](
         dy,

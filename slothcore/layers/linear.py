@@ -70,7 +70,7 @@ class Linear(nn.Module):
     @property
     def is_frozen(self) -> bool:
         """Whether the base weight gets no gradient."""
-        return not self.weight.requires_grad
+        return self.is_nf4 or not self.weight.requires_grad
 
     def base_weight(self) -> Tensor | Nf4Tensor:
         """The weight [out, in] without LoRA: the dense parameter or the NF4 parts."""
@@ -144,10 +144,11 @@ class Linear(nn.Module):
 
     def projection(self) -> Projection:
         """What the fused Functions need of this layer, with the dropout of the current mode."""
+        # Parameters are looked up in their dictionary: by attribute, each costs the host a failed lookup first.
         return Projection(
             weight=self.base_weight(),
-            lora_A=self.lora_A,
-            lora_B=self.lora_B,
+            lora_A=self._parameters["lora_A"],
+            lora_B=self._parameters["lora_B"],
             scaling=self.lora_scaling,
             dropout=self.lora_dropout if self.training else 0.0,
             bias=self.bias,
@@ -165,6 +166,8 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out], in x's dtype."""
         if self.is_frozen and (self.is_nf4 or self.lora_A is not None):
+            if x.dim() == 2:
+                return lora_linear(x, self.projection())
             return lora_linear(x.reshape(-1, self.in_features), self.projection()).view(*x.shape[:-1], -1)
         y = F.linear(x, self.weight, self.bias)
         if self.lora_A is None or self.lora_B is None:

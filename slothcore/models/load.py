@@ -44,6 +44,7 @@ def load_model(
     """
     device = resolve_device(device)
     dtype = resolve_dtype(bits, dtype, device)
+    _make_current(device)
     if not folder.is_dir():
         raise ValueError(f"the folder {folder} does not exist")
     config_file = folder / "config.json"
@@ -107,6 +108,7 @@ def from_config(
     dtype = resolve_dtype(bits, dtype, device)
     if bits == 4 and device.type == "meta":
         raise ValueError("bits=4 needs values to quantise, which the meta device has not; use 16 or 32 there")
+    _make_current(device)
 
     model = Decoder(config, dtype=dtype, device="meta", bits=bits, hf_config=hf_config)
     for name, weight in dict(model.named_parameters()).items():
@@ -114,6 +116,12 @@ def from_config(
         place_weight(model, name, fill(torch.empty(weight.shape, dtype=dtype, device=device)))
     model.tie_weights()
     return model
+
+
+def _make_current(device: torch.device) -> None:
+    """Triton launches kernels on the process's current GPU, so that has to be the model's."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def is_quantized(model: Decoder, name: str) -> bool:
