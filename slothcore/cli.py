@@ -1,6 +1,7 @@
 """The `slothcore` command: arguments to calls, nothing else."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -15,10 +16,12 @@ from slothcore.inference.generate import generate
 from slothcore.training.config import TrainConfig, field_types
 from slothcore.training.options import check_names, coerce, describe
 from slothcore.training.run import open_result, train_from_config
+from slothcore.training.run_folder import check_writable
 from slothcore.version import __version__
 
 USER_ERROR = 2
-INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
+# What a shell reports for a command that Ctrl-C ended, and for one whose reader has gone.
+INTERRUPTED, BROKEN_PIPE = 130, 141
 
 TRAIN_EXAMPLES = """\
 examples:
@@ -50,7 +53,13 @@ class OneLineParser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; gives the exit status. What a user can cause ends in one line on stderr, never a traceback."""
     try:
-        return _run(sys.argv[1:] if argv is None else list(argv))
+        status = _run(sys.argv[1:] if argv is None else list(argv))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # As in `slothcore generate ... | head -1`. Whatever is left to flush at exit goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
     except torch.OutOfMemoryError:
@@ -208,6 +217,16 @@ def _from_words(name: str, value: Any, annotation: Any) -> Any:
 
 def _generate(values: dict[str, Any]) -> int:
     prompts = _prompts(values)
+    for name, needed in {
+        "input": "instruction",
+        "system": "chat",
+        "top_p": "temperature",
+        "top_k": "temperature",
+    }.items():
+        if values[name] and not values[needed]:
+            flag = name.replace("_", "-")
+            above_zero = " above 0" if needed == "temperature" else ""
+            raise ValueError(f"--{flag} has no effect without --{needed}{above_zero}; add it, or leave --{flag} out")
     model, tokenizer = open_result(
         values["model"], bits=values["bits"], device=values["device"], revision=values["revision"]
     )
@@ -245,7 +264,10 @@ def _prompts(values: dict[str, Any]) -> list[str]:
     path = Path(values["prompts_file"])
     if not path.is_file():
         raise FileNotFoundError(f"the prompts file {path} does not exist")
-    prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the prompts file {path} is not UTF-8; save it as UTF-8") from error
     if not prompts:
         raise ValueError(f"the prompts file {path} is empty; write one prompt on each line")
     return prompts
@@ -253,7 +275,8 @@ def _prompts(values: dict[str, Any]) -> list[str]:
 
 def _merge(values: dict[str, Any]) -> int:
     target = Path(values["output_dir"])
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    check_writable(target)
+    if target.exists() and any(target.iterdir()):
         raise ValueError(f"output_dir {target} exists and is not empty; choose a new folder")
     model, tokenizer = open_result(
         values["model"], bits=values["bits"], device=values["device"], revision=values["revision"]

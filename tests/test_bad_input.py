@@ -1,6 +1,8 @@
 """Whatever a user gets wrong ends in one clear sentence and a non-zero exit, with nothing half-written."""
 
+import errno
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -237,6 +239,48 @@ def test_output_folder_that_is_a_file(here, capsys) -> None:
     refused_training(here, capsys, "out is a file; choose a folder")
 
 
+def test_output_folder_inside_a_file(here, capsys) -> None:
+    for folder in (here / "data.jsonl" / "out", here / "data.jsonl" / "deep" / "out"):
+        message = r"output_dir .*out would lie in .*data.jsonl, which is a file; choose a folder"
+        refused(train_flags(here, folder), capsys, message)
+        refused(["merge", "--model", str(here / "model"), "--output-dir", str(folder)], capsys, message)
+
+
+def test_output_folder_that_may_not_be_written_into(here, capsys) -> None:
+    closed = here / "closed"
+    closed.mkdir(mode=0o555)
+    if os.access(closed, os.W_OK):
+        pytest.skip("this user may write anywhere")
+    message = r"output_dir .*: .*closed may not be written into; choose another folder"
+    refused(train_flags(here, closed / "out"), capsys, message)
+    refused(["merge", "--model", str(here / "model"), "--output-dir", str(closed / "out")], capsys, message)
+
+
+def test_output_folder_that_cannot_be_made(here, capsys, monkeypatch) -> None:
+    """What no check foresees, such as a full disk or a file system that makes no folders."""
+
+    def mkdir(self, *arguments, **options) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    refused_training(
+        here, capsys, r"output_dir .*out cannot be made \(No space left on device\); choose another folder"
+    )
+
+
+@pytest.mark.parametrize("seed", ["-1", "99999999999999999999"])
+def test_seed_out_of_range(good, here, capsys, seed) -> None:
+    refused_training(here, capsys, rf"seed must .*got {seed}", "--seed", seed)
+    argv = ["generate", "--model", str(good / "run"), "--device", "cpu", "--prompt", "a", "--seed", seed]
+    refused(argv, capsys, rf"seed must .*got {seed}")
+
+
+def test_resume_with_other_data(good, here, capsys) -> None:
+    write_records(here / "data.jsonl", 9)
+    further = ("--max-steps", "4", "--resume-from-checkpoint", str(good / "run" / "checkpoint-2"))
+    refused_training(here, capsys, r"checkpoint-2 was trained on other data", *further)
+
+
 def test_resume_folder_of_another_model(good, here, capsys) -> None:
     shutil.rmtree(here / "model")
     write_model(here / "model", seed=1)
@@ -255,6 +299,24 @@ def test_generate_without_a_prompt(good, capsys) -> None:
     refused(
         ["generate", "--model", str(good / "run")], capsys, "give one of --prompt, --prompts-file and --instruction"
     )
+
+
+@pytest.mark.parametrize(
+    ("flag", "needed"),
+    [("--input", "--instruction"), ("--system", "--chat"), ("--top-p", "--temperature"), ("--top-k", "--temperature")],
+)
+def test_an_option_that_would_have_no_effect(good, capsys, flag, needed) -> None:
+    argv = ["generate", "--model", str(good / "run"), "--device", "cpu", "--prompt", "a", flag, "1"]
+    refused(argv, capsys, f"{flag} has no effect without {needed}")
+
+
+def test_prompts_file_that_cannot_be_read(good, here, capsys) -> None:
+    argv = ["generate", "--model", str(good / "run"), "--prompts-file", str(here / "prompts.txt")]
+    refused(argv, capsys, r"the prompts file .*prompts.txt does not exist")
+    (here / "prompts.txt").write_bytes(b"caf\xe9\n")
+    refused(argv, capsys, r"the prompts file .*prompts.txt is not UTF-8; save it as UTF-8")
+    (here / "prompts.txt").write_text("\n \n")
+    refused(argv, capsys, r"the prompts file .*prompts.txt is empty; write one prompt on each line")
 
 
 def test_generate_from_a_run_that_saved_nothing(tmp_path, capsys) -> None:

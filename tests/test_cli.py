@@ -1,6 +1,7 @@
 """The command: help that teaches, flags that reach the call, and a round from training to an answer."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -10,7 +11,9 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from slothcore import cli
 from slothcore.cli import build_parser, main
+from slothcore.data.formats import alpaca_prompt
 from slothcore.training.config import TrainConfig
 from slothcore.version import __version__
 from tests.training.tiny import write_model, write_records
@@ -76,6 +79,39 @@ def test_generate_opens_runs_adapters_and_models(folder, run, capsys, which) -> 
     assert capsys.readouterr().out
 
 
+def test_sampling_flags_reach_the_generation(folder, run, capsys, monkeypatch) -> None:
+    asked = {}
+
+    def generate(model, tokenizer, prompts, **options) -> list[str]:
+        asked.update(options, prompts=prompts)
+        return ["an answer"]
+
+    monkeypatch.setattr(cli, "generate", generate)
+    flags = "--prompt a --max-new-tokens 5 --temperature 0.5 --top-p 0.7 --top-k 9 --seed 4".split()
+    assert main(["generate", "--model", str(run), "--device", "cpu", *flags]) == 0
+    assert capsys.readouterr().out == "an answer\n"
+    sampling = {"max_new_tokens": 5, "temperature": 0.5, "top_p": 0.7, "top_k": 9, "seed": 4}
+    assert asked == {**sampling, "prompts": ["a"], "add_special_tokens": True}
+
+    assert main(["generate", "--model", str(run), "--device", "cpu", "--instruction", "Add.", "--input", "1, 2"]) == 0
+    assert asked["prompts"] == [alpaca_prompt("Add.", "1, 2")]
+    assert (asked["temperature"], asked["max_new_tokens"]) == (0.0, 256)
+
+
+def test_chat_prompts_are_written_by_the_template(folder, tmp_path, monkeypatch) -> None:
+    shutil.copytree(folder / "model", tmp_path / "model")
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{{ '>' if add_generation_prompt }}"
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    asked = {}
+    monkeypatch.setattr(
+        cli, "generate", lambda model, tokenizer, prompts, **options: asked.update(options, p=prompts) or []
+    )
+    argv = ["generate", "--model", str(tmp_path / "model"), "--device", "cpu", "--chat", "--prompt", "a", "b"]
+    assert main([*argv, "--system", "Be brief."]) == 0
+    assert asked["p"] == ["[system]Be brief.[user]a>", "[system]Be brief.[user]b>"]
+    assert asked["add_special_tokens"] is False, "the template writes the begin token itself"
+
+
 def test_prompts_from_a_file_are_those_of_the_flag(folder, run, capsys) -> None:
     (folder / "prompts.txt").write_text("Add 1\n\nAdd 2\n")
     common = ["generate", "--model", str(run), "--device", "cpu", "--max-new-tokens", "3"]
@@ -134,6 +170,18 @@ def test_the_script_works_from_a_checkout(tmp_path) -> None:
     assert result.returncode == 2
     assert result.stderr == "slothcore: error: bits must be 4 | 16 | 32, got '3'\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_has_gone_is_no_error(folder, run) -> None:
+    """As in `slothcore generate ... | true`."""
+    argv = ["generate", "--model", str(folder / "model"), "--device", "cpu", "--prompt", "a", "--max-new-tokens", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "slothcore.cli", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    )
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait(timeout=60) == 141
+    assert errors == b""
 
 
 def test_version(capsys) -> None:

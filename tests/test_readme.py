@@ -1,9 +1,13 @@
 """The README's tables come from the code, and its first Python example runs."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+from slothcore.cli import build_parser
+from tests.training.tiny import write_model, write_records
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -13,6 +17,36 @@ def test_generated_tables_are_current() -> None:
         [sys.executable, "scripts/update_readme.py", "--check"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def code_blocks(language: str) -> list[str]:
+    """The fenced blocks of README.md in a language, and the indented ones, each as one text."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    if language:
+        return re.findall(rf"```{language}\n(.*?)```", readme, re.DOTALL)
+    return [re.sub(r"(?m)^    ", "", block) for block in re.findall(r"(?:^    .*\n)+", readme, re.MULTILINE)]
+
+
+def test_the_first_lines_run(tmp_path, monkeypatch, capsys) -> None:
+    """As they stand, but for the name of the model, and fewer steps."""
+    write_model(tmp_path / "model", max_position_embeddings=2048)
+    write_records(tmp_path / "data.jsonl")
+    code = code_blocks("python")[0]
+    for old, new in (("meta-llama/Llama-3.1-8B", "model"), ("max_steps=200", "max_steps=2")):
+        assert code.count(old) == 1
+        code = code.replace(old, new)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "merged" / "config.json").is_file()
+    assert (tmp_path / "run" / "log.jsonl").is_file()
+
+
+def test_every_command_is_one_that_the_program_knows() -> None:
+    commands = [line for block in code_blocks("") for line in block.splitlines() if line.startswith("slothcore ")]
+    assert {line.split()[1] for line in commands} == {"train", "generate", "merge"}
+    for line in commands:
+        assert build_parser().parse_known_args(shlex.split(line, comments=True)[1:])[1] == [], line
 
 
 def test_every_relative_link_leads_somewhere() -> None:

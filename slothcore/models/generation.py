@@ -57,6 +57,8 @@ class Generates:
         model = cast("Decoder", self)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        if seed is not None and not 0 <= seed < 2**63:
+            raise ValueError(f"seed must lie in 0..2**63 - 1, got {seed}")
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
         if input_ids.dim() == 1:
             input_ids = input_ids[None]

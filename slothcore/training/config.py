@@ -131,6 +131,7 @@ class TrainConfig:
             _require(getattr(self, name) > 0, f"{name} must be greater than 0, got {getattr(self, name)}")
         for name in "eval_fraction lora_dropout adam_beta1 adam_beta2".split():
             _require(0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        _require(self.seed < 2**63, f"seed must be below 2**63, got {self.seed}")
         _require(0 <= self.warmup_ratio <= 1, f"warmup_ratio must lie in [0, 1], got {self.warmup_ratio}")
         _require(
             self.max_steps >= 1 or self.max_steps == -1,

@@ -147,6 +147,8 @@ def draw_loss(output_dir: Path) -> str:
     except ImportError:
         return f"{PLOT_FILE} was not drawn: matplotlib is not installed (pip install 'slothcore[plots]')"
     records = read_log(output_dir / LOG_FILE)
+    if not records:
+        return f"{PLOT_FILE} was not drawn: the log has no line yet"
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     lowest, highest = 0.0, 0.0

@@ -9,6 +9,7 @@ output_dir/
 """
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +34,9 @@ class Source:
 
 
 def check_output_dir(config: TrainConfig) -> None:
-    """Raise ValueError if the output folder is a file, or holds a run that this one would overwrite."""
+    """Raise ValueError if the output folder cannot be written into, or holds a run that this one would overwrite."""
     folder = Path(config.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir {folder} is a file; choose a folder")
+    check_writable(folder)
     if config.resume_from_checkpoint or config.overwrite_output_dir:
         return
     if (folder / LOG_FILE).exists() or checkpoints(folder):
@@ -46,11 +46,24 @@ def check_output_dir(config: TrainConfig) -> None:
         )
 
 
+def check_writable(folder: Path) -> None:
+    """Raise ValueError unless `folder` is one that can be written into, or can be made; nothing is written yet."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        where = "is a file" if nearest == folder else f"would lie in {nearest}, which is a file"
+        raise ValueError(f"output_dir {folder} {where}; choose a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"output_dir {folder}: {nearest} may not be written into; choose another folder")
+
+
 def claim_output_dir(config: TrainConfig) -> Path:
     """Create the output folder, or empty it of the run that it holds if that is allowed; other files stay."""
     check_output_dir(config)
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output_dir {folder} cannot be made ({error.strerror}); choose another folder") from error
     remove_partial(folder)
     if not config.resume_from_checkpoint:
         for checkpoint in checkpoints(folder):

@@ -24,9 +24,22 @@ from tests.numerics import relative_error
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
+# Scaled within the 19 tokens of the batch.
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8,
+}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}
+
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "all linears": ({}, {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}),
     "all linears, tied head": ({"tie_word_embeddings": True}, {"r": 8, "target_modules": "all-linear"}),
+    "llama3 rope": ({"rope_parameters": LLAMA3_ROPE}, {"r": 8, "target_modules": "all-linear"}),
+    "linear rope": ({"rope_parameters": LINEAR_ROPE}, {"r": 4, "target_modules": ["q_proj", "k_proj", "down_proj"]}),
     "q and v only": ({}, {"r": 4, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]}),
     "mlp only": ({}, {"r": 4, "target_modules": ["gate_proj", "down_proj"]}),
     "one layer by expression": ({}, {"r": 4, "target_modules": r".*\.1\.self_attn\.[qkvo]_proj"}),
@@ -64,7 +77,9 @@ def test_tiny_llama(tmp_path: Path, name: str) -> None:
     compare(*load_pair(write_tiny_llama(tmp_path, **model_options)), options)
 
 
-@pytest.mark.parametrize("name", ["all linears, tied head", "all biases", "head trained whole", "rank-stabilised"])
+@pytest.mark.parametrize(
+    "name", ["all linears, tied head", "llama3 rope", "all biases", "head trained whole", "rank-stabilised"]
+)
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 def test_tiny_llama_in_nf4(tmp_path: Path, name: str) -> None:
     pytest.importorskip("bitsandbytes")

@@ -106,7 +106,7 @@ def test_user_positions(pair: tuple[Decoder, LlamaForCausalLM]) -> None:
     assert (actual - default).abs().max() > 100 * LOGITS_TOLERANCE
 
 
-@pytest.mark.parametrize("variant", ["grouped queries", "tied head", "biases"])
+@pytest.mark.parametrize("variant", ["grouped queries", "llama3 rope", "tied head", "biases"])
 def test_nf4_against_bitsandbytes(variant: str, tmp_path: Path) -> None:
     reference = tiny_llama(**VARIANTS[variant])
     folder = saved(reference, tmp_path)

@@ -11,9 +11,10 @@ from slothcore.data.tokenizer import Tokenizer
 from slothcore.lora.attach import add_lora
 from slothcore.models.load import from_config
 from slothcore.training.config import TrainConfig
-from slothcore.training.report import read_log
+from slothcore.training.report import draw_loss, read_log
 from slothcore.training.run_state import checkpoints
 from slothcore.training.trainer import SFTTrainer
+from tests.numerics import relative_error
 from tests.training.tiny import CONFIG, random_rows, write_records, write_tokenizer
 
 QUIET = {"disable_tqdm": True, "plot": False, "save_steps": 0, "logging_steps": 1}
@@ -67,6 +68,39 @@ def test_accumulation_changes_nothing_but_rounding(tmp_path, bits) -> None:
             assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
         for name, value in weights.items():
             assert torch.allclose(value, other[name], rtol=1e-3, atol=2e-5), name
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["rows", "packed"])
+def test_every_gradient_is_the_same_however_a_step_is_cut(tmp_path, packing) -> None:
+    """What the optimizer is given in one step of 8 rows, cut into 1 x 8, 2 x 4 and 8 x 1; targets are unequal."""
+    gradients = {}
+    for rows_at_once in (1, 2, 8):
+        config = TrainConfig(
+            output_dir=str(tmp_path / str(rows_at_once)),
+            packing=packing,
+            max_seq_length=64,
+            per_device_train_batch_size=rows_at_once,
+            gradient_accumulation_steps=8 // rows_at_once,
+            max_steps=1,
+            max_grad_norm=0.0,
+            **QUIET,
+        )
+        trainer = SFTTrainer(tiny_model(), None, random_rows(24), config=config)
+        chosen = trainer.schedule.plan(0).rows
+        assert len(chosen) == 8
+        assert len({trainer.train_rows.row_targets[row] for row in chosen}) > 4
+        given = gradients[rows_at_once] = {}
+
+        def remember(optimizer, arguments, options, trainer=trainer, given=given) -> None:
+            given.update({name: weight.grad.clone() for name, weight in trainer.parameters.items()})
+
+        trainer.optimizer.register_step_pre_hook(remember)
+        trainer.train()
+    assert all(len(given) == 2 * 2 * 7 for given in gradients.values())
+    for name, gradient in gradients[8].items():
+        assert gradient.norm() > 0, name
+        for other in (gradients[1], gradients[2]):
+            assert relative_error(other[name], gradient) < 1e-5, name
 
 
 def test_the_gradient_of_a_step_is_that_of_the_mean_over_its_targets(tmp_path) -> None:
@@ -214,6 +248,11 @@ def test_without_matplotlib_the_drawing_is_a_sentence(tmp_path, monkeypatch, cap
     train(tmp_path, random_rows(4), max_steps=1, plot=True)
     assert "loss.png was not drawn: matplotlib is not installed" in capsys.readouterr().out
     assert not (tmp_path / "loss.png").exists()
+
+
+def test_without_a_line_in_the_log_nothing_is_drawn(tmp_path) -> None:
+    assert draw_loss(tmp_path) == "loss.png was not drawn: the log has no line yet"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_second_run_does_not_overwrite_the_first(tmp_path) -> None:
