@@ -21,8 +21,9 @@ import math
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from slothcore.autograd.autocast import check_autocast
+from slothcore.autograd.first_order import once_differentiable
 from slothcore.kernels import cross_entropy, cross_entropy_eager
 
 LOGITS_BYTES = 256 * 2**20
@@ -65,9 +66,11 @@ def linear_cross_entropy(
         bias: [V] or None.
 
     Returns: the loss, a 0-dim float32 tensor (float64 for float64 inputs).
-    Raises: ValueError if the shapes do not fit or a number given as `num_items` is not positive.
+    Raises: ValueError if the shapes do not fit, a number given as `num_items` is not positive, or torch.autocast asks
+        for another dtype than that of `hidden`.
     """
     _check(hidden, weight, targets, rows, bias)
+    check_autocast(hidden)
     if targets.numel() > 0 and not isinstance(num_items, Tensor) and not num_items > 0:
         raise ValueError(f"num_items must be positive, got {num_items}")
     differentiable = [t for t in (hidden, weight, bias) if t is not None and t.requires_grad]

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from slothcore.autograd.first_order import once_differentiable
 from slothcore.kernels import glu as fused
 from slothcore.kernels import glu_eager as eager
 from slothcore.kernels.glu_eager import Activation

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slothcore.autograd.autocast import check_autocast
 from slothcore.autograd.first_order import once_differentiable
 from slothcore.autograd.lora_group import Group, Projection, joined_factors
 from slothcore.autograd.lora_projection import bias_grads, factor_grads, input_grad, project
@@ -200,7 +201,8 @@ def _check(x: Tensor, projections: Sequence[Projection]) -> None:
 
 
 def _check_dtype(x: Tensor, projections: Sequence[Projection]) -> None:
-    """Raise ValueError unless every dense weight has x's dtype; NF4 is decoded in it."""
+    """Raise ValueError unless every dense weight has x's dtype; NF4 is decoded in it, and autocast must not object."""
+    check_autocast(x)
     for projection in projections:
         weight = projection.weight
         if isinstance(weight, Tensor) and weight.dtype != x.dtype:

@@ -125,7 +125,7 @@ class Group(NamedTuple):
             B_dtypes=tuple([_dtype(p.lora_B) for p in projections]),
             bias_dtypes=tuple([_dtype(p.bias) for p in projections]),
             # The CPU generator costs no device synchronisation, and gradient checkpointing restores it.
-            seed=int(torch.randint(2**63 - 1, ())) if any(dropouts) else None,
+            seed=int(torch.randint(2**63 - 1, (), device="cpu")) if any(dropouts) else None,
         )
 
 
@@ -157,7 +157,12 @@ def dropout_masks(group: Group, like: Tensor) -> Iterator[Tensor | None]:
     assert group.seed is not None
     generator = torch.Generator(like.device).manual_seed(group.seed)
     for probability in group.dropouts:
-        yield torch.empty_like(like).bernoulli_(1.0 - probability, generator=generator) if probability else None
+        if probability == 0.0:
+            yield None
+        else:
+            # Random numbers fill memory in order: a transposed x, say, and its gradient must not differ in theirs.
+            mask = torch.empty_like(like, memory_format=torch.contiguous_format)
+            yield mask.bernoulli_(1.0 - probability, generator=generator)
 
 
 def dense_blocks(group: Group, like: Tensor) -> Sequence[tuple[Tensor, slice]]:

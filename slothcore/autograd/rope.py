@@ -42,7 +42,7 @@ class RotaryEmbedding(Function):
 
 def _rotate_(x: Tensor, cos: Tensor, sin: Tensor, *, num_heads: int, inverse: bool) -> None:
     ops = fused if x.is_cuda else eager
-    heads = x if x.dim() == 3 else x.view(x.shape[0], -1, 2 * cos.shape[-1])
+    heads = x if x.dim() == 3 else x.unflatten(1, (-1, 2 * cos.shape[-1]))
     ops.rope_rotate_(heads, cos, sin, num_heads=num_heads, inverse=inverse)
 
 

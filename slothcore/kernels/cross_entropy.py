@@ -101,7 +101,7 @@ def cross_entropy_forward_(
 
     Args:
         logits: [N, V] float32 or 16-bit, last dimension contiguous; rows may be strided.
-        targets: [N] int64, contiguous, each in [0, V); the loss of another value is NaN.
+        targets: [N] int64, each in [0, V); the loss of another value is NaN.
         grad_scale: factor of the gradient, a number or a 0-dim tensor on the device of `logits` (read there, so the
             host never waits); None leaves `logits` as they are and skips the second sweep.
         softcap: cap c of s = c tanh(l / c), or None.
@@ -112,14 +112,13 @@ def cross_entropy_forward_(
     assert logits.stride(1) == 1 or vocabulary == 1, "the columns of the logits must be contiguous"
     assert targets.shape == (rows,), f"{rows} rows of logits but targets of shape {tuple(targets.shape)}"
     assert targets.dtype == torch.int64, f"targets must be int64, got {targets.dtype}"
-    assert targets.is_contiguous(), "targets must be contiguous"
     loss = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows == 0:
         return loss
     block, num_warps = _launch_config(vocabulary)
     _cross_entropy_kernel[(rows,)](
         logits,
-        targets,
+        targets.contiguous(),
         loss,
         grad_scale if isinstance(grad_scale, Tensor) else float(grad_scale or 0),
         float(softcap or 0),

@@ -211,9 +211,10 @@ def _tile_for(left: Tensor, columns: int, operands: Sequence[Tensor | None]) -> 
 
 
 def _tma_can_read(matrix: Tensor) -> bool:
-    """Rows must be contiguous and start at multiples of 16 bytes."""
+    """Rows must be contiguous, apart (an expanded gradient's are not) and start at multiples of 16 bytes."""
     return (
         matrix.stride(1) == 1
+        and matrix.stride(0) >= matrix.shape[1]
         and matrix.stride(0) * matrix.element_size() % 16 == 0
         and matrix.data_ptr() % 16 == 0
         and matrix.numel() > 0

@@ -185,5 +185,5 @@ def _nested_cells(device: torch.device) -> Tensor:
     """The 8-bit code of each cell, [65536] uint8: the number of midpoints of the map below the cell's value."""
     code = nested_code()
     midpoints = (code[:-1] + code[1:]) * 0.5
-    values = torch.arange(NESTED_CELLS, dtype=torch.float32) * 2.0 / (NESTED_CELLS - 1) - 1.0
+    values = torch.arange(NESTED_CELLS, dtype=torch.float32, device="cpu") * 2.0 / (NESTED_CELLS - 1) - 1.0
     return torch.bucketize(values, midpoints, out_int32=True).to(torch.uint8).to(device)

@@ -168,7 +168,9 @@ class Linear(nn.Module):
         if self.is_frozen and (self.is_nf4 or self.lora_A is not None):
             if x.dim() == 2:
                 return lora_linear(x, self.projection())
-            return lora_linear(x.reshape(-1, self.in_features), self.projection()).view(*x.shape[:-1], -1)
+            return lora_linear(x.reshape(-1, self.in_features), self.projection()).view(
+                *x.shape[:-1], self.out_features
+            )
         y = F.linear(x, self.weight, self.bias)
         if self.lora_A is None or self.lora_B is None:
             return y
@@ -184,6 +186,8 @@ class Linear(nn.Module):
         """Move or cast as any module does, but never cast an NF4 weight's statistics: float32 is their format."""
         if not self.is_nf4:
             return super()._apply(fn, recurse)
+        # It would keep the parts in memory that are replaced below.
+        self._nf4 = None
         statistics = {name: self._buffers.pop(name) for name in NF4_BUFFERS[1:]}
         try:
             super()._apply(fn, recurse)

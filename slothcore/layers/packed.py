@@ -133,7 +133,8 @@ def _check_shapes(
             f"attention_mask must have the shape of a [batch, sequence] input_ids, "
             f"got {tuple(attention_mask.shape)} beside {shape}"
         )
-    if position_ids is not None and tuple(position_ids.shape) not in (shape, (1, shape[-1])[-len(shape) :]):
+    one_row = (1, shape[1]) if len(shape) == 2 else shape
+    if position_ids is not None and tuple(position_ids.shape) not in (shape, one_row):
         raise ValueError(f"position_ids must have the shape of input_ids, {shape}, got {tuple(position_ids.shape)}")
     if cu_seqlens is not None and (len(shape) != 1 or cu_seqlens.dim() != 1):
         raise ValueError(f"cu_seqlens must be one row of boundaries for a packed [tokens] input_ids, got {shape}")

@@ -221,6 +221,14 @@ def test_chunk_size(vocabulary: int, dtype: torch.dtype) -> None:
         assert -(-num_targets // chunk) == -(-num_targets // rows), "even chunks must not be more chunks"
 
 
+def test_autocast_to_another_dtype_is_refused() -> None:
+    hidden, weight, targets = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 2, 4])
+    with torch.autocast("cpu", torch.bfloat16):
+        linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), targets, None, num_items=3)
+        with pytest.raises(ValueError, match="leave autocast out"):
+            linear_cross_entropy(hidden, weight, targets, None, num_items=3)
+
+
 def test_bad_input_is_refused() -> None:
     hidden, weight, targets, rows = make_inputs(tokens=6, hidden_size=4, vocabulary=11)
     with pytest.raises(ValueError, match=r"hidden must be \[T, H\]"):

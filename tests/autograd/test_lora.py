@@ -170,6 +170,43 @@ def test_dropout_hides_elements_from_each_projection_on_its_own() -> None:
     assert torch.equal(lora_fused(x, [p, replace(p, dropout=0.0), p]), y)
 
 
+@pytest.mark.parametrize("x_is", ["transposed", "expanded", "strided"])
+def test_dropout_masks_do_not_depend_on_strides(x_is: str) -> None:
+    """x may lie in memory in another order than its gradient, which the backward pass masks."""
+    layouts = {
+        "transposed": lambda: torch.randn(6, 7, dtype=torch.float64).T,
+        "expanded": lambda: torch.randn(1, 6, dtype=torch.float64).expand(7, 6),
+        "strided": lambda: torch.randn(7, 9, dtype=torch.float64)[:, 2:8],
+    }
+    x, p = layouts[x_is]().requires_grad_(), projection(5, 6, 2, dropout=0.4, scaling=0.7)
+    inputs = leaves(x, [p])
+    torch.manual_seed(3)
+    actual = torch.autograd.grad(lora_linear(x, p).sin().sum(), inputs)
+    torch.manual_seed(3)
+    expected = torch.autograd.grad(lora_linear(x.contiguous(), p).sin().sum(), inputs)
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_dropout_ignores_the_default_device() -> None:
+    p, x = projection(5, 6, 2, dropout=0.4), torch.randn(7, 6, dtype=torch.float64)
+    torch.manual_seed(3)
+    expected = lora_linear(x, p)
+    torch.manual_seed(3)
+    with torch.device("meta"):
+        assert torch.equal(lora_linear(x, p), expected)
+
+
+def test_autocast_to_the_dtype_of_x_changes_nothing_and_to_another_is_refused() -> None:
+    kind = {"dtype": torch.bfloat16, "factor_dtype": torch.float32, "bits": 4}
+    p, x = projection(96, 64, 8, scaling=0.5, **kind), torch.randn(7, 64).bfloat16()
+    expected = lora_linear(x, p)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(lora_linear(x, p), expected)
+        with pytest.raises(ValueError, match="leave autocast out"):
+            lora_linear(x.float(), p)
+
+
 def test_errors_name_rule_and_value() -> None:
     p = projection(5, 6, 2)
     x = torch.randn(3, 6, dtype=torch.float64)

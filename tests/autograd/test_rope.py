@@ -86,6 +86,17 @@ def test_overwriting_what_another_operation_saved_raises() -> None:
         square.sum().backward()
 
 
+@INPLACE
+@pytest.mark.parametrize("shape", [(0, HEADS, HEAD_DIM), (0, HEADS * HEAD_DIM)], ids=["heads", "flat"])
+def test_no_tokens(shape: tuple[int, ...], inplace: bool) -> None:
+    cos, sin = make_angles(0, HEAD_DIM)
+    qkv = torch.zeros(shape, requires_grad=True)
+    rotated = apply_rope(qkv.clone(), cos, sin, num_heads=NUM_HEADS, inplace=inplace)
+    assert rotated.shape == shape
+    rotated.sum().backward()
+    assert qkv.grad.shape == shape
+
+
 def test_only_the_angles_are_saved() -> None:
     saved: list[Tensor] = []
     cos, sin = make_angles(5, HEAD_DIM)

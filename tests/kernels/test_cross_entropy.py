@@ -99,6 +99,13 @@ def test_target_outside_the_row_gives_nan(kernel_device: str) -> None:
     assert loss.isnan().tolist() == [True, False, True]
 
 
+def test_targets_may_be_strided(kernel_device: str) -> None:
+    logits = make_logits(3, 100, torch.float32, kernel_device)
+    targets = torch.tensor([[0, 1], [50, 2], [99, 3]], device=kernel_device)
+    expected = cross_entropy.cross_entropy_forward_(logits, targets[:, 0].contiguous(), grad_scale=None)
+    assert torch.equal(cross_entropy.cross_entropy_forward_(logits, targets[:, 0], grad_scale=None), expected)
+
+
 def test_no_rows(kernel_device: str) -> None:
     logits, targets = torch.empty(0, 50, device=kernel_device), torch.empty(0, dtype=torch.int64, device=kernel_device)
     assert cross_entropy.cross_entropy_forward_(logits, targets, grad_scale=1.0).shape == (0,)

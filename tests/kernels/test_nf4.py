@@ -162,6 +162,14 @@ def test_eager_accepts_views_and_leaves_them_alone() -> None:
     assert torch.equal(weight, before)
 
 
+def test_eager_ignores_the_default_device() -> None:
+    weight = torch.randn(8, 64)
+    expected = nf4_eager.nf4_quantize(weight)
+    nf4_eager._nested_cells.cache_clear()
+    with torch.device("meta"):
+        assert_same_nf4(nf4_eager.nf4_quantize(weight), expected)
+
+
 def test_kernel_thresholds_are_within_one_unit_of_the_midpoints() -> None:
     steps = torch.tensor(nf4.CODE_THRESHOLDS).view(torch.int32) - midpoints().view(torch.int32)
     assert steps.abs().max() == 1

@@ -1,5 +1,7 @@
 """The linear layer: its states, what moves and casts it, and which computation each state takes."""
 
+import gc
+import weakref
 from copy import deepcopy
 
 import pytest
@@ -86,6 +88,7 @@ def test_any_leading_shape(state: str) -> None:
     x = torch.randn(2, 3, IN)
     torch.testing.assert_close(linear(x), linear(x.view(6, IN)).view(2, 3, OUT))
     assert linear(x[0, 0]).shape == (OUT,)
+    assert linear(x[:, :0]).shape == (2, 0, OUT)
 
 
 @pytest.mark.parametrize("bits", [4, 32])
@@ -149,6 +152,14 @@ def test_moving_takes_every_part() -> None:
     emptied = linear.to_empty(device="cpu")
     assert {t.device.type for t in emptied.state_dict().values()} == {"cpu"}
     assert emptied.base_weight().nested_absmax.dtype == torch.float32
+
+
+def test_moving_lets_go_of_the_old_parts() -> None:
+    linear = layer(bits=4)
+    old = weakref.ref(linear.base_weight().packed)
+    linear.to("meta")
+    gc.collect()
+    assert old() is None
 
 
 def test_loading_a_state_dict_replaces_the_nf4_weight() -> None:
