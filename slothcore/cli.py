@@ -109,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _run(argv: list[str]) -> int:
     parser = build_parser()
-    arguments, unknown = parser.parse_known_args(argv)
+    arguments, unknown = parser.parse_known_args([_with_dashes(word) for word in argv])
     if arguments.command is None:
         parser.print_help()
         return USER_ERROR
@@ -120,6 +120,12 @@ def _run(argv: list[str]) -> int:
     if unknown:
         raise ValueError(f"{unknown[0]!r} belongs to no option; options begin with --")
     return COMMANDS[command](values)
+
+
+def _with_dashes(word: str) -> str:
+    """`--max_steps`, the spelling of transformers and PEFT, is `--max-steps`."""
+    name, equals, value = word.partition("=")
+    return f"{name.replace('_', '-')}{equals}{value}" if word.startswith("--") else word
 
 
 def _option_name(word: str) -> str:
@@ -142,9 +148,6 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         elif "a list of names" in describe(annotation):
             options |= {"nargs": "+"}
         groups[group].add_argument(f"--{item.name.replace('_', '-')}", help=text, **options)
-        if "_" in item.name:
-            # The spelling of transformers and PEFT works too.
-            groups[group].add_argument(f"--{item.name}", help=argparse.SUPPRESS, **options)
 
 
 def _metavar(annotation: Any) -> str:

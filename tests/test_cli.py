@@ -184,6 +184,19 @@ def test_a_reader_that_has_gone_is_no_error(folder, run) -> None:
     assert errors == b""
 
 
+def test_underscores_are_dashes_in_every_command(folder, capsys) -> None:
+    argv = ["generate", "--model", str(folder / "model"), "--device", "cpu", "--prompt", "a_b", "--max_new_tokens=2"]
+    assert main(argv) == 0
+    assert capsys.readouterr().out
+
+
+def test_a_models_own_config_yaml_is_no_runs(folder, tmp_path, capsys) -> None:
+    shutil.copytree(folder / "model", tmp_path / "model")
+    (tmp_path / "model" / "config.yaml").write_text("trainer: somebody else's\n")
+    argv = ["generate", "--model", str(tmp_path / "model"), "--device", "cpu", "--prompt", "a"]
+    assert main([*argv, "--max-new-tokens", "2"]) == 0
+
+
 def test_version(capsys) -> None:
     with pytest.raises(SystemExit):
         main(["--version"])

@@ -31,6 +31,8 @@ def load(settings: Settings) -> nn.Module:
     elif settings.recompute:
         model.gradient_checkpointing_enable(not_reentrant)
         model.enable_input_require_grads()
+    # As transformers' Trainer does; the model would otherwise copy every key and value into a cache.
+    model.config.use_cache = False
     rank = settings.lora_r
     lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS, bias="none", task_type="CAUSAL_LM")
     return get_peft_model(model, lora).train()

@@ -52,8 +52,9 @@ def main() -> int:
     print(f"before training: {before:.0%} of {len(held_out)} held-out records exactly right", flush=True)
 
     start = time.perf_counter()
-    train = [sys.executable, "scripts/train.py", "--config", "examples/ledger/train.yaml"]
-    subprocess.run(train, check=True)
+    status = subprocess.run([sys.executable, "scripts/train.py", "--config", "examples/ledger/train.yaml"]).returncode
+    if status:
+        return status  # it has said why
     minutes = (time.perf_counter() - start) / 60
 
     model, tokenizer = slothcore.load(str(BASE), bits=4)

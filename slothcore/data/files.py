@@ -101,6 +101,8 @@ def _read_json(path: Path, text: str) -> list[Located]:
     except json.JSONDecodeError as error:
         remedy = "; one object a line is JSON lines: name the file .jsonl" if error.msg == "Extra data" else ""
         raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}){remedy}") from error
+    except RecursionError:
+        raise ValueError(f"{path} nests lists or objects too deeply for a dataset") from None
     if isinstance(value, dict):
         lists = [key for key, item in value.items() if isinstance(item, list)]
         if len(lists) != 1:
@@ -124,6 +126,8 @@ def _read_json_lines(path: Path, text: str) -> list[Located]:
         except json.JSONDecodeError as error:
             remedy = "; a file with one JSON list is named .json" if number == 1 and line.strip() == "[" else ""
             raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg}){remedy}") from error
+        except RecursionError:
+            raise ValueError(f"{path}, line {number}: lists or objects are nested too deeply") from None
     return located
 
 
@@ -135,12 +139,16 @@ def _read_csv(path: Path, text: str) -> list[Located]:
             dialect="excel-tab" if path.suffix.lower() == ".tsv" else "excel",
             strict=True,
         )
+        header = list(reader.fieldnames or ())
+        if len(set(header)) < len(header):
+            twice = next(name for name in header if header.count(name) > 1)
+            raise ValueError(f"{path}: the header names the column {twice!r} twice; rename one of them")
         located: list[Located] = []
         for row in reader:
             where = f"{path}, line {reader.line_num}"
             if None in row or None in row.values():
                 raise ValueError(
-                    f"{where}: the row has not as many values as the header ({len(reader.fieldnames or ())}); "
+                    f"{where}: the row has not as many values as the header ({len(header)}); "
                     "quote values that hold the separator"
                 )
             located.append((where, row))

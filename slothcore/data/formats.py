@@ -175,7 +175,7 @@ def _text(record: Record, field: str, where: str) -> str:
         return str(value)  # JSON writers leave the quotes off numeric answers
     if not isinstance(value, str):
         raise ValueError(f"{where}: {field!r} must be text, got {type(value).__name__}")
-    return value
+    return _whole_characters(value, f"{where}: {field!r}")
 
 
 def _messages(value: Any, *, sharegpt: bool, where: str) -> tuple[Mapping[str, Any], ...]:
@@ -189,15 +189,37 @@ def _messages(value: Any, *, sharegpt: bool, where: str) -> tuple[Mapping[str, A
         if not isinstance(message, Mapping) or role_key not in message or content_key not in message:
             found = _fields(message) if isinstance(message, Mapping) else type(message).__name__
             raise ValueError(f"{where}, message {number}: needs {role_key!r} and {content_key!r}, has {found}")
+        _check_content(message, content_key, f"{where}, message {number}")
         if not sharegpt:
             result.append(message)
             continue
-        role = SHAREGPT_ROLES.get(message["from"])
+        role = SHAREGPT_ROLES.get(str(message["from"]))
         if role is None:
             known = ", ".join(_unique(SHAREGPT_ROLES))
             raise ValueError(f"{where}, message {number}: unknown speaker {message['from']!r}; known are {known}")
         result.append({"role": role, "content": message["value"]})
     return tuple(result)
+
+
+def _check_content(message: Record, key: str, where: str) -> None:
+    """Raise unless it is text, a list of parts, or null beside tool calls: templates write null as "None"."""
+    content = message[key]
+    if isinstance(content, str):
+        _whole_characters(content, where)
+    elif not (isinstance(content, list) or (content is None and message.get("tool_calls"))):
+        raise ValueError(f"{where}: {key!r} must be text, got {type(content).__name__}")
+
+
+def _whole_characters(text: str, where: str) -> str:
+    """The text itself. Raise if it holds half a surrogate pair, which JSON can escape and UTF-8 cannot say."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        broken = f"\\u{ord(text[error.start]):04x}"
+        raise ValueError(
+            f"{where} holds half a character ({broken} at position {error.start}); repair the text"
+        ) from None
+    return text
 
 
 def _tools(value: Any, where: str) -> tuple[Mapping[str, Any], ...] | None:

@@ -174,20 +174,14 @@ def _text_rows(examples: Sequence[TextExample], tokenizer: Tokenizer, only_compl
     prompts = tokenizer.encode_batch([example.prompt for example in examples]) if only_completions else []
     rows = []
     for index, example in enumerate(examples):
-        ids = _single_begin(encoded[index], tokenizer)
+        ids = tokenizer.single_begin(encoded[index])
         if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
             ids.append(tokenizer.eos_token_id)
         skipped = 0
         if only_completions and example.prompt:
-            skipped = _common_prefix(_single_begin(prompts[index], tokenizer), ids)
+            skipped = _common_prefix(tokenizer.single_begin(prompts[index]), ids)
         rows.append(TokenizedRow(ids, [IGNORED_LABEL] * skipped + ids[skipped:]))
     return rows
-
-
-def _single_begin(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    """Drop the added begin token where the text already wrote one."""
-    bos = tokenizer.bos_token_id
-    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else list(ids)
 
 
 def _chat_row(example: ChatExample, tokenizer: Tokenizer, only_completions: bool) -> TokenizedRow:

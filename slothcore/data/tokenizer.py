@@ -1,7 +1,9 @@
 """A Hugging Face tokenizer folder, over the `tokenizers` package alone.
 
-`tokenizer.json` is the truth about text to ids. `tokenizer_config.json` and `special_tokens_map.json` say which tokens
-begin, end and pad a text, and `chat_template.jinja` how a conversation is written.
+`tokenizer.json` is the truth about text to ids, and about the tokens added around a text: as transformers does beside
+such a file, `add_bos_token` and `add_eos_token` of `tokenizer_config.json` are passed over. That file and
+`special_tokens_map.json` say which tokens begin, end and pad a text, and `chat_template.jinja` how a conversation is
+written.
 """
 
 import json
@@ -10,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as TokenizerCore
 
 from slothcore.data.chat import ChatTemplate, Message
@@ -32,7 +34,11 @@ UNUSED_TOKEN_MARKS = ("reserved_special_token", "placeholder", "unused")
 
 
 class Tokenizer:
-    """Text to token ids and back, with the ids that transformers' AutoTokenizer gives.
+    """Text to token ids and back, with the ids that transformers gives for this `tokenizer.json`.
+
+    transformers 5 takes only the vocabulary and merges from the file of a `LlamaTokenizer` (Llama 1 and 2) and puts
+    spaces before text by a rule of its own. The file's rule, which holds here, is the one of transformers 4 and of
+    the sentencepiece model that the weights were trained with.
 
     The pad token is the configured one; else a token made for it (`<|finetune_right_pad_id|>`, `<pad>`, ...); else a
     special token that the vocabulary reserves without a use; else the end-of-sequence token. It only fills
@@ -64,9 +70,7 @@ class Tokenizer:
         _add_missing_tokens(core, config.get("added_tokens_decoder") or {}, folder)
         self.bos_token_id = _id_of(core, special_tokens, "bos_token", folder)
         self.eos_token_id = _id_of(core, special_tokens, "eos_token", folder)
-        _honour_added_ends(core, config, special_tokens)
         self.pad_token_id = _pad_token_id(core, special_tokens.get("pad_token"), self.eos_token_id)
-        self.chat_template = chat_template
         self._template = None
         if chat_template is not None:
             self._template = ChatTemplate(chat_template, special_tokens=special_tokens)
@@ -92,7 +96,7 @@ class Tokenizer:
         token_map = _read_json(folder / "special_tokens_map.json")
         special_tokens = {}
         for name in SPECIAL_TOKEN_NAMES:
-            token = _token_text(config.get(name)) or _token_text(token_map.get(name))
+            token = _token_text(config.get(name), name, folder) or _token_text(token_map.get(name), name, folder)
             if token is not None:
                 special_tokens[name] = token
         return cls(
@@ -108,6 +112,11 @@ class Tokenizer:
         """Number of ids, added tokens included; a model's embedding may be padded beyond it."""
         return self._core.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja source of the chat template, or None."""
+        return None if self._template is None else self._template.source
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; special tokens written out in the text become their own ids.
 
@@ -116,6 +125,17 @@ class Tokenizer:
             add_special_tokens: add the begin (and end) tokens that this tokenizer adds around a text.
         """
         return self._core.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """`encode` for a text that goes on: one begin token even if the text writes its own, and no added end token."""
+        ids = self.single_begin(self.encode(text, add_special_tokens=add_special_tokens))
+        adds_end = add_special_tokens and self.encode("a")[-1] == self.eos_token_id
+        return ids[:-1] if adds_end else ids
+
+    def single_begin(self, ids: Sequence[int]) -> list[int]:
+        """`ids` without the added begin token where the text already wrote one."""
+        bos = self.bos_token_id
+        return list(ids[1:] if bos is not None and list(ids[:2]) == [bos, bos] else ids)
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """`encode` for many texts at once, on all cores unless `TOKENIZERS_PARALLELISM=false`."""
@@ -166,16 +186,19 @@ def _read_json(file: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{file} must hold a JSON object, got {type(value).__name__}")
     return value
 
 
-def _token_text(token: str | Mapping[str, Any] | None) -> str | None:
+def _token_text(token: Any, name: str, folder: Path) -> str | None:
     """A special token is written as its text or as a dict with `content`."""
-    return token["content"] if isinstance(token, Mapping) else token
+    text = token.get("content") if isinstance(token, Mapping) else token
+    if not (text is None or isinstance(text, str)):
+        raise ValueError(f"{folder}: {name} must be a text, got {text!r}")
+    return text
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
@@ -185,7 +208,9 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
         return file.read_text(encoding="utf-8")
     template = config.get("chat_template")
     if isinstance(template, list):
-        return {entry["name"]: entry["template"] for entry in template}.get("default")
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if not (template is None or isinstance(template, str)):
+        raise ValueError(f"{folder}: chat_template must be a text, got {type(template).__name__}")
     return template
 
 
@@ -212,26 +237,6 @@ def _id_of(core: TokenizerCore, special_tokens: Mapping[str, str], name: str, fo
     if token_id is None:
         raise ValueError(f"{folder}: {name} is {token!r}, which tokenizer.json does not hold")
     return token_id
-
-
-def _honour_added_ends(core: TokenizerCore, config: Mapping[str, Any], special_tokens: Mapping[str, str]) -> None:
-    """Let `add_bos_token` and `add_eos_token` of the config, where given, decide over tokenizer.json."""
-    alone = core.encode("").tokens
-    bos, eos = special_tokens.get("bos_token"), special_tokens.get("eos_token")
-    adds = {"bos": bos is not None and alone[:1] == [bos], "eos": eos is not None and alone[-1:] == [eos]}
-    wanted = {
-        "bos": bool(config.get("add_bos_token", adds["bos"])) and bos is not None,
-        "eos": bool(config.get("add_eos_token", adds["eos"])) and eos is not None,
-    }
-    if wanted == adds:
-        return
-    before = [bos] if bos is not None and wanted["bos"] else []
-    after = [eos] if eos is not None and wanted["eos"] else []
-    core.post_processor = processors.TemplateProcessing(
-        single=[*before, "$A", *after],
-        pair=[*before, "$A", *after, *before, "$B:1", *after],
-        special_tokens=[(token, core.token_to_id(token)) for token in dict.fromkeys([*before, *after])],
-    )
 
 
 def _pad_token_id(core: TokenizerCore, configured: str | None, eos_token_id: int | None) -> int | None:

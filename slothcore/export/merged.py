@@ -34,13 +34,16 @@ def save_merged(
         path: made if absent; a model that lies there is replaced.
         dtype: of every weight.
         max_shard_bytes: a shard holds at most this, or one weight.
-    Raises: ValueError if the dtype is none of bfloat16, float16 and float32, or `path` is a file.
+    Raises: ValueError if the dtype is none of bfloat16, float16 and float32, or `path` is a file or holds an adapter.
     """
     if dtype not in MERGED_DTYPES:
         raise ValueError(f"dtype must be torch.bfloat16, torch.float16 or torch.float32, got {dtype}")
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give a folder to write the model into")
+    if (folder / "adapter_config.json").exists():
+        # Given both, transformers would load the adapter's base model and pass over the merged weights.
+        raise ValueError(f"{folder} holds a LoRA adapter; give another folder to write the merged model into")
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
     try:
@@ -75,7 +78,13 @@ def _put_in_place(building: Path, folder: Path) -> None:
     # config.json last, after the weights that it describes.
     for name in sorted(names, key=lambda name: name == "config.json"):
         (building / name).replace(folder / name)
-    for pattern in ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"):
+    model_files = (
+        "model.safetensors",
+        "model-*-of-*.safetensors",
+        "model.safetensors.index.json",
+        "generation_config.json",
+    )
+    for pattern in model_files:
         for file in folder.glob(pattern):
             if file.name not in names:
                 file.unlink()

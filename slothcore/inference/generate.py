@@ -28,8 +28,9 @@ def generate(
     """Continue each prompt and return what was added.
 
     Args:
-        prompts: one text or several. For a chat, the text from `tokenizer.apply_chat_template` with
-            add_generation_prompt=True, and add_special_tokens=False.
+        prompts: one text or several, each encoded as in training: with one begin token and no end token. For a chat,
+            the text from `tokenizer.apply_chat_template` with add_generation_prompt=True, and
+            add_special_tokens=False.
         max_new_tokens, temperature, top_k, top_p, repetition_penalty: see `Decoder.generate`; temperature 0 is greedy.
         stop: a text ends before the first of these strings; an end-of-sequence token ends it in any case.
         seed: of the random draws.
@@ -44,7 +45,7 @@ def generate(
         raise ValueError("stop must not hold an empty string")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    encoded = [tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+    encoded = [tokenizer.encode_prompt(text, add_special_tokens=add_special_tokens) for text in texts]
     for text, ids in zip(texts, encoded, strict=True):
         if not ids:
             raise ValueError(f"the prompt {text!r} has no token; give it some text")

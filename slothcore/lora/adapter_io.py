@@ -135,8 +135,13 @@ def _file_name(name: str, plan: AdapterPlan) -> str:
 
 
 def _plain_name(name: str) -> str:
-    """The name in the file without what PEFT's wrappers add to it."""
-    return name.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+    """The name in the file without what PEFT's wrappers add to it.
+
+    PEFT itself leaves out the adapter's name, "default", which state dicts gathered by other programs still have.
+    """
+    for inserted in (".base_layer.", ".modules_to_save.", ".default."):
+        name = name.replace(inserted, ".")
+    return name.removeprefix(PREFIX)
 
 
 def _expected_shapes(model: Decoder, plan: AdapterPlan, found: Collection[str]) -> dict[str, tuple[int, ...]]:

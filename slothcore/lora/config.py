@@ -62,7 +62,7 @@ class LoraConfig:
             zero; False: both as `nn.Linear` does, so the adapter changes the model from the start.
         modules_to_save: modules that train as a whole; a name stands for every path that ends with its letters, so
             "norm" is every norm (as in PEFT).
-        layers_to_transform: indices of the layers with targets; None: all.
+        layers_to_transform: indices of the layers with targets; None or empty: all.
         layers_pattern: names of the list of layers that these indices count in; None: any.
         rank_pattern, alpha_pattern: r and lora_alpha of the targets whose path ends with a regular expression.
         base_model_name_or_path: what the adapter belongs to.
@@ -154,7 +154,7 @@ class LoraConfig:
         return named and self._is_in_chosen_layers(path)
 
     def _is_in_chosen_layers(self, path: str) -> bool:
-        if self.layers_to_transform is None:
+        if not self.layers_to_transform:
             return True
         for name in self.layers_pattern or (r"[^.]*",):
             found = re.match(rf"(?:^|.*?\.){name}\.(\d+)\.", path)
@@ -203,7 +203,8 @@ class LoraConfig:
                 continue
             # A feature that a newer PEFT knows and this adapter does not use is written as null, false or empty.
             if value and value != FIXED_FIELDS.get(name):
-                near = difflib.get_close_matches(name, known, n=1)
+                # Only for a slip of the pen: use_dora is a feature of its own, and not a wrong use_rslora.
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ValueError(f"{source}: {name} = {value!r} is not supported{hint}")
         missing = [name for name in ("r", "lora_alpha", "target_modules") if values.get(name) is None]

@@ -48,6 +48,12 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         weight_map = read_json(folder / INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{folder / INDEX_FILE} has no weight_map")
+        for name, file in weight_map.items():
+            # An index may come from anyone, and must not make us read files of other folders.
+            if not isinstance(file, str) or not file.endswith(".safetensors") or Path(file).name != file:
+                raise ValueError(
+                    f"{folder / INDEX_FILE}: {name} must lie in a .safetensors file of this folder, got {file!r}"
+                )
         files = {name: folder / file for name, file in weight_map.items()}
     elif (folder / SINGLE_FILE).is_file():
         files = dict.fromkeys(_names_in(folder / SINGLE_FILE), folder / SINGLE_FILE)
@@ -139,6 +145,7 @@ def save_pretrained(
             save_tensors(tensors, shards[-1])
             weight_map.update(dict.fromkeys(names, len(shards)))
             total_bytes += sum(tensor.nbytes for tensor in tensors.values())
+            del tensors  # or this shard would be held while the next one is filled
         if not shards:
             raise ValueError("there are no weights to save")
 

@@ -15,6 +15,7 @@ HIDDEN_ACTS: tuple[str, ...] = get_args(HiddenAct)
 # defaults of transformers' generate, which slothcore takes from the caller instead.
 HARMLESS_KEYS = frozenset(
     {
+        "_attn_implementation",
         "_attn_implementation_autoset",
         "_name_or_path",
         "architectures",
@@ -22,6 +23,7 @@ HARMLESS_KEYS = frozenset(
         "dtype",
         "finetuning_task",
         "id2label",
+        "is_llama_config",
         "label2id",
         "max_length",
         "max_sequence_length",
@@ -34,10 +36,12 @@ HARMLESS_KEYS = frozenset(
         "return_dict",
         "task_specific_params",
         "temperature",
+        "tokenizer_class",
         "top_k",
         "top_p",
         "torch_dtype",
         "torchscript",
+        "transformers.js_config",
         "transformers_version",
         "unsloth_fixed",
         "unsloth_version",
@@ -105,6 +109,13 @@ class DecoderConfig:
             raise ValueError(
                 f"layer_windows must have one entry for each of {self.num_hidden_layers} layers, "
                 f"got {len(self.layer_windows)}"
+            )
+        if not all(isinstance(token, int) for token in self.eos_token_ids):
+            raise ValueError(f"eos_token_id must be a token id or a list of them, got {list(self.eos_token_ids)!r}")
+        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
+            raise ValueError(
+                f"pad_token_id must be below vocab_size, got {self.pad_token_id} and {self.vocab_size}; "
+                "set it to null, or to a token that the embedding has"
             )
 
     @property
@@ -181,7 +192,7 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not readable as JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
@@ -193,6 +204,13 @@ def common_fields(hf: HfConfig) -> dict[str, Any]:
     for key, neutral in (("is_encoder_decoder", False), ("add_cross_attention", False), ("chunk_size_feed_forward", 0)):
         hf.require(key, neutral)
     hf.require("attention_dropout", 0.0)
+    quantization = hf.take("quantization_config", dict, {})
+    if quantization:
+        method = quantization.get("quant_method", "unknown")
+        raise ValueError(
+            f"{hf.source}: these weights are quantised already (quantization_config, quant_method {method!r}); load "
+            "the original 16-bit model, slothcore quantises it itself with bits=4"
+        )
     heads, hidden_size = hf.take("num_attention_heads", int), hf.take("hidden_size", int)
     head_dim = hf.take("head_dim", int, 0)
     if not head_dim:

@@ -39,7 +39,7 @@ def decoder_config(values: Mapping[str, Any], source: str = "config.json") -> De
     Raises: ValueError, naming the key, for an unknown model type, an unknown key, or a value not implemented.
     """
     model_type = values.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         near = difflib.get_close_matches(str(model_type), FAMILIES, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(

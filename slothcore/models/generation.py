@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -37,8 +38,9 @@ class Generates:
     ) -> Tensor:
         """Continue each prompt; prompts are read packed, so padding never takes part.
 
-        A row is what it would be alone. It ends with an end-of-sequence token, and is filled with `pad_token_id`
-        while other rows go on. LoRA dropout is off meanwhile.
+        A greedy row is what it would be alone. A row ends with an end-of-sequence token, and is filled with
+        `pad_token_id` while other rows go on. LoRA dropout is off meanwhile. Beyond max_position_embeddings a warning
+        says that the model was not trained for such positions.
 
         Args:
             input_ids: [B, S] prompts, or [S] for one.
@@ -101,11 +103,19 @@ def _generate(
 
     cache = empty_cache(model, rows, capacity=documents.max_seqlen + max_new_tokens)
     cache.begin_prompt(documents, len(prompts.input_ids))
+    limit, warned = model.config.max_position_embeddings, False
     hidden = model.model(prompts.input_ids, prompts.position_ids, documents, cache)
     hidden = hidden[documents.cu_seqlens[1:].long() - 1]
     for step in range(max_new_tokens):
         if step > 0:
             hidden = model.model(new[:, step - 1], cache.begin_token(), documents, cache)
+        if cache.longest > limit and not warned:
+            warned = True
+            warnings.warn(
+                f"generation goes beyond the {limit} positions that the model was made for (max_position_embeddings); "
+                "the text may degrade",
+                stacklevel=4,  # the line that called generate: torch.no_grad puts a frame between
+            )
         token = choose(model.logits(hidden), sampling, seen, generator)
         token = torch.where(finished, pad, token)
         new[:, step] = token
@@ -141,11 +151,11 @@ def _ending_ids(
     else:
         eos = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
     if pad_token_id is None:
-        pad_token_id = model.config.pad_token_id
+        pad_token_id = model.generation_config.get("pad_token_id", model.config.pad_token_id)
     if pad_token_id is None or pad_token_id < 0:
         pad_token_id = eos[0] if eos else 0
     vocab_size = model.config.vocab_size
     for name, value in (*(("eos_token_id", value) for value in eos), ("pad_token_id", pad_token_id)):
-        if not 0 <= value < vocab_size:
-            raise ValueError(f"{name} must lie in 0..{vocab_size - 1} (the vocabulary), got {value}")
+        if not isinstance(value, int) or not 0 <= value < vocab_size:
+            raise ValueError(f"{name} must lie in 0..{vocab_size - 1} (the vocabulary), got {value!r}")
     return eos, pad_token_id

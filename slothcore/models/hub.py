@@ -20,6 +20,7 @@ NEEDED_FILES = (
     "model-*.safetensors",
     "model.safetensors.index.json",
     "tokenizer.json",
+    "tokenizer.model",  # not read, but a folder exported for others should have it
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",

@@ -5,6 +5,7 @@ from slothcore.models.config import DecoderConfig, HfConfig, common_fields
 
 def config_from_hf(hf: HfConfig) -> DecoderConfig:
     """Llama (arXiv:2302.13971, 2307.09288, 2407.21783): pre-norm, rotary positions, SiLU-gated MLP."""
+    hf.require("rope_interleaved", False)  # SmolLM's files say it
     attention_bias = hf.take("attention_bias", bool, False)
     return DecoderConfig(
         **common_fields(hf),

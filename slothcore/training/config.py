@@ -61,7 +61,11 @@ class TrainConfig:
         "truncate", "what happens to a row longer than max_seq_length; counted and said", group="Data"
     )
 
-    full_finetuning: bool = option(False, "train all weights (bits 16 or 32) instead of a LoRA adapter", group="LoRA")
+    full_finetuning: bool = option(
+        False,
+        "train all weights instead of a LoRA adapter; bits 32, or 16, which rounds small updates away",
+        group="LoRA",
+    )
     r: int = option(16, "rank of the adapter", group="LoRA")
     lora_alpha: float = option(16, "the adapter is scaled by lora_alpha / r", group="LoRA")
     lora_dropout: float = option(0.0, "dropout on the input of the adapter", group="LoRA")
@@ -84,7 +88,7 @@ class TrainConfig:
         "linear", "how the learning rate falls after the warm-up", group="Optimization"
     )
     warmup_steps: int = option(0, "steps over which the learning rate rises from 0", group="Optimization")
-    warmup_ratio: float = option(0.0, "the same as a share of all steps", group="Optimization")
+    warmup_ratio: float = option(0.0, "warmup_steps as a share of all steps", group="Optimization")
     optim: Literal["adamw", "adamw_8bit"] = option(
         "adamw", "AdamW, or bitsandbytes' 8-bit one (GPU)", group="Optimization"
     )
@@ -106,7 +110,7 @@ class TrainConfig:
     eval_steps: int | None = option(None, "steps between two evaluations; null: only at the end", group="Run")
     per_device_eval_batch_size: int = option(8, "rows of one forward pass in evaluation", group="Run")
     plot: bool = option(True, "draw loss.png at the end (needs matplotlib)", group="Run")
-    disable_tqdm: bool = option(False, "no progress bar", group="Run")
+    disable_tqdm: bool = option(False, "lines instead of a progress bar, as outside of a terminal", group="Run")
 
     def __post_init__(self) -> None:
         for name, annotation in field_types().items():
@@ -122,6 +126,9 @@ class TrainConfig:
         for name, value in asdict(self).items():
             if isinstance(value, float):
                 _require(math.isfinite(value), f"{name} must be finite, got {value}")
+        for name in "model data eval_data output_dir".split():
+            # As an unset variable of a shell script gives it.
+            _require(getattr(self, name) not in ("", ()), f"{name} must not be empty")
         for name in COUNTS:
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} must be at least 1, got {value}")

@@ -1,9 +1,12 @@
 """Ctrl-C between two optimizer steps, never inside one."""
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any
+
+STDERR = 2
 
 
 class Interruption:
@@ -27,9 +30,13 @@ class Interruption:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            # None stands for a handler that was not set from Python, and cannot be put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not self.requested:
+            # Not by print: the signal may have come in the middle of one.
+            os.write(STDERR, b"\nstopping after this step; Ctrl-C again stops at once, without a checkpoint\n")
         self.requested = True

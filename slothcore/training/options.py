@@ -16,6 +16,35 @@ import yaml
 WORDS_FOR_NONE = {"none", "null", "~"}
 WORDS_FOR_BOOL = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
+# What Unsloth, TRL, transformers and axolotl call an option that has another name here, where spelling alone would
+# suggest a wrong one.
+OTHER_NAMES = {
+    "load_in_4bit": "bits",
+    "load_in_8bit": "bits",
+    "fp16": "dtype",
+    "bf16": "dtype",
+    "rank": "r",
+    "lora_r": "r",
+    "lora_rank": "r",
+    "lora_target_linear": "target_modules",
+    "full_finetune": "full_finetuning",
+    "dataset": "data",
+    "datasets": "data",
+    "dataset_name": "data",
+    "train_file": "data",
+    "eval_dataset": "eval_data",
+    "val_set_size": "eval_fraction",
+    "train_on_inputs": "completion_only_loss",
+    "batch_size": "per_device_train_batch_size",
+    "max_length": "max_seq_length",
+    "sequence_len": "max_seq_length",
+    "lr": "learning_rate",
+    "max_norm": "max_grad_norm",
+    "grad_clip": "max_grad_norm",
+    "random_state": "seed",
+    "resume": "resume_from_checkpoint",
+}
+
 
 def option(default: Any, text: str, *, group: str) -> Any:
     """A dataclass field that carries its own help text and the group under which `--help` lists it."""
@@ -28,7 +57,8 @@ def check_names(given: Iterable[str], known: Iterable[str], *, source: str) -> N
     for name in given:
         if name in known:
             continue
-        nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
+        meant = OTHER_NAMES.get(str(name))
+        nearest = [meant] if meant in known else difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise ValueError(f"unknown option {name!r} in {source}{hint}")
 
@@ -42,7 +72,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"the configuration file {path} does not exist")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not valid YAML: {reason}") from error
@@ -51,6 +81,19 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} must hold a mapping of option names to values, got a {type(content).__name__}")
     return dict(content)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Plain data only, as SafeLoader reads it, but a key that stands twice is an error; yaml keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise yaml.constructor.ConstructorError(problem=f"{key.value} stands twice, again in line {line}")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def coerce(name: str, value: Any, annotation: Any) -> Any:

@@ -29,6 +29,15 @@ def resolve_max_seq_length(config: TrainConfig, model: Decoder) -> int:
     return config.max_seq_length
 
 
+def check_evaluation(config: TrainConfig, *, has_data: bool) -> None:
+    """Raise ValueError if evaluation is asked for every few steps, and there is nothing to evaluate on."""
+    if config.eval_steps is not None and not has_data:
+        raise ValueError(
+            f"eval_steps is {config.eval_steps}, but there is no evaluation data; "
+            "give eval_data, eval_fraction or an eval_dataset, or drop eval_steps"
+        )
+
+
 def choose_trainable(model: Decoder, config: TrainConfig) -> None:
     """Make trainable what the configuration says: all weights, or what `add_lora` left so.
 

@@ -24,18 +24,25 @@ def say(text: str) -> None:
 
 
 class Report:
-    """Progress bar and log of one run, from `step` on.
+    """Progress and log of one run, from `step` on.
 
-    Each line of the log is flushed as it is written: a killed run keeps it.
+    In a terminal a bar moves. Elsewhere, where a bar would draw itself anew without end, each line of the log is said
+    in words. A line of the log is flushed as it is written: a killed run keeps it.
     """
 
     def __init__(
         self, output_dir: Path, *, step: int, total_steps: int, device: torch.device, disable_tqdm: bool
     ) -> None:
         self.device = device
+        self.total_steps = total_steps
         self.file = (output_dir / LOG_FILE).open("a", encoding="utf-8")
         self.bar = tqdm(
-            initial=step, total=total_steps, desc="training", unit="step", disable=disable_tqdm, dynamic_ncols=True
+            initial=step,
+            total=total_steps,
+            desc="training",
+            unit="step",
+            disable=disable_tqdm or not sys.stderr.isatty(),
+            dynamic_ncols=True,
         )
 
     def __enter__(self) -> "Report":
@@ -52,17 +59,23 @@ class Report:
         self.bar.update()
 
     def log(self, record: dict[str, Any]) -> None:
-        """Write a line of the log and show its figures on the bar."""
+        """Write a line of the log and show its figures."""
         if self.device.type == "cuda":
             record = {**record, "memory_gib": round(torch.cuda.max_memory_allocated(self.device) / 2**30, 3)}
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
-        shown = {}
-        if "loss" in record:
-            shown = {"loss": f"{record['loss']:.4f}", "tokens/s": f"{record['tokens_per_second']:.0f}"}
+        if "loss" not in record:
+            perplexity = "infinite" if record["eval_perplexity"] is None else f"{record['eval_perplexity']:.4g}"
+            say(f"step {record['step']}: evaluation loss {record['eval_loss']:.4f}, perplexity {perplexity}")
+            return
+        shown = {"loss": f"{record['loss']:.4f}", "tokens/s": f"{record['tokens_per_second']:.0f}"}
         if "memory_gib" in record:
             shown["GiB"] = f"{record['memory_gib']:.1f}"
-        if shown:
+        if self.bar.disable:
+            left = record["elapsed"] / record["step"] * (self.total_steps - record["step"])
+            figures = ", ".join(f"{name} {value}" for name, value in shown.items())
+            say(f"step {record['step']}/{self.total_steps}: {figures}, {tqdm.format_interval(left)} left")
+        else:
             self.bar.set_postfix(shown, refresh=True)
 
 
@@ -70,7 +83,8 @@ class Meter:
     """Loss, tokens and seconds, per line of the log and in all.
 
     The sum of the losses stays on the device until a line is due: reading it waits for the device.
-    While entered (`with meter:`), the clock stands still; evaluation and saving are no training time.
+    While entered (`with meter:`), the clock stands still; evaluation and saving are no training time. Entering waits
+    for the device, because the steps that it still has to do are.
     """
 
     def __init__(self, device: torch.device, *, window_loss: float, window_steps: int, elapsed: float) -> None:
@@ -78,7 +92,7 @@ class Meter:
         self.steps = window_steps
         self.tokens = 0
         self._elapsed = self._window_start = elapsed
-        self._started = time.perf_counter()
+        self._started: float | None = time.perf_counter()  # None while the clock stands still
 
     def add(self, loss: Tensor, tokens: int) -> None:
         """Count one optimizer step."""
@@ -88,7 +102,8 @@ class Meter:
 
     def elapsed(self) -> float:
         """Seconds of training so far."""
-        return self._elapsed + time.perf_counter() - self._started
+        running = 0.0 if self._started is None else time.perf_counter() - self._started
+        return self._elapsed + running
 
     def tokens_per_second(self) -> float:
         """Of the steps since the last reset; wait for the device first."""
@@ -99,7 +114,8 @@ class Meter:
         total = self.loss.item()
         if not math.isfinite(total):
             raise ValueError(
-                "the loss is no longer finite; lower learning_rate, raise warmup_steps, or train in bfloat16 or float32"
+                "the loss or its gradient is no longer finite; lower learning_rate, raise warmup_steps, "
+                "or train in bfloat16 or float32"
             )
         return total
 
@@ -110,7 +126,8 @@ class Meter:
         self._window_start = self.elapsed()
 
     def __enter__(self) -> "Meter":
-        self._elapsed = self.elapsed()
+        self.loss.item()
+        self._elapsed, self._started = self.elapsed(), None
         return self
 
     def __exit__(

@@ -16,6 +16,7 @@ from slothcore.lora.attach import add_lora
 from slothcore.models.decoder import Decoder
 from slothcore.training.config import TrainConfig
 from slothcore.training.optimizer import check_8bit
+from slothcore.training.preparation import check_evaluation
 from slothcore.training.report import say
 from slothcore.training.run_folder import check_output_dir, find_source
 from slothcore.training.run_state import find_checkpoint
@@ -40,6 +41,7 @@ def train_from_config(config: TrainConfig) -> TrainResult:
     if config.data is None:
         raise ValueError("data is not set; give --data FILE, or data: in the configuration file")
     check_output_dir(config)
+    check_evaluation(config, has_data=bool(config.eval_data or config.eval_fraction))
     if config.resume_from_checkpoint is not None:
         find_checkpoint(str(config.resume_from_checkpoint), Path(config.output_dir))
     if config.optim == "adamw_8bit":

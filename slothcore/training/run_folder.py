@@ -37,13 +37,33 @@ def check_output_dir(config: TrainConfig) -> None:
     """Raise ValueError if the output folder cannot be written into, or holds a run that this one would overwrite."""
     folder = Path(config.output_dir)
     check_writable(folder)
-    if config.resume_from_checkpoint or config.overwrite_output_dir:
+    _check_base_is_elsewhere(config)
+    if config.resume_from_checkpoint:
         return
-    if (folder / LOG_FILE).exists() or checkpoints(folder):
+    results = [path for name in (ADAPTER_FOLDER, MODEL_FOLDER) if (path := folder / name).exists()]
+    if results and not (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"output_dir {folder} holds {results[0].name}, which is of no run; choose another folder")
+    if config.overwrite_output_dir:
+        return
+    log = folder / LOG_FILE
+    # An empty log is of a run that failed before its first line, as with a batch that does not fit: nothing is lost.
+    if results or checkpoints(folder) or (log.is_file() and log.stat().st_size > 0):
         raise ValueError(
             f"output_dir {folder} already holds a run; choose another folder, "
             "or set resume_from_checkpoint: latest or overwrite_output_dir: true"
         )
+
+
+def _check_base_is_elsewhere(config: TrainConfig) -> None:
+    """Raise ValueError if the base model lies where this run deletes what was before, or writes its result."""
+    folder, base = Path(config.output_dir).resolve(), Path(config.model or "").resolve()
+    if config.model and base.exists() and base != folder and base.is_relative_to(folder):
+        first = base.relative_to(folder).parts[0]
+        if first in (ADAPTER_FOLDER, MODEL_FOLDER) or first.startswith("checkpoint-"):
+            raise ValueError(
+                f"model {config.model} lies in output_dir {config.output_dir}, where this run would replace it; "
+                "choose another output_dir"
+            )
 
 
 def check_writable(folder: Path) -> None:
@@ -84,7 +104,8 @@ def find_source(name_or_run: str) -> Source:
     folder = Path(name_or_run)
     if (folder / ADAPTER_CONFIG_FILE).is_file():
         return _adapter_source(folder)
-    if not (folder / CONFIG_FILE).is_file():
+    # A model of the Hub may come with a config.yaml of its own.
+    if not (folder / CONFIG_FILE).is_file() or (folder / "config.json").is_file():
         return Source(base=name_or_run)
     config = TrainConfig.from_yaml(folder / CONFIG_FILE)
     candidates = [folder / ADAPTER_FOLDER, folder / MODEL_FOLDER, *reversed(checkpoints(folder))]

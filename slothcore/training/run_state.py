@@ -61,6 +61,7 @@ def save_checkpoint(
 
     Args:
         save_weights: called with a folder, writes the adapter or the model into it.
+    Raises: OSError if the disk is full or fails; the checkpoints that there are stay.
     """
 
     def write(folder: Path) -> None:
@@ -73,15 +74,24 @@ def save_checkpoint(
 
 
 def write_folder(target: Path, write: Callable[[Path], object]) -> Path:
-    """Let `write` fill a folder beside `target`, then put it in its place, whatever was there before."""
+    """Let `write` fill a folder beside `target`, then put it in its place, whatever was there before.
+
+    Raises: OSError if anything cannot be written; `target` is then what it was.
+    """
     temporary = target.with_name(f".{target.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write(temporary)
-    for file in temporary.iterdir():
-        _flush_to_disk(file)
-    remove_folder(target)
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        for file in temporary.iterdir():
+            _flush_to_disk(file)
+    except (OSError, SafetensorError) as error:
+        # On a full disk the part that fits would stand in the way of whatever is tried next.
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"{target} cannot be written ({error}); make room, or check the disk") from error
+    former = _set_aside(target)
     os.replace(temporary, target)
+    shutil.rmtree(former, ignore_errors=True)
     return target
 
 
@@ -132,7 +142,10 @@ def find_checkpoint(resume_from: str, output_dir: Path) -> Path:
             return folder
     found = checkpoints(folder)
     if not found:
-        raise FileNotFoundError(f"{folder} has no checkpoint to resume from; leave out resume_from_checkpoint")
+        raise FileNotFoundError(
+            f"{folder} has no checkpoint to resume from; to start anew, leave out resume_from_checkpoint "
+            "and set overwrite_output_dir"
+        )
     return found[-1]
 
 
@@ -152,11 +165,16 @@ def remove_partial(output_dir: Path) -> None:
 
 def remove_folder(path: Path) -> None:
     """Delete a checkpoint; it is renamed first, so that a half-deleted one is never taken for whole."""
+    shutil.rmtree(_set_aside(path), ignore_errors=True)
+
+
+def _set_aside(path: Path) -> Path:
+    """Move a folder, if it is there, to where `remove_partial` finds it, and give that place."""
+    doomed = path.with_name(f".{path.name}.doomed")
+    shutil.rmtree(doomed, ignore_errors=True)
     if path.exists():
-        doomed = path.with_name(f".{path.name}.doomed")
-        shutil.rmtree(doomed, ignore_errors=True)
         os.replace(path, doomed)
-        shutil.rmtree(doomed)
+    return doomed
 
 
 def generator_states(device: torch.device) -> dict[str, Tensor]:

@@ -17,12 +17,12 @@ from torch import Tensor
 from slothcore.data.masking import TokenizedRow
 from slothcore.data.tokenizer import Tokenizer
 from slothcore.models.decoder import Decoder
-from slothcore.training.batches import StepPlan, StepSchedule
+from slothcore.training.batches import RowSet, StepPlan, StepSchedule
 from slothcore.training.config import TrainConfig
 from slothcore.training.evaluation import EvalResult, evaluate
 from slothcore.training.interruption import Interruption
 from slothcore.training.optimizer import create_optimizer, trainable_parameters
-from slothcore.training.preparation import choose_trainable, prepare_rows, resolve_max_seq_length
+from slothcore.training.preparation import check_evaluation, choose_trainable, prepare_rows, resolve_max_seq_length
 from slothcore.training.report import Meter, Report, draw_loss, say
 from slothcore.training.resume import restore, write_checkpoint
 from slothcore.training.run_folder import CONFIG_FILE, check_output_dir, claim_output_dir
@@ -44,7 +44,7 @@ class TrainResult:
     eval_loss: float | None
     eval_perplexity: float | None
     tokens: int
-    seconds: float
+    seconds: float  # of training, without evaluation and saving
     path: Path
     interrupted: bool
 
@@ -69,6 +69,7 @@ class SFTTrainer:
     ) -> None:
         config = config or TrainConfig()
         check_output_dir(config)
+        check_evaluation(config, has_data=eval_dataset is not None)
         self.model, self.tokenizer = model, tokenizer
         self.config = config = replace(config, max_seq_length=resolve_max_seq_length(config, model))
         choose_trainable(model, config)
@@ -78,7 +79,9 @@ class SFTTrainer:
         scaled = model.dtype == torch.float16 and model.device.type == "cuda"
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=scaled)
         self.train_rows = prepare_rows(train_dataset, tokenizer, config, what="training")
-        self.eval_rows = prepare_rows(eval_dataset, tokenizer, config, what="evaluation") if eval_dataset else None
+        self.eval_rows: RowSet | None = None
+        if eval_dataset is not None:
+            self.eval_rows = prepare_rows(eval_dataset, tokenizer, config, what="evaluation")
         self.schedule = StepSchedule(
             self.train_rows,
             step_rows=config.step_rows,
@@ -129,15 +132,17 @@ class SFTTrainer:
                 state.tokens += plan.num_tokens
                 report.advance()
                 last = state.step == self.total_steps
-                stop = interruption.requested and not last
                 if last or state.step % config.logging_steps == 0:
                     report.log(self._training_record(state, meter, learning_rate, grad_norm))
-                with meter:
-                    if self.eval_rows and (last or _is_due(state.step, config.eval_steps)):
+                if self.eval_rows and (last or _is_due(state.step, config.eval_steps)):
+                    with meter:
                         evaluated = self.evaluate()
-                        report.log(self._evaluation_record(state, evaluated))
-                    if stop or (config.save_steps and (last or _is_due(state.step, config.save_steps))):
+                    report.log(self._evaluation_record(state, evaluated))
+                stop = interruption.requested and not last
+                if stop or (config.save_steps and (last or _is_due(state.step, config.save_steps))):
+                    with meter:
                         checkpoint = write_checkpoint(self, state, meter)
+        seconds = meter.elapsed()
         if stop and checkpoint:
             say(f"interrupted after step {state.step}; saved {checkpoint}. {self._how_to_go_on()}")
             path = checkpoint
@@ -152,7 +157,7 @@ class SFTTrainer:
             eval_loss=evaluated.loss if evaluated else None,
             eval_perplexity=evaluated.perplexity if evaluated else None,
             tokens=state.tokens,
-            seconds=meter.elapsed(),
+            seconds=seconds,
             path=path,
             interrupted=stop,
         )
@@ -199,6 +204,9 @@ class SFTTrainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if not self.scaler.is_enabled():
+            # Nothing skips a step whose gradient is no number, and it spoils the weights: 0 * NaN makes the loss tell.
+            loss += 0.0 * grad_norm
         return loss, grad_norm
 
     def _learning_rate(self, step: int) -> float:
@@ -228,7 +236,6 @@ class SFTTrainer:
 
     def _evaluation_record(self, state: RunState, result: EvalResult) -> dict[str, Any]:
         perplexity = result.perplexity if math.isfinite(result.perplexity) else None
-        say(f"step {state.step}: evaluation loss {result.loss:.4f}, perplexity {result.perplexity:.4g}")
         return {"step": state.step, "eval_loss": result.loss, "eval_perplexity": perplexity}
 
     def _how_to_go_on(self) -> str:

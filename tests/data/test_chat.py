@@ -42,6 +42,13 @@ def test_a_template_may_complain() -> None:
         template.render(MESSAGES)
     with pytest.raises(ValueError, match="rejects this conversation"):
         ChatTemplate("{{ messages[0].content + 1 }}").render(MESSAGES)
+    for source in (
+        "{{ 1 / 0 }}",
+        "{% for i in range(10**9) %}{% endfor %}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    ):
+        with pytest.raises(ValueError, match="rejects this conversation"):
+            ChatTemplate(source).render(MESSAGES)
     with pytest.raises(ValueError, match="not valid Jinja"):
         ChatTemplate("{% for %}")
 

@@ -95,6 +95,10 @@ def test_braces_in_the_data_are_data() -> None:
             {},
             "message 1: unknown speaker 'cat'; known are human",
         ),
+        ({"conversations": [{"from": ["gpt"], "value": "a"}]}, {}, r"message 1: unknown speaker \['gpt'\]"),
+        ({"conversations": [{"from": "gpt", "value": None}]}, {}, "message 1: 'value' must be text, got NoneType"),
+        ({"messages": [{"role": "user", "content": 5}]}, {}, "message 1: 'content' must be text, got int"),
+        ({"messages": [{"role": "user", "content": "\udc00"}]}, {}, "message 1 holds half a character"),
         ({"messages": list(TURNS), "tools": {"name": "f"}}, {}, "'tools' must be a list of objects"),
         ({"text": "a"}, {"format": "parquet"}, "unknown record format 'parquet'; known are auto, messages"),
     ],
@@ -102,6 +106,14 @@ def test_braces_in_the_data_are_data() -> None:
 def test_refusals(record: dict, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         format_example(record, **arguments)
+
+
+def test_a_message_without_text_has_tool_calls_or_parts() -> None:
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": "1 + 1?"}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]},
+    ]
+    assert format_example({"messages": turns}) == ChatExample(tuple(turns))
 
 
 def test_aliases() -> None:

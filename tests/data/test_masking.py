@@ -67,9 +67,8 @@ def test_ends_that_the_text_writes_are_not_doubled(tokenizer: Tokenizer) -> None
 
 
 def test_a_tokenizer_that_adds_its_own_end(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.from_folder(
-        write_byte_tokenizer(tmp_path, config={"add_bos_token": True, "add_eos_token": True})
-    )
+    tokenizer = Tokenizer.from_folder(write_byte_tokenizer(tmp_path, add_eos=True))
+    assert tokenizer.encode("Q")[-1] == EOS
     row = tokenise_example({"prompt": "Q", "completion": "A"}, tokenizer, max_seq_length=100)
     assert row.input_ids.count(EOS) == 1
     assert learned(row, tokenizer) == ["A</s>"]

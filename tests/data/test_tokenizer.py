@@ -108,17 +108,41 @@ def test_special_tokens_may_be_dicts_and_stand_in_the_map(tmp_path: Path) -> Non
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 4)
 
 
-def test_the_config_decides_what_is_added_around_a_text(tmp_path: Path) -> None:
-    for add_bos in (True, False):
-        for wanted_bos in (True, False):
-            for wanted_eos in (True, False):
-                config = {"add_bos_token": wanted_bos, "add_eos_token": wanted_eos}
-                folder = write_byte_tokenizer(
-                    tmp_path / f"{add_bos}{wanted_bos}{wanted_eos}", add_bos=add_bos, config=config
-                )
-                tokenizer = Tokenizer.from_folder(folder)
-                plain = tokenizer.encode("the", add_special_tokens=False)
-                assert tokenizer.encode("the") == [1] * wanted_bos + plain + [2] * wanted_eos
+@pytest.mark.parametrize("add_bos", [True, False])
+@pytest.mark.parametrize("add_eos", [True, False])
+def test_what_is_added_around_a_text_is_said_by_the_tokenizer_file(
+    tmp_path: Path, add_bos: bool, add_eos: bool
+) -> None:
+    """As in transformers, where the configuration's flags have no effect beside a tokenizer.json."""
+    transformers = pytest.importorskip("transformers")
+    for flag in (True, False, None):
+        config = {"add_bos_token": flag, "add_eos_token": flag}
+        folder = write_byte_tokenizer(tmp_path / str(flag), add_bos=add_bos, add_eos=add_eos, config=config)
+        tokenizer = Tokenizer.from_folder(folder)
+        plain = tokenizer.encode("the", add_special_tokens=False)
+        assert tokenizer.encode("the") == [1] * add_bos + plain + [2] * add_eos
+        assert tokenizer.encode("the") == transformers.AutoTokenizer.from_pretrained(folder)("the").input_ids
+        assert tokenizer.encode_prompt("the") == [1] * add_bos + plain
+        assert tokenizer.encode_prompt("<s>the</s>") == [1, *plain, 2]
+        assert tokenizer.encode_prompt("the", add_special_tokens=False) == plain
+
+
+def test_a_begin_token_that_is_also_the_end_token_stays_in_a_prompt(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(write_byte_tokenizer(tmp_path, config={"eos_token": "<s>"}))
+    assert tokenizer.encode_prompt("the") == tokenizer.encode("the")
+    assert tokenizer.encode_prompt("") == [1]
+
+
+def test_spaces_follow_the_rule_of_the_file(tmp_path: Path) -> None:
+    """Llama 2's: a space before the text and before what stands behind a special token."""
+    transformers = pytest.importorskip("transformers")
+    folder = write_sentencepiece_tokenizer(tmp_path)
+    tokenizer = Tokenizer.from_folder(folder)
+    reference = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    for text in ("the", " the", "  the", "a</s>b", "a</s> b", "<s>the", "\nthe", ""):
+        assert tokenizer.encode(text) == reference(text).input_ids
+    space, a, b = (tokenizer.token_id(token) for token in ("▁", "a", "b"))
+    assert tokenizer.encode("a</s>b") == [1, space, a, 2, space, b]
 
 
 def test_saved_truncation_and_padding_are_ignored(tmp_path: Path) -> None:
@@ -176,6 +200,12 @@ def test_broken_folders(tmp_path: Path) -> None:
         Tokenizer.from_folder(tmp_path)
     folder = write_byte_tokenizer(tmp_path / "tokenizer", config={"eos_token": "<|nowhere|>"})
     with pytest.raises(ValueError, match=r"eos_token is '<\|nowhere\|>', which tokenizer.json does not hold"):
+        Tokenizer.from_folder(folder)
+    folder = write_byte_tokenizer(tmp_path / "tokenizer", config={"bos_token": {"text": 5}, "pad_token": 5})
+    with pytest.raises(ValueError, match="pad_token must be a text, got 5"):
+        Tokenizer.from_folder(folder)
+    folder = write_byte_tokenizer(tmp_path / "tokenizer", config={"chat_template": {"default": "x"}})
+    with pytest.raises(ValueError, match="chat_template must be a text, got dict"):
         Tokenizer.from_folder(folder)
     (folder / "tokenizer_config.json").write_text("[]")
     with pytest.raises(ValueError, match="must hold a JSON object"):

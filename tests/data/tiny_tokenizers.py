@@ -23,7 +23,9 @@ CHATML_THINKING = (
 SPECIAL = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
 
 
-def write_byte_tokenizer(folder: Path, *, add_bos: bool = True, config: dict | None = None) -> Path:
+def write_byte_tokenizer(
+    folder: Path, *, add_bos: bool = True, add_eos: bool = False, config: dict | None = None
+) -> Path:
     """A byte-level tokenizer: 5 special tokens, then one token a byte and a few merges; ids 1 and 2 begin and end."""
     vocabulary = {token: index for index, token in enumerate(SPECIAL)}
     for symbol in sorted(pre_tokenizers.ByteLevel.alphabet()):
@@ -35,8 +37,11 @@ def write_byte_tokenizer(folder: Path, *, add_bos: bool = True, config: dict | N
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    if add_bos:
-        core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    if add_bos or add_eos:
+        template = f"{'<s> ' * add_bos}$A{' </s>' * add_eos}"
+        core.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[("<s>", 1)] * add_bos + [("</s>", 2)] * add_eos
+        )
     return _write(folder, core, {"bos_token": "<s>", "eos_token": "</s>", **(config or {})})
 
 

@@ -9,11 +9,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from slothcore.data.tokenizer import Tokenizer
 from slothcore.export import merged
 from slothcore.export.merged import save_merged
 from slothcore.layers.linear import Linear
+from slothcore.lora.adapter_io import save_adapter
 from slothcore.lora.attach import add_lora
 from slothcore.lora.merge import merged_weight
 from slothcore.models.decoder import Decoder
@@ -161,6 +163,10 @@ def test_an_existing_folder_is_replaced(tmp_path: Path) -> None:
     assert names == {"config.json", "generation_config.json", "model.safetensors", "notes.txt"}
     assert through_transformers(folder).isfinite().all()
 
+    model.generation_config = {}
+    save_merged(model, None, folder)
+    assert {p.name for p in folder.iterdir()} == {"config.json", "model.safetensors", "notes.txt"}
+
 
 def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(write_tiny_llama(tmp_path / "base"), r=4)
@@ -188,28 +194,31 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_only_one_shard_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When a weight is asked for, those of earlier shards are no longer referred to."""
-    import weakref
+    """When a weight is asked for, the memory of earlier shards is free.
 
+    Storages are watched, not tensors: a view keeps the memory of a tensor that is gone.
+    """
     model = adapted(write_tiny_llama(tmp_path / "base"), r=4)
-    alive: list[tuple[int, weakref.ref[Tensor]]] = []
+    made: list[tuple[int, StorageWeakRef]] = []
     largest = 0
     original = merged.merged_state
 
     def watching(model: Decoder, dtype: torch.dtype) -> Any:
         nonlocal largest
         for name, tensor in original(model, dtype):
-            alive.append((tensor.nbytes, weakref.ref(tensor)))
-            yield name, tensor
+            copy = tensor.clone()  # a frozen float32 weight is the model's own, which lives on
             del tensor
-            largest = max(largest, sum(size for size, ref in alive if ref() is not None))
+            made.append((copy.nbytes, StorageWeakRef(copy.untyped_storage())))
+            yield name, copy
+            del copy
+            largest = max(largest, sum(size for size, storage in made if not storage.expired()))
 
     monkeypatch.setattr(merged, "merged_state", watching)
     limit = 50_000
     save_merged(model, None, tmp_path / "merged", max_shard_bytes=limit)
-    assert sum(size for size, _ in alive) > 4 * limit
+    assert sum(size for size, _ in made) > 4 * limit
     # The shard that is full and the weight that did not fit into it.
-    assert largest <= limit + max(size for size, _ in alive)
+    assert limit / 2 < largest <= limit + max(size for size, _ in made)
 
 
 @pytest.mark.gpu
@@ -235,4 +244,9 @@ def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file; give a folder"):
         save_merged(model, None, tmp_path / "file")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "file"]
+    save_adapter(model, tmp_path / "adapter")
+    before = sorted((tmp_path / "adapter").iterdir())
+    with pytest.raises(ValueError, match="holds a LoRA adapter; give another folder"):
+        save_merged(model, None, tmp_path / "adapter")
+    assert sorted((tmp_path / "adapter").iterdir()) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "file"]

@@ -11,6 +11,7 @@ from slothcore.data.tokenizer import Tokenizer
 from slothcore.inference.generate import generate
 from slothcore.models.decoder import Decoder
 from slothcore.models.load import from_config
+from tests.data.tiny_tokenizers import write_byte_tokenizer
 
 WORDS = 30
 CONFIG = {
@@ -46,6 +47,16 @@ def test_texts_are_the_decoded_ids(model: Decoder, tokenizer: Tokenizer) -> None
         ids = tokenizer.encode(prompt)
         continued = model.generate(torch.tensor(ids), max_new_tokens=9)
         assert text == " ".join(f"w{i}" for i in continued[0, len(ids) :].tolist())
+
+
+def test_a_prompt_begins_once_and_is_not_ended(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(write_byte_tokenizer(tmp_path, add_eos=True))
+    model = from_config({**CONFIG, "vocab_size": tokenizer.vocab_size}, device="cpu").eval()
+    ids = [1, *tokenizer.encode("the", add_special_tokens=False)]
+    new = model.generate(torch.tensor(ids), max_new_tokens=9, eos_token_id=2)[0, len(ids) :].tolist()
+    new = new[: new.index(2)] if 2 in new else new
+    for prompt in ("the", "<s>the"):
+        assert generate(model, tokenizer, prompt, max_new_tokens=9) == [tokenizer.decode(new)]
 
 
 def test_one_prompt_may_be_a_string(model: Decoder, tokenizer: Tokenizer) -> None:

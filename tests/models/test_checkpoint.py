@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -180,6 +181,26 @@ def test_index_that_lies(shards: Path) -> None:
         load(shards)
     (shards / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match="has no weight_map"):
+        load(shards)
+
+
+@pytest.mark.parametrize("kind", ["another folder", "absolute", "no text", "no safetensors"])
+def test_an_index_names_files_of_its_folder_only(shards: Path, kind: str, tmp_path: Path) -> None:
+    """The file that it names is there and would load, so nothing but the check keeps it out."""
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(shards, elsewhere)
+    name = "model-00005-of-00005.safetensors"
+    (shards / "config.bin").write_bytes((shards / name).read_bytes())
+    file = {
+        "another folder": f"../{elsewhere.name}/{name}",
+        "absolute": str(elsewhere / name),
+        "no text": 5,
+        "no safetensors": "config.bin",
+    }[kind]
+    index = json.loads((shards / "model.safetensors.index.json").read_text())
+    index["weight_map"] = {weight: file if old == name else old for weight, old in index["weight_map"].items()}
+    (shards / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"must lie in a \.safetensors file of this folder, got"):
         load(shards)
 
 

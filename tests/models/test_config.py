@@ -77,6 +77,11 @@ def test_codellama_and_llama_1_keys() -> None:
     assert from_config(first).model.embed_tokens.padding_idx is None
 
 
+def test_smollm_keys() -> None:
+    extra = {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"}}
+    assert decoder_config({**TINY, **extra, "tokenizer_class": "GPT2Tokenizer"}) == decoder_config(TINY)
+
+
 def test_both_spellings_of_rope_are_equal() -> None:
     scaling = {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}
     old = decoder_config({**TINY, "rope_theta": 10000.0, "rope_scaling": scaling})
@@ -110,7 +115,11 @@ def test_inverse_frequencies_are_those_of_transformers_to_the_bit(rope: dict[str
         ({"model_type": None}, "model_type None is not supported"),
         ({"rms_norm_epz": 1e-5}, "key 'rms_norm_epz'.*did you mean 'rms_norm_eps'"),
         ({"sliding_window": 4096}, "key 'sliding_window' .*4096"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised already .*'gptq'.*bits=4"),
+        ({"model_type": ["llama"]}, "is not supported"),
+        ({"pad_token_id": 97}, "pad_token_id must be below vocab_size, got 97 and 97"),
+        ({"eos_token_id": ["5"]}, "eos_token_id must be a token id or a list of them"),
+        ({"rope_interleaved": True}, "rope_interleaved = True is not supported"),
         ({"hidden_act": "relu"}, "hidden_act must be one of silu"),
         ({"attention_dropout": 0.1}, "attention_dropout = 0.1 is not supported"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder"),
@@ -157,6 +166,9 @@ def test_layer_windows_must_fit() -> None:
 def test_read_json_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nothing\.json does not exist"):
         read_json(tmp_path / "nothing.json")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"deep\.json is not readable as JSON"):
+        read_json(tmp_path / "deep.json")
     (tmp_path / "broken.json").write_text('{"a": ')
     with pytest.raises(ValueError, match=r"broken\.json is not readable as JSON"):
         read_json(tmp_path / "broken.json")

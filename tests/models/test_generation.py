@@ -1,5 +1,6 @@
 """Generation from ids: batched rows against solo runs, the cache against full forward passes, ends of rows, seeds."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,28 @@ def test_the_models_own_end_and_pad_tokens(model: Decoder) -> None:
     assert torch.equal(everything, free)
 
 
+def test_a_padding_token_of_the_generation_config_fills(model: Decoder) -> None:
+    def should_stop(new: Tensor) -> Tensor:
+        return torch.tensor([new.shape[1] >= 2, new.shape[1] >= 5])
+
+    model.generation_config = {"pad_token_id": 96}
+    new = model.generate(token_ids(2, 4), max_new_tokens=NEW, should_stop=should_stop)[:, 4:]
+    assert new[0, 2:].tolist() == [96, 96, 96]
+    assert new.shape == (2, 5)
+
+
+def test_positions_beyond_the_models_are_warned_of_once() -> None:
+    short = from_config({**TINY, "max_position_embeddings": 8}, device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert short.generate(token_ids(1, 5), max_new_tokens=4, eos_token_id=()).shape == (1, 9)
+    for prompt, new in ((5, 5), (5, 9), (9, 2)):
+        with pytest.warns(UserWarning, match=r"beyond the 8 positions .*max_position_embeddings") as caught:
+            assert short.generate(token_ids(1, prompt), max_new_tokens=new, eos_token_id=()).shape == (1, prompt + new)
+        assert len(caught) == 1
+        assert caught[0].filename == __file__
+
+
 def test_seeds(model: Decoder) -> None:
     def draw(seed: int | None) -> list[list[int]]:
         return model.generate(token_ids(3, 4), max_new_tokens=NEW, temperature=1.0, seed=seed).tolist()
@@ -194,6 +217,7 @@ def test_generation_neither_trains_nor_drops(model: Decoder) -> None:
         ({"max_new_tokens": 3, "temperature": -1.0}, "temperature must be"),
         ({"max_new_tokens": 3, "eos_token_id": 97}, r"eos_token_id must lie in 0\.\.96"),
         ({"max_new_tokens": 3, "pad_token_id": -2, "eos_token_id": [1, -1]}, "eos_token_id must lie"),
+        ({"max_new_tokens": 3, "eos_token_id": ["1"]}, r"eos_token_id must lie in 0\.\.96 .*, got '1'"),
         ({"max_new_tokens": 3, "pad_token_id": 200}, r"pad_token_id must lie in 0\.\.96"),
         ({"max_new_tokens": 3, "attention_mask": torch.zeros(1, 4)}, "attention_mask row 0 has no token"),
     ],

@@ -48,7 +48,9 @@ def test_only_needed_files_are_fetched(tmp_path: Path, monkeypatch: pytest.Monke
         "model-00001-of-00002.safetensors",
         "model.safetensors.index.json",
         "tokenizer.json",
+        "tokenizer.model",
         "pytorch_model.bin",
+        "original/tokenizer.model",
         "original/consolidated.00.pth",
         "original/params.json",
         "consolidated.safetensors",
@@ -57,7 +59,7 @@ def test_only_needed_files_are_fetched(tmp_path: Path, monkeypatch: pytest.Monke
         "README.md",
     ]
     kept = list(huggingface_hub.utils.filter_repo_objects(repository, allow_patterns=asked["allow_patterns"]))
-    assert kept == repository[:5]
+    assert kept == repository[:6]
 
 
 def http_error(kind: type[Exception], message: str) -> Exception:

@@ -1,6 +1,7 @@
 """Which rows meet in which step: every row once an epoch, the same again for the same seed."""
 
 import pytest
+import torch
 
 from slothcore.training.batches import RowSet, StepSchedule
 from tests.training.tiny import random_rows
@@ -47,6 +48,15 @@ def test_a_micro_batch_lays_documents_end_to_end() -> None:
     ]
     assert batch.input_ids.tolist() == documents[4].input_ids + documents[1].input_ids
     assert batch.labels.tolist() == documents[4].labels + documents[1].labels
+
+
+def test_the_documents_are_copied() -> None:
+    documents = random_rows(3)
+    rows = RowSet(documents)
+    first = documents[0].input_ids[0]
+    documents[0].input_ids[0] += 1
+    assert rows.micro_batch([0]).input_ids[0] == first
+    assert rows.micro_batch([0]).input_ids.dtype == rows.micro_batch([0]).labels.dtype == torch.int64
 
 
 def test_the_fingerprint_sees_tokens_labels_and_packing() -> None:

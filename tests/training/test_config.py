@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest
 
 from slothcore.training.config import TrainConfig, field_types
-from slothcore.training.options import describe
+from slothcore.training.options import OTHER_NAMES, describe
 
 
 def test_flags_stand_on_top_of_the_file(tmp_path) -> None:
@@ -48,7 +48,12 @@ def test_every_option_explains_itself() -> None:
     ("values", "message"),
     [
         ({"learning_rat": 1}, "unknown option 'learning_rat' in the configuration; did you mean 'learning_rate'"),
-        ({"lora_r": 8}, "unknown option 'lora_r'.*did you mean"),
+        ({"lora_r": 8}, "unknown option 'lora_r'.*did you mean 'r'"),
+        ({"load_in_4bit": True}, "unknown option 'load_in_4bit'.*did you mean 'bits'"),
+        ({"lr": 1}, "unknown option 'lr'.*did you mean 'learning_rate'"),
+        ({"data": ""}, "data must not be empty"),
+        ({"data": []}, "data must not be empty"),
+        ({"output_dir": ""}, "output_dir must not be empty"),
         ({"bits": 3}, "bits must be 4 | 16 | 32, got 3"),
         ({"bits": True}, "bits must be"),
         ({"max_steps": 2.5}, "max_steps must be a whole number, got 2.5"),
@@ -80,6 +85,18 @@ def test_a_file_that_is_no_mapping_of_plain_values_is_refused(tmp_path, text) ->
     path.write_text(text)
     with pytest.raises(ValueError, match=r"run\.yaml"):
         TrainConfig.from_yaml(path)
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("learning_rate: 1e-4\nbits: 4\nlearning_rate: 2e-4\n")
+    with pytest.raises(ValueError, match="learning_rate stands twice, again in line 3"):
+        TrainConfig.from_yaml(path)
+
+
+def test_every_other_name_leads_to_an_option() -> None:
+    assert set(OTHER_NAMES.values()) <= field_types().keys()
+    assert not OTHER_NAMES.keys() & field_types().keys()
 
 
 def test_none_and_true_in_words() -> None:

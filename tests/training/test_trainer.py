@@ -8,42 +8,17 @@ import torch
 
 from slothcore.data.files import load_dataset
 from slothcore.data.tokenizer import Tokenizer
-from slothcore.lora.attach import add_lora
 from slothcore.models.load import from_config
 from slothcore.training.config import TrainConfig
-from slothcore.training.report import draw_loss, read_log
+from slothcore.training.report import draw_loss
 from slothcore.training.run_state import checkpoints
 from slothcore.training.trainer import SFTTrainer
 from tests.numerics import relative_error
-from tests.training.tiny import CONFIG, random_rows, write_records, write_tokenizer
-
-QUIET = {"disable_tqdm": True, "plot": False, "save_steps": 0, "logging_steps": 1}
-
-LOGGED = {"step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "elapsed"}
-
-
-def tiny_model(*, bits: int = 32, dropout: float = 0.0, **config):
-    torch.manual_seed(0)
-    model = from_config({**CONFIG, **config}, bits=bits, dtype=torch.float32, device="cpu")
-    model = add_lora(model, r=4, lora_alpha=8, lora_dropout=dropout)
-    with torch.no_grad():
-        # lora_B starts at zero, and with it every gradient of lora_A.
-        for name, parameter in model.named_parameters():
-            if name.endswith("lora_B"):
-                parameter.normal_(0.0, 0.02)
-    return model
+from tests.training.tiny import CONFIG, QUIET, random_rows, tiny_model, train, write_records, write_tokenizer
 
 
 def trainable(model) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-
-
-def train(output_dir, rows, model=None, eval_rows=None, **options):
-    model = model or tiny_model()
-    config = TrainConfig(output_dir=str(output_dir), **{**QUIET, **options})
-    trainer = SFTTrainer(model, None, rows, eval_rows, config)
-    result = trainer.train()
-    return trainer, result, read_log(output_dir / "log.jsonl")
 
 
 @pytest.mark.parametrize("bits", [32, 4])
@@ -166,11 +141,10 @@ def test_evaluation_is_due_every_eval_steps_and_at_the_end(tmp_path) -> None:
 
 def test_evaluation_does_not_disturb_training(tmp_path) -> None:
     """Dropout draws the same numbers whether or not there was an evaluation between two steps."""
+    evaluated = {"eval_rows": random_rows(3, seed=1), "eval_steps": 1}
     runs = [
-        train(
-            tmp_path / str(i), random_rows(8), tiny_model(dropout=0.3), eval_rows=eval_rows, max_steps=4, eval_steps=1
-        )
-        for i, eval_rows in enumerate((None, random_rows(3, seed=1)))
+        train(tmp_path / str(i), random_rows(8), tiny_model(dropout=0.3), max_steps=4, **options)
+        for i, options in enumerate(({}, evaluated))
     ]
     first, second = (trainable(run[0].model) for run in runs)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -216,12 +190,6 @@ def test_decay_spares_biases_and_norms(tmp_path) -> None:
     assert len(decayed["params"]) + len(exempt["params"]) == len(names)
 
 
-def test_only_the_newest_checkpoints_are_kept(tmp_path) -> None:
-    train(tmp_path, random_rows(8), max_steps=7, save_steps=2, save_total_limit=2)
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-7"]
-    assert not list(tmp_path.glob(".*"))
-
-
 def test_a_run_of_records_leaves_everything_it_promises(tmp_path) -> None:
     tokenizer = Tokenizer.from_folder(write_tokenizer(tmp_path / "tokenizer"))
     records = load_dataset(write_records(tmp_path / "data.jsonl"))
@@ -255,20 +223,21 @@ def test_without_a_line_in_the_log_nothing_is_drawn(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_second_run_does_not_overwrite_the_first(tmp_path) -> None:
-    train(tmp_path, random_rows(4), max_steps=1)
-    before = (tmp_path / "log.jsonl").read_bytes()
-    with pytest.raises(ValueError, match="already holds a run; choose another folder"):
-        train(tmp_path, random_rows(4), max_steps=1)
-    assert (tmp_path / "log.jsonl").read_bytes() == before
-    _, _, log = train(tmp_path, random_rows(4), max_steps=2, overwrite_output_dir=True)
-    assert [record["step"] for record in log] == [1, 2]
-
-
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path) -> None:
-    with pytest.raises(ValueError, match="the loss is no longer finite"):
+    with pytest.raises(ValueError, match="the loss or its gradient is no longer finite"):
         train(tmp_path, random_rows(8), max_steps=20, learning_rate=1e30, max_grad_norm=0.0)
     assert not (tmp_path / "adapter").exists()
+
+
+def test_a_gradient_that_is_no_number_stops_the_run(tmp_path) -> None:
+    """Even in the last step, whose loss came before it: the weights that it made must not be saved."""
+    model = tiny_model()
+    weight = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+    weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(ValueError, match="the loss or its gradient is no longer finite"):
+        train(tmp_path, random_rows(8), model, max_steps=1, save_steps=1)
+    assert not (tmp_path / "adapter").exists()
+    assert not checkpoints(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -278,6 +247,8 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path) -> None:
         ({"max_seq_length": 8}, None, "has 11 tokens; max_seq_length is 8|tokens; max_seq_length is 8"),
         ({"max_seq_length": 4096}, None, "max_seq_length is 4096, but the model takes at most 128"),
         ({"optim": "adamw_8bit"}, None, "optim adamw_8bit needs a GPU"),
+        ({"eval_rows": []}, None, "the evaluation dataset is empty"),
+        ({"eval_steps": 2}, None, "eval_steps is 2, but there is no evaluation data"),
         ({"full_finetuning": True, "bits": 32}, None, "the model has a LoRA adapter"),
     ],
 )

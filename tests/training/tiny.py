@@ -8,8 +8,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from slothcore.data.masking import TokenizedRow
+from slothcore.lora.attach import add_lora
 from slothcore.models.checkpoint import save_pretrained
 from slothcore.models.load import from_config
+from slothcore.training.config import TrainConfig
+from slothcore.training.report import read_log
+from slothcore.training.trainer import SFTTrainer
 
 BOS, EOS = "<s>", "</s>"
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -32,6 +36,8 @@ CONFIG: dict[str, Any] = {
     "bos_token_id": len(ALPHABET),
     "eos_token_id": len(ALPHABET) + 1,
 }
+
+QUIET = {"disable_tqdm": True, "plot": False, "save_steps": 0, "logging_steps": 1}
 
 
 def write_tokenizer(folder: Path) -> Path:
@@ -80,3 +86,26 @@ def random_rows(count: int, *, seed: int = 0, longest: int = 40) -> list[Tokeniz
         ignored = draw(0, length - 1)
         rows.append(TokenizedRow(ids, [-100] * ignored + ids[ignored:]))
     return rows
+
+
+def tiny_model(*, bits: int = 32, dropout: float = 0.0, **config):
+    """A model with an adapter of which every factor has a gradient."""
+    torch.manual_seed(0)
+    model = from_config({**CONFIG, **config}, bits=bits, dtype=torch.float32, device="cpu")
+    model = add_lora(model, r=4, lora_alpha=8, lora_dropout=dropout)
+    with torch.no_grad():
+        # lora_B starts at zero, and with it every gradient of lora_A.
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.normal_(0.0, 0.02)
+    return model
+
+
+def train(output_dir, rows, model=None, eval_rows=None, model_name=None, **options):
+    """Train on tokenised rows. Gives the trainer, its result and the log."""
+    model = model or tiny_model()
+    options["model"] = model_name
+    config = TrainConfig(output_dir=str(output_dir), **{**QUIET, **options})
+    trainer = SFTTrainer(model, None, rows, eval_rows, config)
+    result = trainer.train()
+    return trainer, result, read_log(output_dir / "log.jsonl")
