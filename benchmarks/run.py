@@ -3,7 +3,8 @@
     python benchmarks/run.py --systems slothcore,transformers,unsloth --cases 4x2048,2x256 --bits 4
 
 Every system loads the same random-weight checkpoint, gets the same LoRA factors and the same tokens, and steps with the
-same optimizer, each in a process of its own with a time limit. A figure is refused, and the exit status is 1, unless
+same optimizer, each in a process of its own with a time limit. With --rounds they take turns, and each keeps its best
+round: other work on the machine only ever adds time, and most to small cases, which wait for the host. A figure is refused, and the exit status is 1, unless
 the first loss agrees with that of transformers and every gradient norm is finite and above zero. A case that runs out
 of memory is run once more with recomputation, in a row of its own.
 """
@@ -31,6 +32,8 @@ REFERENCE = "transformers"
 LOSS_TOLERANCE = 1e-2
 # Only remarked upon: rounding alone moves a norm more than a loss.
 NORM_TOLERANCE = 5e-2
+# What worker.py calls it; the one problem that is no failure.
+OUT_OF_MEMORY = "out of memory"
 Row = dict[str, Any]
 
 
@@ -46,6 +49,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--warmup", type=int, default=3, help="steps before the timed ones")
     parser.add_argument("--steps", type=int, default=7, help="timed steps")
+    parser.add_argument("--rounds", type=int, default=1, help="how often each system runs; the best round counts")
     parser.add_argument("--time-limit", type=float, default=240, metavar="SECONDS", help="of one system's process")
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="where the random checkpoint is kept")
     parser.add_argument(
@@ -59,8 +63,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error(str(error))
     if unknown := set(args.systems) - MODULES.keys():
         parser.error(f"unknown system {', '.join(sorted(unknown))}; there are {', '.join(MODULES)}")
-    if args.steps < 1 or args.warmup < 0:
-        parser.error("--steps must be at least 1 and --warmup at least 0")
+    if args.steps < 1 or args.rounds < 1 or args.warmup < 0:
+        parser.error("--steps and --rounds must be at least 1 and --warmup at least 0")
     args.config = dict(shapes.TINY if args.tiny else shapes.LLAMA_3_1_8B)
     if args.layers is not None:
         args.config["num_hidden_layers"] = args.layers
@@ -78,19 +82,35 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     checkpoint.write_checkpoint(args.checkpoint, args.config, device=args.device)
     rows: list[Row] = []
-    for system in args.systems:
-        rows += run_system(system, args.cases, args.settings, args)
-        too_big = [r["case"] for r in rows if r["system"] == system and r.get("problem") == "out of memory"]
-        if too_big and not args.recompute:
-            rows += run_system(system, too_big, replace(args.settings, recompute=True), args)
+    for number in range(args.rounds):
+        # Every other round backwards, so that nobody is always the first or the last.
+        for system in args.systems if number % 2 == 0 else reversed(args.systems):
+            too_big = {r["case"] for r in rows if r["system"] == system and r.get("problem") == OUT_OF_MEMORY}
+            fitting = [case for case in args.cases if case not in too_big]
+            rows += run_system(system, fitting, args.settings, args) if fitting else []
+            too_big |= {r["case"] for r in rows if r["system"] == system and r.get("problem") == OUT_OF_MEMORY}
+            if too_big and not args.recompute:
+                rows += run_system(system, sorted(too_big), replace(args.settings, recompute=True), args)
     judge(rows)
+    rows = best_rounds(rows)
     print(describe(args))
     print(table(rows))
     if args.out is not None:
         settings = f"bits={args.bits} r={args.lora_r} layers={args.config['num_hidden_layers']} tiny={args.tiny}"
         good = [csv_row(row, settings) for row in rows if "problem" not in row]
         print(f"\nappended {len(good)} rows to {harness.append_csv(args.out, good)}")
-    return int(any(row.get("problem", "out of memory") != "out of memory" for row in rows))
+    return int(any(row.get("problem", OUT_OF_MEMORY) != OUT_OF_MEMORY for row in rows))
+
+
+def best_rounds(rows: list[Row]) -> list[Row]:
+    """One row a system, case and recomputation: its fastest, or the one with a problem, which is never passed over."""
+    best: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        key = (row["system"], row["case"], row["recompute"])
+        other = best.get(key)
+        if other is None or "problem" in row or ("problem" not in other and row["median_ms"] < other["median_ms"]):
+            best[key] = row
+    return list(best.values())
 
 
 def run_system(system: str, cases: list[str], settings: Settings, args: argparse.Namespace) -> list[Row]:

@@ -186,3 +186,11 @@ def test_a_wrong_operation_is_refused(kernel_device: str) -> None:
         assert "off by" in wrong_result(dataclasses.replace(case, check=lambda wrong=wrong: wrong))
     short = [(right[0][0][1:], right[0][1])]
     assert "shape" in wrong_result(dataclasses.replace(case, check=lambda: short))
+
+
+def test_the_best_round_counts_and_no_problem_is_passed_over() -> None:
+    def row(system: str, median_ms: float, **more: object) -> dict:
+        return {"system": system, "case": "1x8", "recompute": False, "median_ms": median_ms, **more}
+
+    rows = [row("a", 3.0), row("b", 1.0, problem="refused: loss"), row("b", 2.0), row("a", 2.5), row("a", 4.0)]
+    assert run.best_rounds(rows) == [row("a", 2.5), row("b", 1.0, problem="refused: loss")]
