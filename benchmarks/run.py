@@ -4,9 +4,9 @@
 
 Every system loads the same random-weight checkpoint, gets the same LoRA factors and the same tokens, and steps with the
 same optimizer, each in a process of its own with a time limit. With --rounds they take turns, and each keeps its best
-round: other work on the machine only ever adds time, and most to small cases, which wait for the host. A figure is refused, and the exit status is 1, unless
-the first loss agrees with that of transformers and every gradient norm is finite and above zero. A case that runs out
-of memory is run once more with recomputation, in a row of its own.
+round: other work on the machine only ever adds time, and most to small cases, which wait for the host. A figure is
+refused, and the exit status is 1, unless the first loss agrees with that of transformers and every gradient norm is
+finite and above zero. A case that runs out of memory is run once more with recomputation, in a row of its own.
 """
 
 import argparse
