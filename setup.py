@@ -37,12 +37,12 @@ setup(
     packages=find_packages(include=["slothcore", "slothcore.*"]),
     package_data={"slothcore": ["py.typed"]},
     install_requires=[
-        "torch>=2.8",
-        'triton>=3.4; platform_system == "Linux"',
+        "torch>=2.10",  # addmm with out_dtype, for 16-bit products summed into float32
+        'triton>=3.6; platform_system == "Linux"',  # tensor descriptors made on the host
         "safetensors>=0.4.3",
         "huggingface_hub>=0.26",
         "tokenizers>=0.20",
-        "bitsandbytes>=0.45",
+        "bitsandbytes>=0.46",
         "numpy>=1.26",
         "jinja2>=3.1",
         "pyyaml>=6.0",
