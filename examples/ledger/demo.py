@@ -27,7 +27,7 @@ LACKING, LEARNED = 0.10, 0.80
 
 
 def write_data(folder: Path) -> list[dict[str, str]]:
-    """Write train.jsonl and eval.jsonl, and return 100 further records, none of which was written."""
+    """Write train.jsonl and eval.jsonl, and return up to 100 further records, none of which was written."""
     folder.mkdir(parents=True, exist_ok=True)
     train, evaluation, held_out = list(records(2000, seed=1)), list(records(50, seed=2)), list(records(100, seed=3))
     for name, rows in (("train", train), ("eval", evaluation)):

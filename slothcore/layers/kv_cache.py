@@ -26,18 +26,18 @@ class KvCache:
     ) -> None:
         shape = (rows, capacity, num_kv_heads, head_dim)
         # Zeros, not empty: a masked score is multiplied by the value beside it, and 0 * NaN is NaN.
-        self.layers = [
-            LayerCache(
-                self, torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
-            )
-            for _ in range(layers)
-        ]
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.capacity = capacity
         self.row_starts = torch.arange(rows, device=device) * capacity
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.longest = 0  # the largest of `lengths`, kept on the host
         self.slots = self.row_starts  # [T]: where this pass writes, in [rows * capacity]
         self.is_prompt = True
+
+    def layer(self, index: int) -> "LayerCache":
+        """The share of one layer; made anew, because kept here it would be a cycle, and free its memory late."""
+        return LayerCache(self, self.keys[index], self.values[index])
 
     def begin_prompt(self, documents: Documents, num_tokens: int) -> None:
         """Take the packed prompts, `num_tokens` in all, one document a row."""

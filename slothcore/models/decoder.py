@@ -134,7 +134,7 @@ class DecoderBody(nn.Module):
                     preserve_rng_state=_draws_random_numbers(layer),
                 )
             else:
-                layer_cache = None if cache is None else cache.layers[index]
+                layer_cache = None if cache is None else cache.layer(index)
                 branch, residual = layer(branch, residual, cos, sin, documents, layer_cache)
         return self.norm(branch, residual)[0]
 

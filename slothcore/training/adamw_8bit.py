@@ -6,9 +6,10 @@ either. The update works on blocks of 256 elements that know nothing of each oth
 blocks are laid end to end and updated in one launch; and it runs on the stream that made the gradients.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
@@ -49,7 +50,9 @@ class AdamW8bit(BitsandbytesAdamW8bit):
                     continue
                 if not self.state[parameter]:
                     self.init_state(group, parameter, group_index, index)
-                if (group_index, index) not in self.mng.index2config and in_whole_blocks(parameter, self.state):
+                if (group_index, index) not in self.mng.index2config and in_whole_blocks(
+                    parameter, self.state[parameter]
+                ):
                     together.append(parameter)
                 else:
                     self.update_step(group, parameter, group_index, index)
@@ -61,14 +64,12 @@ class AdamW8bit(BitsandbytesAdamW8bit):
         """The batches of the last step, unless other parameters have gradients now or a state was loaded since."""
         states = [self.state[parameter] for parameter in parameters]
         batches = self._batches.get(group_index, [])
-        known = [pair for batch in batches for pair in zip(batch.parameters, batch.states, strict=True)]
-        if len(known) != len(parameters) or any(
-            old is not parameter or old_state is not state
-            for (old, old_state), parameter, state in zip(known, parameters, states, strict=True)
-        ):
+        known = [*chain.from_iterable(batch.parameters for batch in batches)]
+        known_states = [*chain.from_iterable(batch.states for batch in batches)]
+        if not (same_objects(known, parameters) and same_objects(known_states, states)):
             batches = [Batch.of(part, [self.state[p] for p in part]) for part in alike(parameters, self.state)]
-            self._batches[group_index] = [batch for batch in batches if batch.parameters]
-        return self._batches.get(group_index, [])
+            self._batches[group_index] = batches
+        return batches
 
 
 @dataclass
@@ -136,9 +137,13 @@ class Batch:
         )
 
 
-def in_whole_blocks(parameter: nn.Parameter, states: Any) -> bool:
+def same_objects(some: Sequence[object], others: Sequence[object]) -> bool:
+    """Whether both hold the very same objects in the same order; `==` on tensors would compare elements."""
+    return len(some) == len(others) and all(map(operator.is_, some, others))
+
+
+def in_whole_blocks(parameter: nn.Parameter, state: Mapping[str, Any]) -> bool:
     """Whether the blocks of this parameter stay the same when others follow it."""
-    state = states[parameter]
     return (
         state["state1"].dtype == torch.uint8
         and parameter.numel() == BLOCK * state["absmax1"].numel()
@@ -148,7 +153,9 @@ def in_whole_blocks(parameter: nn.Parameter, states: Any) -> bool:
     )
 
 
-def alike(parameters: Sequence[nn.Parameter], states: Any) -> Iterator[list[nn.Parameter]]:
+def alike(
+    parameters: Sequence[nn.Parameter], states: Mapping[Tensor, Mapping[str, Any]]
+) -> Iterator[list[nn.Parameter]]:
     """Consecutive parameters that one launch can take: the same dtype, device and step, not too many elements."""
     part: list[nn.Parameter] = []
     for parameter in parameters:

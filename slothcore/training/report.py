@@ -168,15 +168,13 @@ def draw_loss(output_dir: Path) -> str:
         return f"{PLOT_FILE} was not drawn: the log has no line yet"
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    lowest, highest = 0.0, 0.0
+    losses = [record[key] for record in records for key in ("loss", "eval_loss") if key in record]
     for key, label, marker in (("loss", "training", ""), ("eval_loss", "evaluation", "o")):
         points = [(record["step"], record[key]) for record in records if key in record]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker=marker)
-            losses = [loss for _, loss in points]
-            lowest, highest = min(lowest or losses[0], *losses), max(highest, *losses)
     axes.set(xlabel="optimizer step", ylabel="loss per target token")
-    if 0 < lowest < highest / 20:
+    if 0 < min(losses) < max(losses) / 20:
         # A loss that falls this far would lie flat on the axis for most of the run.
         axes.set_yscale("log")
     axes.grid(alpha=0.3)

@@ -1,5 +1,7 @@
 """Self-attention as a module, and its reading of the key-value cache, against a dense formula."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -119,13 +121,13 @@ def test_cache_gives_what_the_packed_stream_gives(attention: SelfAttention) -> N
         is_prompt = torch.cat([torch.arange(length) < length - 2 for length in lengths])
         prompts = Documents(torch.tensor([0, 3, 4, 10], dtype=torch.int32), 6)
         cache.begin_prompt(prompts, 10)
-        actual = attention(x[is_prompt], *rope(positions[is_prompt]), prompts, cache.layers[0])
+        actual = attention(x[is_prompt], *rope(positions[is_prompt]), prompts, cache.layer(0))
         torch.testing.assert_close(actual, expected[is_prompt])
         for back in (2, 1):
             rows = ends - back
             at = cache.begin_token()
             assert torch.equal(at, positions[rows])
-            actual = attention(x[rows], *rope(at), prompts, cache.layers[0])
+            actual = attention(x[rows], *rope(at), prompts, cache.layer(0))
             torch.testing.assert_close(actual, expected[rows])
 
 
@@ -148,3 +150,17 @@ def test_16_bit_rows_are_computed_in_float32() -> None:
     lengths = torch.tensor([4, 7])
     exact = attend_to_rows(query.double(), keys.double(), values.double(), lengths, scale=0.5)
     assert torch.equal(attend_to_rows(query, keys, values, lengths, scale=0.5), exact.half())
+
+
+def test_a_cache_is_freed_as_soon_as_nothing_uses_it() -> None:
+    """Without waiting for the garbage collector: on a GPU it may hold gigabytes."""
+    options = {"dtype": torch.float32, "device": torch.device("cpu")}
+    cache = KvCache(layers=2, rows=1, capacity=4, num_kv_heads=1, head_dim=2, **options)
+    assert cache.layer(1).is_prompt
+    released = weakref.ref(cache)
+    gc.disable()
+    try:
+        del cache
+        assert released() is None
+    finally:
+        gc.enable()
