@@ -6,30 +6,21 @@ such a file, `add_bos_token` and `add_eos_token` of `tokenizer_config.json` are 
 written.
 """
 
-import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
+import torch
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as TokenizerCore
+from torch import Tensor
 
+from slothcore.data import tokenizer_files as files
 from slothcore.data.chat import ChatTemplate, Message
 
-# What a tokenizer folder may hold; `save` copies those that are there.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-)
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 DEDICATED_PAD_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|padding|>")
+PaddingSide = Literal["left", "right"]
 UNUSED_TOKEN_MARKS = ("reserved_special_token", "placeholder", "unused")
 
 
@@ -48,7 +39,7 @@ class Tokenizer:
         core: the parsed `tokenizer.json`; padding and truncation that it carries are switched off.
         config: the contents of `tokenizer_config.json`.
         special_tokens: text of `bos_token`, `eos_token`, `unk_token` and `pad_token`, where they exist.
-        chat_template: Jinja source, or None.
+        chat_templates: Jinja sources by name; "default" is the one for plain conversations.
         folder: where the files lie that `save` copies.
     Raises: ValueError if a special token is not in the vocabulary.
     """
@@ -59,7 +50,7 @@ class Tokenizer:
         *,
         config: Mapping[str, Any],
         special_tokens: Mapping[str, str],
-        chat_template: str | None = None,
+        chat_templates: Mapping[str, str] | None = None,
         folder: Path,
     ) -> None:
         self._core = core
@@ -67,13 +58,15 @@ class Tokenizer:
         # A tokenizer saved after a batch call keeps its truncation, and would silently cut every text.
         core.no_truncation()
         core.no_padding()
-        _add_missing_tokens(core, config.get("added_tokens_decoder") or {}, folder)
+        _add_missing_tokens(core, files.added_tokens(folder, config), folder)
         self.bos_token_id = _id_of(core, special_tokens, "bos_token", folder)
         self.eos_token_id = _id_of(core, special_tokens, "eos_token", folder)
         self.pad_token_id = _pad_token_id(core, special_tokens.get("pad_token"), self.eos_token_id)
-        self._template = None
-        if chat_template is not None:
-            self._template = ChatTemplate(chat_template, special_tokens=special_tokens)
+        self.padding_side: PaddingSide = config.get("padding_side") or "right"
+        _check_side(self.padding_side, f"{folder}: padding_side")
+        self._templates = {
+            name: ChatTemplate(source, special_tokens=special_tokens) for name, source in (chat_templates or {}).items()
+        }
 
     @classmethod
     def from_folder(cls, path: str | Path) -> "Tokenizer":
@@ -92,18 +85,20 @@ class Tokenizer:
             core = TokenizerCore.from_file(str(file))
         except Exception as error:  # the Rust parser raises plain Exception for whatever it dislikes
             raise ValueError(f"{file} is not a valid tokenizer.json: {error}") from error
-        config = _read_json(folder / "tokenizer_config.json")
-        token_map = _read_json(folder / "special_tokens_map.json")
+        config = files.read_json(folder / "tokenizer_config.json")
+        token_map = files.read_json(folder / "special_tokens_map.json")
         special_tokens = {}
         for name in SPECIAL_TOKEN_NAMES:
-            token = _token_text(config.get(name), name, folder) or _token_text(token_map.get(name), name, folder)
+            token = files.token_text(config.get(name), name, folder) or files.token_text(
+                token_map.get(name), name, folder
+            )
             if token is not None:
                 special_tokens[name] = token
         return cls(
             core,
             config=config,
             special_tokens=special_tokens,
-            chat_template=_chat_template(folder, config),
+            chat_templates=files.chat_templates(folder, config),
             folder=folder,
         )
 
@@ -115,7 +110,8 @@ class Tokenizer:
     @property
     def chat_template(self) -> str | None:
         """Jinja source of the chat template, or None."""
-        return None if self._template is None else self._template.source
+        template = self._templates.get("default")
+        return None if template is None else template.source
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; special tokens written out in the text become their own ids.
@@ -154,78 +150,82 @@ class Tokenizer:
         messages: Sequence[Message],
         add_generation_prompt: bool = False,
         *,
+        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
     ) -> str:
         """The text of a conversation. Encode it with `add_special_tokens=False`: the template wrote them.
 
+        The arguments are those of `ChatTemplate.render`. Of several named templates, "tool_use" serves where there are
+        tools, "default" elsewhere.
+
         Raises: ValueError if there is no chat template or it rejects the conversation.
         """
-        if self._template is None:
+        name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
+        template = self._templates.get(name)
+        if template is None:
             raise ValueError(
                 f"the tokenizer in {self._folder} has no chat template; add a chat_template.jinja to that folder, "
                 "or write the data as prompt and completion"
             )
-        return self._template.render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+        return template.render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            documents=documents,
+            **variables,
+        )
+
+    def pad(
+        self, rows: Sequence[Sequence[int]], *, padding_side: PaddingSide | None = None, length: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """A rectangle of token ids, for models that want one; slothcore itself drops the padding again.
+
+        Args:
+            rows: token ids of each row.
+            padding_side: "left" or "right"; default: the tokenizer's own.
+            length: width of the rectangle; default: that of the longest row.
+        Returns: input_ids and attention_mask, both [rows, length] int64 on the CPU; the mask is 0 at padding.
+        Raises: ValueError for another side, or if a row is longer than `length`.
+        """
+        side = padding_side or self.padding_side
+        _check_side(side, "padding_side")
+        longest = max(map(len, rows), default=0)
+        width = longest if length is None else length
+        if longest > width:
+            raise ValueError(f"a row has {longest} tokens and does not fit into length={width}")
+        ids = torch.full((len(rows), width), self.pad_token_id or 0)
+        mask = torch.zeros(len(rows), width, dtype=torch.int64)
+        for index, row in enumerate(rows):
+            place = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+            ids[index, place] = torch.tensor(row, dtype=torch.int64)
+            mask[index, place] = 1
+        return ids, mask
 
     def save(self, path: str | Path) -> None:
         """Copy the original files into the folder `path`, each under its final name only once it is complete."""
-        target = Path(path)
-        target.mkdir(parents=True, exist_ok=True)
-        for name in TOKENIZER_FILES:
-            source = self._folder / name
-            if not source.is_file() or source.resolve() == (target / name).resolve():
-                continue
-            partial = target / f".{name}.partial"
-            shutil.copyfile(source, partial)
-            partial.replace(target / name)
+        files.copy_files(self._folder, Path(path))
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    """A JSON object, or nothing if the file is absent."""
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {type(value).__name__}")
-    return value
+def _check_side(side: str, what: str) -> None:
+    if side not in get_args(PaddingSide):
+        raise ValueError(f"{what} must be 'left' or 'right', got {side!r}")
 
 
-def _token_text(token: Any, name: str, folder: Path) -> str | None:
-    """A special token is written as its text or as a dict with `content`."""
-    text = token.get("content") if isinstance(token, Mapping) else token
-    if not (text is None or isinstance(text, str)):
-        raise ValueError(f"{folder}: {name} must be a text, got {text!r}")
-    return text
-
-
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """`chat_template.jinja`, else the config's: one source, or a list of named ones of which `default` is taken."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if not (template is None or isinstance(template, str)):
-        raise ValueError(f"{folder}: chat_template must be a text, got {type(template).__name__}")
-    return template
-
-
-def _add_missing_tokens(core: TokenizerCore, decoder: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
-    """Add what only `tokenizer_config.json` lists, under the id that it gives."""
-    for token_id, token in sorted(decoder.items(), key=lambda item: int(item[0])):
+def _add_missing_tokens(core: TokenizerCore, tokens: Mapping[int, Mapping[str, Any]], folder: Path) -> None:
+    """Add what only the files beside `tokenizer.json` list, under the ids that they give."""
+    for token_id, token in sorted(tokens.items()):
         if core.token_to_id(token["content"]) is not None:
             continue
         flags = {k: bool(token.get(k, False)) for k in ("single_word", "lstrip", "rstrip", "normalized", "special")}
         core.add_tokens([AddedToken(token["content"], **flags)])
         given = core.token_to_id(token["content"])
-        if given != int(token_id):
+        if given != token_id:
             raise ValueError(
-                f"{folder}: tokenizer_config.json gives {token['content']!r} the id {token_id}, "
-                f"but tokenizer.json has room for it only at {given}; the two files do not belong together"
+                f"{folder}: tokenizer_config.json or added_tokens.json gives {token['content']!r} the id {token_id}, "
+                f"but tokenizer.json has room for it only at {given}; the files do not belong together"
             )
 
 

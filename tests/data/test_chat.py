@@ -36,6 +36,37 @@ def test_absent_tools_are_none() -> None:
     assert template.render(MESSAGES, tools=[{"name": "add"}]) == "add"
 
 
+def test_templates_get_what_the_caller_adds() -> None:
+    template = ChatTemplate("{{ enable_thinking }} {{ documents[0].title }} {{ add_generation_prompt }}")
+    text = template.render(MESSAGES, enable_thinking=False, documents=[{"title": "T"}])
+    assert text == "False T False"
+
+
+def test_thoughts_are_found_under_every_name() -> None:
+    template = ChatTemplate("{{ messages[0].reasoning_content }}|{{ messages[0].thinking }}")
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        assert template.render([{"role": "assistant", "content": "", name: "hm"}]) == "hm|hm"
+
+
+def test_the_last_message_may_be_continued() -> None:
+    source = "{% for m in messages %}[{{ m.role }}]{{ CONTENT }}[end]{% endfor %}"
+    plain, trimming = (ChatTemplate(source.replace("CONTENT", c)) for c in ("m.content", "m.content | trim"))
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "So, "}]
+    assert plain.render(messages, continue_final_message=True) == "[user]hi[end][assistant]So, "
+    assert trimming.render(messages, continue_final_message=True) == "[user]hi[end][assistant]So,"
+    assert messages[1]["content"] == "So, "
+    blocks = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "look"}]}]
+    template = ChatTemplate("{% for b in messages[0].content %}{{ b.text if b.text else '<image>' }}{% endfor %}.")
+    assert template.render(blocks, continue_final_message=True) == "<image>look"
+    for wrong in ([], [{"role": "assistant"}], [{"role": "assistant", "content": [{"type": "image"}]}]):
+        with pytest.raises(ValueError, match="needs a last message with text"):
+            plain.render(wrong, continue_final_message=True)
+    with pytest.raises(ValueError, match="leaves out the end of the last message"):
+        ChatTemplate("{{ messages[0].role }}").render(messages, continue_final_message=True)
+    with pytest.raises(ValueError, match="choose one of them"):
+        plain.render(messages, continue_final_message=True, add_generation_prompt=True)
+
+
 def test_a_template_may_complain() -> None:
     template = ChatTemplate("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(ValueError, match="rejects this conversation: roles must alternate"):

@@ -80,6 +80,122 @@ def test_chats_equal_transformers(published: Path) -> None:
             assert ours.apply_chat_template(messages, prompt, tools=given) == expected
 
 
+def test_a_megabyte_of_text_equals_transformers(published: Path, shared_data: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    text = (shared_data / "datasets" / "wiki_demo.txt").read_text(encoding="utf-8")
+    assert len(text) > 900_000
+    lines = [line for line in text.split("\n") if line]
+    reference, ours = transformers.AutoTokenizer.from_pretrained(published), Tokenizer.from_folder(published)
+    assert ours.encode_batch(lines) == reference(lines).input_ids
+    whole = text[:200_000]
+    assert ours.encode(whole) == reference(whole).input_ids
+
+
+HARD_TEXTS = [
+    "",
+    " ",
+    "\n \n\t\t  \r\n",
+    "a" + " " * 300 + "b" + "\t" * 40,
+    "\u6f22\u5b57\u304b\u306a\ud55c\uae00 \u2014 \u0627\u0644\u0639\u0631\u0628\u064a\u0629",  # CJK, and right to left
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \U0001f926\U0001f3fd\u200d\u2642\ufe0f",
+    "zero\u200bwidth \ufeffmark \x00nul \x7f combining e\u0301\u0327",
+    "12345678901234567890 3.14159 1,000,000 0x1F",
+]
+
+
+def test_hard_texts_equal_transformers(published: Path) -> None:
+    """Empty, white, CJK, emoji of several code points, and each special token alone, glued and between spaces."""
+    transformers = pytest.importorskip("transformers")
+    reference, ours = transformers.AutoTokenizer.from_pretrained(published), Tokenizer.from_folder(published)
+    specials = sorted(reference.get_added_vocab())[:40]
+    texts = HARD_TEXTS + [form.format(token) for token in specials for form in ("{}", "a{}b", " {} ", "x {0}\n{0}y")]
+    for special in (True, False):
+        expected = reference(texts, add_special_tokens=special).input_ids
+        assert ours.encode_batch(texts, add_special_tokens=special) == expected
+        assert [ours.encode(text, add_special_tokens=special) for text in texts] == expected
+    for ids in reference(texts).input_ids:
+        assert ours.decode(ids, skip_special_tokens=False) == reference.decode(ids)
+
+
+CONVERSATIONS = {
+    "one turn": [{"role": "user", "content": " Hello\n there "}],
+    "many turns": [
+        {"role": "user", "content": "Is 1 < 2?"},
+        {"role": "assistant", "content": " Yes. "},
+        {"role": "user", "content": "\u65e5\u672c\u8a9e"},
+        {"role": "assistant", "content": "\U0001f642"},
+        {"role": "user", "content": ""},
+    ],
+    "system": [{"role": "system", "content": "Be brief & kind."}, {"role": "user", "content": "Hi"}],
+    "an answer": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello <b>you</b>"}],
+    "a tool call": [
+        {"role": "user", "content": "Weather?"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [
+                {
+                    "id": "abcdefghi",
+                    "type": "function",
+                    "function": {"name": "weather", "arguments": {"city": "K\u00f6ln"}},
+                }
+            ],
+        },
+        {"role": "tool", "name": "weather", "tool_call_id": "abcdefghi", "content": "rain"},
+    ],
+    "wrong order": [{"role": "assistant", "content": "I begin"}, {"role": "assistant", "content": "and go on"}],
+}
+WEATHER_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a city, in <b>words</b>",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+def test_every_kind_of_chat_equals_transformers(published: Path, conversation: str) -> None:
+    """The same text, or a refusal where transformers refuses: with and without tools, begun and continued."""
+    transformers = pytest.importorskip("transformers")
+    reference, ours = transformers.AutoTokenizer.from_pretrained(published), Tokenizer.from_folder(published)
+    if reference.chat_template is None:
+        pytest.skip("this tokenizer has no chat template")
+    messages = CONVERSATIONS[conversation]
+    for options in (
+        {},
+        {"add_generation_prompt": True},
+        {"tools": [WEATHER_TOOL], "add_generation_prompt": True},
+        {"continue_final_message": True},
+    ):
+        try:
+            expected = reference.apply_chat_template(messages, tokenize=False, **options)
+        except Exception:
+            with pytest.raises(ValueError, match=r"chat template|continue_final_message"):
+                ours.apply_chat_template(messages, **options)
+        else:
+            assert ours.apply_chat_template(messages, **options) == expected
+
+
+def test_padding_side(tmp_path: Path) -> None:
+    rows = [[5, 6, 7], [8]]
+    tokenizer = Tokenizer.from_folder(write_byte_tokenizer(tmp_path / "right"))
+    pad = tokenizer.pad_token_id
+    assert [t.tolist() for t in tokenizer.pad(rows)] == [[[5, 6, 7], [8, pad, pad]], [[1, 1, 1], [1, 0, 0]]]
+    left = Tokenizer.from_folder(write_byte_tokenizer(tmp_path / "left", config={"padding_side": "left"}))
+    assert left.padding_side == "left"
+    assert [t.tolist() for t in left.pad(rows)] == [[[5, 6, 7], [pad, pad, 8]], [[1, 1, 1], [0, 0, 1]]]
+    assert left.pad(rows, padding_side="right")[1].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert left.pad(rows, length=5)[1].tolist() == [[0, 0, 1, 1, 1], [0, 0, 0, 0, 1]]
+    with pytest.raises(ValueError, match="a row has 3 tokens and does not fit into length=2"):
+        left.pad(rows, length=2)
+    with pytest.raises(ValueError, match="padding_side must be 'left' or 'right', got 'top'"):
+        left.pad(rows, padding_side="top")
+    with pytest.raises(ValueError, match="padding_side must be 'left' or 'right', got 'top'"):
+        Tokenizer.from_folder(write_byte_tokenizer(tmp_path / "top", config={"padding_side": "top"}))
+
+
 def test_published_pad_tokens(shared_data: Path) -> None:
     """Configured, dedicated, and neither: the end token."""
     qwen = Tokenizer.from_folder(shared_data / "tokenizers/qwen2.5-0.5b-instruct")
@@ -164,13 +280,32 @@ def test_tokens_that_only_the_config_lists_are_added(tmp_path: Path) -> None:
         Tokenizer.from_folder(folder)
 
 
+def test_tokens_of_the_older_file_are_added(tmp_path: Path) -> None:
+    folder = write_byte_tokenizer(tmp_path)
+    size = Tokenizer.from_folder(folder).vocab_size
+    (folder / "added_tokens.json").write_text(json.dumps({"<|more|>": size + 1, "<|extra|>": size}))
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.encode("<|extra|><|more|>", add_special_tokens=False) == [size, size + 1]
+    for wrong in ({"<|extra|>": "first"}, {"<|extra|>": None}):
+        (folder / "added_tokens.json").write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match="must give tokens ids"):
+            Tokenizer.from_folder(folder)
+
+
 def test_named_templates_and_the_jinja_file(tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": CHATML}]
     folder = write_byte_tokenizer(tmp_path, config={"chat_template": named})
     messages = [{"role": "user", "content": "hi"}]
     assert Tokenizer.from_folder(folder).apply_chat_template(messages) == "<|im_start|>user\nhi<|im_end|>\n"
+    assert Tokenizer.from_folder(folder).apply_chat_template(messages, tools=[]) == "tools"
     (folder / "chat_template.jinja").write_text("{{ eos_token }}")
-    assert Tokenizer.from_folder(folder).apply_chat_template(messages) == "</s>"
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools[0].name }}")
+    Tokenizer.from_folder(folder).save(tmp_path / "copy")
+    for place in (folder, tmp_path / "copy"):
+        tokenizer = Tokenizer.from_folder(place)
+        assert tokenizer.apply_chat_template(messages) == "</s>"
+        assert tokenizer.apply_chat_template(messages, tools=[{"name": "add"}]) == "add"
 
 
 def test_save_copies_the_original_files(tmp_path: Path) -> None:
