@@ -11,8 +11,10 @@ from typing import Any, NoReturn
 import torch
 
 from slothcore.data.formats import alpaca_prompt
+from slothcore.data.tokenizer import Tokenizer
 from slothcore.export.merged import save_merged
 from slothcore.inference.generate import generate
+from slothcore.models.decoder import Decoder
 from slothcore.training.config import TrainConfig, field_types
 from slothcore.training.options import check_names, coerce, describe
 from slothcore.training.run import open_result, train_from_config
@@ -152,7 +154,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 def _metavar(annotation: Any) -> str:
     """A short word for the value of an option, from its type."""
-    what = describe(annotation).replace(" or null", "").replace(", null", "")
+    what = describe(annotation).replace(" or null", "").replace(", null", "").replace(", a mapping", " | JSON")
     if "|" in what:
         return what.replace(" ", "")
     words = {"a whole number": "N", "a number": "X", "true or false": "BOOL", "a list of names": "NAME"}
@@ -170,6 +172,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, metavar="NAME_OR_RUN", help="a Hub name, or a folder: of a run, an adapter or a model"
     )
     parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    parser.add_argument("--token", help="access token of the Hub; default: HF_TOKEN, or what `hf auth login` stored")
+    parser.add_argument("--local-files-only", action="store_true", help="take a Hub model from the download cache")
     parser.add_argument(
         "--bits", type=int, choices=(4, 16, 32), help="base weights; default: as the run was trained, else 4"
     )
@@ -230,9 +234,7 @@ def _generate(values: dict[str, Any]) -> int:
             flag = name.replace("_", "-")
             above_zero = " above 0" if needed == "temperature" else ""
             raise ValueError(f"--{flag} has no effect without --{needed}{above_zero}; add it, or leave --{flag} out")
-    model, tokenizer = open_result(
-        values["model"], bits=values["bits"], device=values["device"], revision=values["revision"]
-    )
+    model, tokenizer = _open(values)
     if values["chat"]:
         system = [{"role": "system", "content": values["system"]}] if values["system"] else []
         prompts = [
@@ -243,17 +245,19 @@ def _generate(values: dict[str, Any]) -> int:
         model,
         tokenizer,
         prompts,
-        max_new_tokens=values["max_new_tokens"],
-        temperature=values["temperature"],
-        top_p=values["top_p"],
-        top_k=values["top_k"],
-        seed=values["seed"],
+        **{name: values[name] for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed")},
         # A chat template writes the begin token itself.
         add_special_tokens=not values["chat"],
     )
     for text in texts:
         print(text)
     return 0
+
+
+def _open(values: dict[str, Any]) -> tuple[Decoder, Tokenizer]:
+    """The model that the options of `_add_model_options` name."""
+    names = ("bits", "device", "revision", "token", "local_files_only")
+    return open_result(values["model"], **{name: values[name] for name in names})
 
 
 def _prompts(values: dict[str, Any]) -> list[str]:
@@ -281,9 +285,7 @@ def _merge(values: dict[str, Any]) -> int:
     check_writable(target)
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"output_dir {target} exists and is not empty; choose a new folder")
-    model, tokenizer = open_result(
-        values["model"], bits=values["bits"], device=values["device"], revision=values["revision"]
-    )
+    model, tokenizer = _open(values)
     save_merged(model, tokenizer, target, dtype=getattr(torch, values["dtype"]))
     print(f"saved {target}")
     return 0

@@ -195,7 +195,16 @@ def test_a_row_longer_than_the_maximum_is_counted_and_said(here, capsys, overlen
 
 
 def test_more_tokens_than_the_model_takes(here, capsys) -> None:
-    refused_training(here, capsys, r"max_seq_length must lie in 1..128.*got 4096", "--max-seq-length", "4096")
+    edit_model_config(here, rope_scaling={"rope_type": "linear", "factor": 2.0})
+    message = r"max_seq_length 4096 cannot be had: the model scales its RoPE already"
+    refused_training(here, capsys, message, "--max-seq-length", "4096")
+
+
+def test_a_scaling_that_is_none(here, capsys) -> None:
+    message = r"rope_scaling must be linear \| dynamic \| yarn \| llama3, a mapping or null, got 'longer'"
+    refused_training(here, capsys, message, "--rope-scaling", "longer")
+    message = r"rope_scaling .*has no factor; give max_seq_length"
+    refused_training(here, capsys, message, "--rope-scaling", '{"rope_type": "yarn"}')
 
 
 def test_three_bits(here, capsys) -> None:

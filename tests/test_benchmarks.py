@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import harness, run, shapes
+from benchmarks import harness, run, shapes, zoo
 from benchmarks.ops.bench_ops import wrong_result
 from benchmarks.ops.case import OpCase
 from benchmarks.ops.cases import all_cases
+from benchmarks.zoo_shapes import ZOO
 
 TINY_OPS = shapes.OpShape.of(shapes.TINY, tokens=32, document_length=16)
 
@@ -194,3 +195,33 @@ def test_the_best_round_counts_and_no_problem_is_passed_over() -> None:
 
     rows = [row("a", 3.0), row("b", 1.0, problem="refused: loss"), row("b", 2.0), row("a", 2.5), row("a", 4.0)]
     assert run.best_rounds(rows) == [row("a", 2.5), row("b", 1.0, problem="refused: loss")]
+
+
+@pytest.mark.parametrize("bits", ["32", "4"])
+def test_a_step_of_every_kind_of_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], bits: str) -> None:
+    options = ["--tiny", "--device", "cpu", "--case", "2x16", "--bits", bits, "--warmup", "1", "--steps", "2"]
+    assert zoo.main([*options, "--models", ",".join(ZOO), "--out", str(tmp_path)]) == 0
+    rows = recorded(tmp_path)
+    assert [row["benchmark"] for row in rows] == [f"zoo {name}" for name in ZOO]
+    for row in rows:
+        # The loss of tokens that nothing foretells, of 512 kinds.
+        assert 5.5 < float(row["first_loss"]) < 7.5
+        assert float(row["gradient_norm"]) > 0
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_a_model_whose_loss_is_not_finite_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build = zoo.build
+
+    def broken(*args: Any, **options: Any) -> torch.nn.Module:
+        model = build(*args, **options)
+        model.model.norm.weight.data.fill_(float("nan"))
+        return model
+
+    monkeypatch.setattr(zoo, "build", broken)
+    options = ["--tiny", "--device", "cpu", "--case", "2x16", "--bits", "32", "--models", "Qwen3-8B"]
+    assert zoo.main([*options, "--out", str(tmp_path)]) == 1
+    assert recorded(tmp_path) == []
+    assert "refused: losses [nan" in capsys.readouterr().out

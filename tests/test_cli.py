@@ -98,6 +98,26 @@ def test_sampling_flags_reach_the_generation(folder, run, capsys, monkeypatch) -
     assert (asked["temperature"], asked["max_new_tokens"]) == (0.0, 256)
 
 
+@pytest.mark.parametrize("command", [["generate", "--prompt", "a"], ["merge", "--output-dir", "merged"]])
+def test_where_the_model_comes_from_reaches_the_loader(command, tmp_path, capsys, monkeypatch) -> None:
+    asked = {}
+
+    def open_result(name, **options):
+        asked.update(options, name=name)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(cli, "open_result", open_result)
+    monkeypatch.chdir(tmp_path)
+    flags = "--model me/adapter --revision v2 --token hf_secret --local-files-only --bits 16 --device cpu".split()
+    assert main([*command, *flags]) == 2
+    given = {"revision": "v2", "token": "hf_secret", "local_files_only": True, "bits": 16, "device": "cpu"}
+    assert asked == {**given, "name": "me/adapter"}
+    assert capsys.readouterr().err == "slothcore: error: enough\n"
+    assert main([*command, "--model", "me/adapter"]) == 2
+    nothing = {"revision": None, "token": None, "local_files_only": False, "bits": None, "device": None}
+    assert asked == {**nothing, "name": "me/adapter"}
+
+
 def test_chat_prompts_are_written_by_the_template(folder, tmp_path, monkeypatch) -> None:
     shutil.copytree(folder / "model", tmp_path / "model")
     template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{{ '>' if add_generation_prompt }}"

@@ -1,11 +1,13 @@
-"""Sweep the tiles of the attention kernels on this GPU, and set the best beside torch's.
+"""Sweep the tiles of the attention kernels on this GPU over the heads of the models, and set the best beside torch's.
 
-    python -m benchmarks.ops.sweep_attention [--heads 32 8] [--head-dim 128] [--dtype bfloat16]
+    python -m benchmarks.ops.sweep_attention [--cases TEXT ...] [--dtype bfloat16] [--processes 12]
 
-For each kernel (forward, dq, dk and dv) and each shape every tile of the list is checked against a reference in
-float32 and timed; the table at the end gives TF/s, counting a causal product as half of the full one and five products
-for the whole backward pass. A tile that fails to compile, does not fit or gives a wrong result shows why instead.
-Processes compile the tiles into Triton's cache side by side before anything is timed.
+For each case and each kernel (forward, dq, dk and dv) every candidate is checked against the eager twin in float32 and
+timed. First come all rates in TF/s of the products that a kernel does on the visible pairs; a candidate that fails to
+compile, does not fit or gives a wrong result shows why instead. Then a table: the candidate in use, the best one, and
+how much faster it is; the tables to edit are in `slothcore/kernels/attention_tiles.py`. Last come whole passes beside
+torch's, crediting the backward pass with five products. Processes compile all candidates into Triton's cache side by
+side before anything is timed.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import os
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,129 +25,197 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench
 
-from slothcore.kernels import attention, attention_backward
-from slothcore.kernels.attention import Tile
+from benchmarks.harness import format_table
+from slothcore.kernels import (
+    attention,
+    attention_backward,
+    attention_backward_eager,
+    attention_eager,
+    attention_tiles,
+)
+from slothcore.kernels.attention_tiles import Tile
 
-SHAPES = {"4x2048": (2048,) * 4, "1x8192": (8192,), "16x512": (512,) * 16, "68x119": (119,) * 68}
-# Queries, keys, warps, stages.
-TILES = {
-    "forward": [
-        (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 32, 8, 4),
-        (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (64, 32, 4, 3), (128, 64, 4, 3),
-    ],
-    "dq": [
-        (128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3),
-        (64, 32, 4, 3), (64, 128, 8, 2), (64, 64, 8, 3),
-    ],
-    "dkdv": [
-        (64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 2), (32, 128, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3),
-        (32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 8, 2), (64, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2),
-        (64, 128, 16, 2), (128, 128, 16, 2),
-    ],
-}  # fmt: skip
+KERNELS = ("forward", "dq", "dkdv")
 # Products of scores' size that each kernel really does; the scores and dp are formed in both kernels of the backward
 # pass but credited once to the whole.
 PRODUCTS = {"forward": 2, "dq": 3, "dkdv": 4, "backward": 5}
 
 
-class Case:
-    """Inputs of one shape, and how to launch each kernel on them."""
+class Setting(NamedTuple):
+    """Heads of a model, and lengths of documents that fill 8192 tokens."""
 
-    def __init__(self, lengths: tuple[int, ...], heads: tuple[int, int], head_dim: int, dtype: torch.dtype) -> None:
-        torch.manual_seed(0)
-        self.lengths, self.heads, self.head_dim = lengths, heads, head_dim
-        self.tokens, self.longest = sum(lengths), max(lengths)
-        qkv = torch.randn(self.tokens, heads[0] + 2 * heads[1], head_dim, device="cuda", dtype=dtype)
-        self.q, self.k, self.v = qkv.split((heads[0], heads[1], heads[1]), dim=1)
-        self.dout = torch.randn(self.tokens, heads[0], head_dim, device="cuda", dtype=dtype)
-        self.cu_seqlens = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
-        self.scale = head_dim**-0.5
-        self.problem = (self.cu_seqlens, self.longest, self.scale, None, None)
-        self.stats = torch.empty(heads[0], self.tokens, attention_backward.STATS.value, device="cuda")
-        self.dqkv = torch.empty_like(qkv)
-        self.out, self.lse = self.forward()
+    num_heads: int
+    num_key_heads: int
+    head_dim: int
+    lengths: tuple[int, ...] = (2048,) * 4
+    window: int | None = None
+    softcap: float | None = None
+
+    @property
+    def group(self) -> int:
+        return self.num_heads // self.num_key_heads
+
+    @property
+    def pairs(self) -> float:
+        """Visible pairs of a query and a key."""
+        return sum(n * (n + 1) / 2 - max(0, n - (self.window or n)) ** 2 / 2 for n in self.lengths)
 
     def flops(self, kernel: str) -> float:
-        pairs = sum(n * n for n in self.lengths) / 2
-        return PRODUCTS[kernel] * 2 * pairs * self.head_dim * self.heads[0]
+        return PRODUCTS[kernel] * 2 * self.pairs * self.head_dim * self.num_heads
+
+
+SETTINGS = {
+    "D64 32/8": Setting(32, 8, 64),
+    "D96 32/32": Setting(32, 32, 96),
+    "D128 32/8": Setting(32, 8, 128),
+    "D256 16/8 cap": Setting(16, 8, 256, softcap=50.0),
+    "D256 16/8 cap w4096 1x8192": Setting(16, 8, 256, (8192,), 4096, 50.0),
+    "D256 8/1": Setting(8, 1, 256),
+    "D256 4/1 w512": Setting(4, 1, 256, window=512),
+    "D256 4/1 w512 1x8192": Setting(4, 1, 256, (8192,), 512),
+}
+# Queries, keys, warps, stages.
+NARROW_TILES = {
+    "forward": [(64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)],
+    "dq": [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (128, 128, 8, 2)],
+    "dkdv": [(32, 64, 4, 3), (32, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (32, 128, 8, 2), (64, 128, 8, 2)],
+}
+WIDE_TILES = {
+    "forward": [(128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 3), (64, 64, 8, 2), (64, 32, 4, 2), (64, 32, 4, 1)],
+    "dq": [(64, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 3), (64, 32, 8, 2), (64, 32, 8, 3), (64, 32, 4, 2)],
+    "dkdv": [(32, 64, 8, 2), (32, 64, 8, 1), (64, 64, 8, 2), (64, 64, 8, 1), (16, 64, 8, 2), (64, 32, 8, 2)],
+}
+
+
+class Candidate(NamedTuple):
+    """A tile, and for dk and dv how many programs share the query heads of a key head."""
+
+    tile: Tile
+    parts: int = 1
+
+    def __str__(self) -> str:
+        text = "x".join(map(str, self.tile[:4]))
+        return text + (" padded" if self.tile.pad else "") + (f" /{self.parts}" if self.parts > 1 else "")
+
+
+class Job(NamedTuple):
+    case: str
+    kernel: str
+    candidate: Candidate
+
+
+def in_use(setting: Setting, kernel: str, dtype: torch.dtype) -> Candidate:
+    capability = torch.cuda.get_device_capability()
+    tiles = attention_tiles.attention_tiles(
+        setting.head_dim, dtype, capability, capped=setting.softcap is not None
+    )  # fmt: skip
+    if kernel != "dkdv":
+        return Candidate(tiles.forward if kernel == "forward" else tiles.query_gradient)
+    return Candidate(tiles.key_gradient, attention_tiles.key_gradient_parts(setting.num_heads, setting.num_key_heads))
+
+
+def candidates(setting: Setting, kernel: str, dtype: torch.dtype) -> list[Candidate]:
+    """The candidate in use first."""
+    first = in_use(setting, kernel, dtype)
+    table = WIDE_TILES if setting.head_dim > 128 else NARROW_TILES
+    tiles = [Tile(*numbers) for numbers in table[kernel]]
+    if attention_tiles.head_columns(setting.head_dim)[1]:
+        tiles += [tile._replace(pad=True) for tile in tiles[:2]]
+    parts = [1]
+    if kernel == "dkdv":
+        parts = [n for n in (1, 2, 4, 8) if n == first.parts or (setting.num_key_heads < 4 and n <= setting.group)]
+    rest = [Candidate(tile, n) for tile in tiles for n in parts]
+    return list(dict.fromkeys([first, *rest]))
+
+
+class Case:
+    """Inputs of one setting, and how to launch each kernel on them."""
+
+    def __init__(self, setting: Setting, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        self.setting = setting
+        heads = (setting.num_heads, setting.num_key_heads, setting.num_key_heads)
+        tokens, self.longest = sum(setting.lengths), max(setting.lengths)
+        qkv = torch.randn(tokens, sum(heads), setting.head_dim, device="cuda", dtype=dtype)
+        self.q, self.k, self.v = qkv.split(heads, dim=1)
+        self.dout = torch.randn(tokens, setting.num_heads, setting.head_dim, device="cuda", dtype=dtype)
+        self.cu_seqlens = torch.tensor([0, *setting.lengths], device="cuda").cumsum(0).int()
+        self.scale = setting.head_dim**-0.5
+        self.options = {"scale": self.scale, "window": setting.window, "softcap": setting.softcap}
+        self.problem = (self.cu_seqlens, self.longest, self.scale, setting.window, setting.softcap)
+        self.stats = torch.empty(setting.num_heads, tokens, attention_backward.STATS.value, device="cuda")
+        self.dqkv = torch.empty_like(qkv)
+        self.out, self.lse = torch.empty_like(self.dout), self.stats.new_zeros(setting.num_heads, tokens)
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        return attention.attention_forward(
-            self.q, self.k, self.v, self.cu_seqlens, self.longest, scale=self.scale
-        )  # fmt: skip
+        return attention.attention_forward(self.q, self.k, self.v, self.cu_seqlens, self.longest, **self.options)
 
     def backward(self) -> Tensor:
         return attention_backward.attention_backward(
-            self.dout, self.q, self.k, self.v, self.out, self.lse, self.cu_seqlens, self.longest, scale=self.scale
+            self.dout, self.q, self.k, self.v, self.out, self.lse, self.cu_seqlens, self.longest, **self.options
         )
 
-    def launch(self, kernel: str, tile: Tile) -> Tensor:
+    def launch(self, kernel: str, candidate: Candidate) -> Tensor:
         if kernel == "forward":
-            return attention._launch_forward(tile, self.q, self.k, self.v, *self.problem)[0]
+            return attention._launch_forward(candidate.tile, self.q, self.k, self.v, *self.problem)[0]
         if kernel == "dq":
             attention_backward._launch_query_gradient(
-                tile, self.dout, self.q, self.k, self.v, self.out, self.lse, self.stats, self.dqkv, *self.problem
-            )
-            return self.dqkv[:, : self.heads[0]]
+                candidate.tile, self.dout, self.q, self.k, self.v, self.out, self.lse, self.stats, self.dqkv,
+                *self.problem,
+            )  # fmt: skip
+            return self.dqkv[:, : self.setting.num_heads]
         attention_backward._launch_key_gradient(
-            tile, self.dout, self.q, self.k, self.v, self.stats, self.dqkv, *self.problem
+            candidate.tile, candidate.parts, self.dout, self.q, self.k, self.v, self.stats, self.dqkv, *self.problem
         )
-        return self.dqkv[:, self.heads[0] :]
+        return self.dqkv[:, self.setting.num_heads :]
 
     def references(self) -> dict[str, Tensor]:
-        """The results in float32 from torch's plain attention, a key head at a time to stay small."""
-        group = self.heads[0] // self.heads[1]
-        outs, dqs, dks, dvs = [], [], [], []
-        for key_head in range(self.heads[1]):
-            mine = slice(key_head * group, (key_head + 1) * group)
-            parts = ([], [], [], [])
-            start = 0
-            for length in self.lengths:
-                rows = slice(start, start + length)
-                q, k, v = (
-                    x[rows, heads].float().transpose(0, 1).requires_grad_()
-                    for x, heads in ((self.q, mine), (self.k, [key_head]), (self.v, [key_head]))
-                )
-                hidden = torch.ones(length, length, device="cuda", dtype=torch.bool).triu(1)
-                out = ((q @ k.mT) * self.scale).masked_fill(hidden, float("-inf")).softmax(-1) @ v
-                grads = torch.autograd.grad(out, (q, k, v), self.dout[rows, mine].float().transpose(0, 1))
-                for part, result in zip(parts, (out.detach(), *grads), strict=True):
-                    part.append(result.transpose(0, 1))
-                start += length
-            for whole, part in zip((outs, dqs, dks, dvs), parts, strict=True):
-                whole.append(torch.cat(part))
-        out, dq, dk, dv = (torch.cat(x, dim=1) for x in (outs, dqs, dks, dvs))
-        return {"forward": out, "dq": dq, "dkdv": torch.cat([dk, dv], dim=1)}
+        """What each kernel should give, from the eager twin in float32; its out and lse are the backward's inputs."""
+        inputs = (self.q.float(), self.k.float(), self.v.float())
+        out, lse = attention_eager.attention_forward(*inputs, self.cu_seqlens, self.longest, **self.options)
+        dqkv = attention_backward_eager.attention_backward(
+            self.dout.float(), *inputs, out, lse, self.cu_seqlens, self.longest, **self.options
+        )
+        self.out, self.lse = out.to(self.q.dtype), lse
+        return {
+            "forward": out,
+            "dq": dqkv[:, : self.setting.num_heads],
+            "dkdv": dqkv[:, self.setting.num_heads :],
+        }
 
 
 def milliseconds(call: Callable[[], object]) -> float:
     return do_bench(call, warmup=5, rep=30, return_mode="median")
 
 
-def cell(case: Case, kernel: str, tile: Tile, reference: Tensor) -> str:
-    """TF/s of one tile, or in a word why there is none."""
+def measure(case: Case, kernel: str, candidate: Candidate, reference: Tensor) -> float | str:
+    """Milliseconds of one candidate, or in a word why there are none."""
     try:
-        result = case.launch(kernel, tile)
+        result = case.launch(kernel, candidate)
         error = ((result.float() - reference).norm() / reference.norm()).item()
         if not error < 2e-2:
             return f"wrong {error:.0e}"
-        return f"{case.flops(kernel) / milliseconds(lambda: case.launch(kernel, tile)) / 1e9:.0f}"
-    except Exception as failure:  # whatever a tile dies of, the others go on
-        return type(failure).__name__.removesuffix("Error")[:10]
+        return milliseconds(lambda: case.launch(kernel, candidate))
+    except Exception as failure:  # whatever a candidate dies of, the others go on
+        return type(failure).__name__.removesuffix("Error")
 
 
-def compile_tile(work: tuple[str, tuple[int, ...]], heads: tuple[int, int], head_dim: int, dtype: torch.dtype) -> None:
+def compile_job(job: Job, dtype: torch.dtype) -> None:
     """In a process of its own: put one kernel into Triton's cache on disk."""
-    kernel, numbers = work
     with contextlib.suppress(Exception):  # the sweep meets the same failure and reports it
-        Case((64, 64), heads, head_dim, dtype).launch(kernel, Tile(*numbers))
+        Case(SETTINGS[job.case], dtype).launch(job.kernel, job.candidate)
         torch.cuda.synchronize()
 
 
-def torch_rates(case: Case) -> dict[str, str]:
-    """Forward and backward TF/s of torch's own attentions on the same inputs."""
+def rates(setting: Setting, forward: float, backward: float) -> str:
+    return f"{setting.flops('forward') / forward / 1e9:.0f} / {setting.flops('backward') / backward / 1e9:.0f}"
 
-    def rates(make: Callable[[], tuple[Callable[..., Tensor], list[Tensor], Tensor]]) -> str:
+
+def torch_rates(case: Case) -> dict[str, str]:
+    """Forward and backward TF/s of torch's own attentions on the same inputs, where they can do the same."""
+    setting = case.setting
+
+    def measured(make: Callable[[], tuple[Callable[..., Tensor], list[Tensor], Tensor]]) -> str:
         try:
             call, inputs, grad = make()
             forward = milliseconds(lambda: call(*inputs))
@@ -152,7 +223,7 @@ def torch_rates(case: Case) -> dict[str, str]:
             backward = milliseconds(lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True))
         except Exception as failure:  # a backend that this build lacks
             return type(failure).__name__
-        return f"{case.flops('forward') / forward / 1e9:.0f} / {case.flops('backward') / backward / 1e9:.0f}"
+        return rates(setting, forward, backward)
 
     def varlen() -> tuple[Callable[..., Tensor], list[Tensor], Tensor]:
         from torch.nn.attention.varlen import varlen_attn
@@ -160,13 +231,14 @@ def torch_rates(case: Case) -> dict[str, str]:
         inputs = [x.contiguous().requires_grad_() for x in (case.q, case.k, case.v)]
         bounds = case.cu_seqlens
         call = partial(
-            varlen_attn, cu_seq_q=bounds, cu_seq_k=bounds, max_q=case.longest, max_k=case.longest, window_size=(-1, 0)
-        )
+            varlen_attn, cu_seq_q=bounds, cu_seq_k=bounds, max_q=case.longest, max_k=case.longest,
+            window_size=(-1 if setting.window is None else setting.window - 1, 0),
+        )  # fmt: skip
         return call, inputs, case.dout
 
     def sdpa(backend: SDPBackend) -> tuple[Callable[..., Tensor], list[Tensor], Tensor]:
         def batched(x: Tensor) -> Tensor:
-            return x.unflatten(0, (len(case.lengths), -1)).transpose(1, 2)
+            return x.unflatten(0, (len(setting.lengths), -1)).transpose(1, 2)
 
         def call(*inputs: Tensor) -> Tensor:
             with sdpa_kernel(backend):
@@ -174,53 +246,70 @@ def torch_rates(case: Case) -> dict[str, str]:
 
         return call, [batched(x).contiguous().requires_grad_() for x in (case.q, case.k, case.v)], batched(case.dout)
 
+    capped, windowed = setting.softcap is not None, setting.window is not None
     return {
-        "varlen_attn": rates(varlen),
-        "SDPA flash": rates(partial(sdpa, SDPBackend.FLASH_ATTENTION)),
-        "SDPA cuDNN": rates(partial(sdpa, SDPBackend.CUDNN_ATTENTION)),
+        "varlen_attn": "-" if capped else measured(varlen),
+        "SDPA flash": "-" if capped or windowed else measured(partial(sdpa, SDPBackend.FLASH_ATTENTION)),
+        "SDPA cuDNN": "-" if capped or windowed else measured(partial(sdpa, SDPBackend.CUDNN_ATTENTION)),
     }
+
+
+def sweep(name: str, dtype: torch.dtype) -> tuple[list[list[str]], list[str]]:
+    """Print the rates of every candidate of a case. Returns: rows of the table of tiles, row beside torch."""
+    setting = SETTINGS[name]
+    case = Case(setting, dtype)
+    references = case.references()
+    rows = []
+    for kernel in KERNELS:
+        mine = in_use(setting, kernel, dtype)
+        if kernel == "dkdv":
+            # It reads the row statistics that the kernel of dq writes; the last candidate's may be wrong.
+            case.launch("dq", in_use(setting, "dq", dtype))
+        times = {c: measure(case, kernel, c, references[kernel]) for c in candidates(setting, kernel, dtype)}
+        measured = {c: t for c, t in times.items() if not isinstance(t, str)}
+        cells = [
+            f"{c} {f'{setting.flops(kernel) / t / 1e9:.0f}' if not isinstance(t, str) else t}"
+            for c, t in sorted(times.items(), key=lambda item: item[1] if not isinstance(item[1], str) else 1e9)
+        ]
+        print(f"{name}, {kernel}: {', '.join(cells)}", flush=True)
+        if mine not in measured:
+            rows.append([name, kernel, f"{mine}: {times[mine]}", "-", "-", "-", "-"])
+            continue
+        best = min(measured, key=measured.__getitem__)
+        gain = measured[mine] / measured[best]
+        milliseconds_of = [f"{measured[c]:.3f}" for c in (mine, best)]
+        rows.append([name, kernel, str(mine), milliseconds_of[0], str(best), milliseconds_of[1], f"{gain:.2f}"])
+    del references
+    ours = rates(setting, milliseconds(case.forward), milliseconds(case.backward))
+    return rows, [name, ours, *torch_rates(case).values()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--heads", type=int, nargs=2, default=(32, 8), metavar=("QUERY", "KEY"))
-    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--cases", nargs="+", default=[""], metavar="TEXT", help="those whose name holds one of these")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--processes", type=int, default=min(12, os.cpu_count() or 1), help="that compile")
     arguments = parser.parse_args()
-    setting = (tuple(arguments.heads), arguments.head_dim, getattr(torch, arguments.dtype))
+    dtype = getattr(torch, arguments.dtype)
+    names = [name for name in SETTINGS if any(text in name for text in arguments.cases)]
+    if not names:
+        parser.error(f"no case holds {arguments.cases}; there are {list(SETTINGS)}")
 
-    capability = torch.cuda.get_device_capability()
     started = time.perf_counter()
-    work = [(kernel, numbers) for kernel, tiles in TILES.items() for numbers in tiles]
+    jobs = [Job(n, kernel, c) for n in names for kernel in KERNELS for c in candidates(SETTINGS[n], kernel, dtype)]
     with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
-        pool.map(
-            partial(compile_tile, heads=setting[0], head_dim=setting[1], dtype=setting[2]), work, chunksize=1
-        )  # fmt: skip
-    print(f"compiled {len(work)} tiles in {time.perf_counter() - started:.0f} s", flush=True)
+        pool.map(partial(compile_job, dtype=dtype), jobs, chunksize=1)
+    print(f"compiled {len(jobs)} candidates in {time.perf_counter() - started:.0f} s", flush=True)
 
-    cells: dict[tuple[str, str], dict[str, str]] = {}
-    for shape, lengths in SHAPES.items():
-        case = Case(lengths, *setting)
-        references = case.references()
-        # The kernel of dq writes the row statistics that the kernel of dk and dv reads.
-        case.launch("dq", attention_backward.query_gradient_tile(setting[1], setting[2], capability))
-        for kernel, numbers in work:
-            row = cells.setdefault((kernel, "x".join(map(str, numbers))), {})
-            row[shape] = cell(case, kernel, Tile(*numbers), references[kernel])
-        del references
-        forward, backward = milliseconds(case.forward), milliseconds(case.backward)
-        cells.setdefault(("forward / backward", "slothcore, as configured"), {})[shape] = (
-            f"{case.flops('forward') / forward / 1e9:.0f} / {case.flops('backward') / backward / 1e9:.0f}"
-        )
-        for name, rates in torch_rates(case).items():
-            cells.setdefault(("forward / backward", name), {})[shape] = rates
-        print(f"{shape} done at {time.perf_counter() - started:.0f} s", flush=True)
-
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, heads {setting[0]}, D {setting[1]}, TF/s")
-    print(f"{'kernel':20}{'tile q x k x warps x stages':30}" + "".join(f"{shape:>14}" for shape in SHAPES))
-    for (kernel, name), row in cells.items():
-        print(f"{kernel:20}{name:30}" + "".join(f"{row[shape]:>14}" for shape in SHAPES))
+    tile_rows, pass_rows = [], []
+    for name in names:
+        rows, pass_row = sweep(name, dtype)
+        tile_rows += rows
+        pass_rows.append(pass_row)
+    print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, {time.perf_counter() - started:.0f} s in all")
+    print(f"\n{format_table(['case', 'kernel', 'in use', 'ms', 'best', 'ms', 'times faster'], tile_rows)}")
+    header = ["forward / backward TF/s", "slothcore", "varlen_attn", "SDPA flash", "SDPA cuDNN"]
+    print(f"\n{format_table(header, pass_rows)}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ The equations of one group of projections (forward, dx, dA, dB, db) stand in `lo
     dh = dy W_d + LoRA                     [dg | du], h = glu_backward(dh, [g | u])
     dx = [dg | du] [W_g; W_u] + LoRA       the factors' gradients from (dy, h) and ([dg | du], x)
 
-so the backward recomputes h instead of keeping it.
+so the backward recomputes h instead of keeping it. Gate and up are two projections, or one whose rows are those of the
+gate and then those of up (Phi-3).
 
 Kept for backward: x, and x A^T of every projection, the factors joined in the compute dtype, and for the MLP [g | u].
 Never kept: a decoded NF4 weight, a dropout mask, h. What only a frozen factor or input would need is neither kept nor
@@ -59,13 +60,13 @@ def lora_fused(x: Tensor, projections: Sequence[Projection]) -> Tensor:
 
 
 def lora_mlp(
-    x: Tensor, gate: Projection, up: Projection, down: Projection, *, activation: Activation, inplace: bool = True
+    x: Tensor, gate_up: Sequence[Projection], down: Projection, *, activation: Activation, inplace: bool = True
 ) -> Tensor:
     """down(act(gate(x)) * up(x)) over frozen weights.
 
     Args:
         x: [T, H], in the compute dtype.
-        gate, up: [I, H].
+        gate_up: gate and up, [I, H] each; or one projection [2I, H] that holds the rows of both, in this order.
         down: [H, I].
         activation: of the gate.
         inplace: let backward overwrite the kept gate and up with their gradient, which saves [T, 2I]; a second backward
@@ -73,13 +74,14 @@ def lora_mlp(
     Returns: [T, H] in x's dtype.
     Raises: ValueError if shapes or dtypes do not fit.
     """
-    _check(x, (gate, up))
+    _check(x, gate_up)
     _check_dtype(x, (down,))
-    if gate.weight.shape[0] != up.weight.shape[0] or down.weight.shape[1] != up.weight.shape[0]:
-        shapes = [tuple(p.weight.shape) for p in (gate, up, down)]
+    rows = [p.weight.shape[0] for p in gate_up]
+    if len(rows) > 2 or len(set(rows)) != 1 or 2 * down.weight.shape[1] != sum(rows):
+        shapes = [tuple(p.weight.shape) for p in (*gate_up, down)]
         raise ValueError(f"gate and up must have the out_features that down takes; got weights {shapes}")
-    groups = Group.of((gate, up)), Group.of((down,))
-    return _LoraMlp.apply(x, *_factors((gate, up, down)), *groups, activation, inplace)
+    groups = Group.of(gate_up), Group.of((down,))
+    return _LoraMlp.apply(x, *_factors((*gate_up, down)), *groups, activation, inplace)
 
 
 class _LoraFused(torch.autograd.Function):
@@ -119,7 +121,7 @@ class _LoraFused(torch.autograd.Function):
 class _LoraMlp(torch.autograd.Function):
     """The gated MLP; the equations stand at the top of this file.
 
-    Inputs: x; every lora_A, every lora_B, every bias of (gate, up, down); then what has no gradient.
+    Inputs: x; every lora_A, every lora_B, every bias of (gate, up, down) or (gate_up, down); then what has no gradient.
     """
 
     @staticmethod
@@ -127,21 +129,21 @@ class _LoraMlp(torch.autograd.Function):
         *factors, first, last, activation, inplace = inputs
         lora_A, lora_B, bias = _by_kind(factors)
         ops = glu if x.is_cuda else glu_eager
-        A, B = joined_factors(first, lora_A[:2], lora_B[:2], x)
-        gate_up, u = project(x, first, A, B, bias[:2])
+        A, B = joined_factors(first, lora_A[:-1], lora_B[:-1], x)
+        gate_up, u = project(x, first, A, B, bias[:-1])
         h = ops.glu_forward(gate_up, activation=activation)
-        A_down, B_down = joined_factors(last, lora_A[2:], lora_B[2:], x)
-        y, u_down = project(h, last, A_down, B_down, bias[2:])
+        A_down, B_down = joined_factors(last, lora_A[-1:], lora_B[-1:], x)
+        y, u_down = project(h, last, A_down, B_down, bias[-1:])
 
         needs_x = ctx.needs_input_grad[0]
         needs_A, needs_B, _ = _by_kind(ctx.needs_input_grad[1:-4])
-        needs_first_A, needs_first_B = any(needs_A[:2]), any(needs_B[:2])
+        needs_first_A, needs_first_B = any(needs_A[:-1]), any(needs_B[:-1])
         ctx.first, ctx.last, ctx.activation, ctx.inplace = first, last, activation, inplace
-        ctx.needs_down_A = needs_A[2]
+        ctx.needs_down_A = needs_A[-1]
         ctx.save_for_backward(
             x if needs_first_A else None,
             u if needs_first_B else None,
-            u_down if needs_B[2] else None,
+            u_down if needs_B[-1] else None,
             gate_up,
             A if needs_x else None,
             B if needs_x or needs_first_A else None,
@@ -164,12 +166,12 @@ class _LoraMlp(torch.autograd.Function):
             # A kernel's writes are invisible to autograd; this makes a second backward raise instead of lie.
             torch.autograd.graph.increment_version(gate_up)
         dA_down, dB_down = factor_grads(dy, h, u_down, v_down if ctx.needs_down_A else None, ctx.last)
-        db_down = bias_grads(dy, ctx.last, needs_bias[2:])
+        db_down = bias_grads(dy, ctx.last, needs_bias[-1:])
         del dh, h
 
         v = None if B is None else torch.mm(d_gate_up, B)
         dA, dB = factor_grads(d_gate_up, x, u, None if x is None else v, ctx.first)
-        db = bias_grads(d_gate_up, ctx.first, needs_bias[:2])
+        db = bias_grads(d_gate_up, ctx.first, needs_bias[:-1])
         dx = input_grad(d_gate_up, v, ctx.first, A) if ctx.needs_input_grad[0] else None
         return dx, *dA, *dA_down, *dB, *dB_down, *db, *db_down, None, None, None, None
 

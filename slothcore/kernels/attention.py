@@ -11,81 +11,28 @@ Tiles     A program owns BLOCK_Q queries of one head and walks over the keys in 
           Blocks that every query of the tile sees whole skip the mask; blocks that none sees are never loaded.
 Shapes    q, out [T, Hq, D]; k, v [T, Hkv, D]; lse [Hq, T]; cu_seqlens [documents + 1].
           T = tokens, Hq and Hkv = query and key heads, D = head_dim; query head h reads key head h // (Hq / Hkv).
-Dtypes    q, k, v, out float32 or 16-bit; lse, softmax and sums float32. D is padded to a power of two.
+Columns   A tile's width is a power of two. A head of 96 is held as pieces of 64 and 32 rather than padded to 128: q . k
+          is the sum over the pieces, and each piece of v gives its own piece of out. WIDE and TAIL are the widths.
+Dtypes    q, k, v, out float32 or 16-bit; lse, softmax and sums float32.
 Rounding  exp(s - m) is rounded to v.dtype before the product with v, as in FlashAttention.
 Source    Dao 2023, arXiv:2307.08691; windows: Beltagy et al. 2020, arXiv:2004.05150; soft cap: arXiv:2408.00118.
 """
-
-from functools import cache
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from slothcore.kernels.launch import ceil_div, next_power_of_2
+from slothcore.kernels.attention_tiles import (
+    Tile,
+    attention_tiles,
+    device_capability,
+    score_arguments,
+    tile_arguments,
+)
+from slothcore.kernels.math import LOG2_E, exponential, tanh
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 HIDDEN = tl.constexpr(-1e30)
-
-
-class Tile(NamedTuple):
-    """How one kernel cuts its work: queries and keys of a block, and the launch options that go with them."""
-
-    block_q: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
-@cache
-def device_capability(device: torch.device) -> tuple[int, int] | None:
-    """Compute capability, asked once for each device; None for the CPU, where Triton's interpreter runs."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-
-
-def shared_memory_kib(capability: tuple[int, int]) -> int:
-    """Shared memory that one program may use, from the table of compute capabilities in the CUDA C++ guide."""
-    if capability < (8, 0):
-        return 64
-    if capability in ((8, 0), (8, 7)):
-        return 163
-    return 227 if capability[0] in (9, 10) else 99
-
-
-def padded_head_dim(head_dim: int) -> int:
-    """Width of a tile: a power of two, at least what a tensor core takes."""
-    return max(16, next_power_of_2(head_dim))
-
-
-def scalar_tile(head_dim: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> Tile | None:
-    """Tile of every kernel where Triton multiplies without tensor cores; None where it has them.
-
-    That is exact float32 anywhere, and every dtype before Ampere. Such products hold whole rows in registers, so the
-    blocks are small. One case fits no tile: the backward pass for float32, head_dim 256, before Ampere.
-    """
-    if capability is None:
-        # Triton's interpreter: small blocks, so that small tests meet whole, masked and ragged ones.
-        return Tile(32, 16, 4, 1)
-    before_ampere = capability < (8, 0)
-    if dtype != torch.float32 and not before_ampere:
-        return None
-    widest = 64 if dtype == torch.float32 and before_ampere else 128
-    return Tile(32, 32, 8, 1) if padded_head_dim(head_dim) <= widest else Tile(16, 16, 4, 1)
-
-
-@cache
-def forward_tile(head_dim: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> Tile:
-    """Tile of the forward kernel; fits the shared memory of every device of that capability."""
-    if scalar := scalar_tile(head_dim, dtype, capability):
-        return scalar
-    width = padded_head_dim(head_dim)
-    if shared_memory_kib(capability) == 227:
-        return Tile(128, 64, 8, 2) if width == 256 else Tile(64, 64, 4, 3)
-    if width == 256:
-        return Tile(64, 32, 4, 2)
-    return Tile(128, 64, 4 if width <= 64 else 8, 2)
 
 
 @triton.jit
@@ -113,40 +60,117 @@ def locate_tile(cu_seqlens_ptr, tile, documents, BLOCK: tl.constexpr, SEARCH: tl
 
 
 @triton.jit
-def load_tile(
-    ptr, start, row, length, stride_row, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-    CHECK_ROWS: tl.constexpr
+def _load_piece(ptr, row, length, stride_row, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr,
+                WIDTH: tl.constexpr, CHECK_ROWS: tl.constexpr):  # fmt: skip
+    """[BLOCK, WIDTH] of the rows at `ptr`, from column FIRST on; see `load_rows`."""
+    rows = tl.arange(0, BLOCK)
+    columns = FIRST + tl.arange(0, WIDTH)
+    pointers = ptr + rows[:, None] * stride_row + columns[None, :]
+    if FIRST + WIDTH > HEAD_DIM:
+        if CHECK_ROWS:
+            piece = tl.load(pointers, mask=(row + rows < length)[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
+        else:
+            piece = tl.load(pointers, mask=(columns < HEAD_DIM)[None, :], other=0.0)
+    elif CHECK_ROWS:
+        piece = tl.load(pointers, mask=(row + rows < length)[:, None], other=0.0)
+    else:
+        piece = tl.load(pointers)
+    return piece
+
+
+@triton.jit
+def load_rows(
+    ptr, start, row, length, stride_row, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    TAIL: tl.constexpr, CHECK_ROWS: tl.constexpr
 ):  # fmt: skip
-    """[BLOCK, BLOCK_D] rows of one head from `row` of the document at `start`; zero outside document and head.
+    """BLOCK rows of one head from `row` of the document at `start`, in pieces; zero outside document and head.
 
     Without CHECK_ROWS all rows lie in the document. Reading a neighbour's rows, even to multiply them by zero, would
     let its infinities and NaNs through.
     """
-    rows = tl.arange(0, BLOCK)
-    columns = tl.arange(0, BLOCK_D)
-    pointers = ptr + (start + row) * stride_row + rows[:, None] * stride_row + columns[None, :]
-    if HEAD_DIM < BLOCK_D:
-        if CHECK_ROWS:
-            tile = tl.load(pointers, mask=(row + rows < length)[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
-        else:
-            tile = tl.load(pointers, mask=(columns < HEAD_DIM)[None, :], other=0.0)
-    elif CHECK_ROWS:
-        tile = tl.load(pointers, mask=(row + rows < length)[:, None], other=0.0)
+    ptr += (start + row) * stride_row
+    wide = _load_piece(ptr, row, length, stride_row, HEAD_DIM, BLOCK, 0, WIDE, CHECK_ROWS)
+    if TAIL == 0:
+        return (wide,)
     else:
-        tile = tl.load(pointers)
-    return tile
+        return (wide, _load_piece(ptr, row, length, stride_row, HEAD_DIM, BLOCK, WIDE, TAIL, CHECK_ROWS))
 
 
 @triton.jit
-def store_tile(
-    ptr, tile, start, row, length, stride_row, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    """Write the part of `tile` that lies in document and head, rounded to the dtype of `ptr`."""
+def _store_piece(ptr, piece, row, length, stride_row, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
+                 FIRST: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     rows = tl.arange(0, BLOCK)
-    columns = tl.arange(0, BLOCK_D)
-    pointers = ptr + (start + row) * stride_row + rows[:, None] * stride_row + columns[None, :]
+    columns = FIRST + tl.arange(0, WIDTH)
     mask = (row + rows < length)[:, None] & (columns < HEAD_DIM)[None, :]
-    tl.store(pointers, tile.to(ptr.dtype.element_ty), mask=mask)
+    tl.store(ptr + rows[:, None] * stride_row + columns[None, :], piece.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_rows(
+    ptr, pieces, start, row, length, stride_row, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    TAIL: tl.constexpr
+):  # fmt: skip
+    """Write what of `pieces` lies in document and head, rounded to the dtype of `ptr`."""
+    ptr += (start + row) * stride_row
+    _store_piece(ptr, pieces[0], row, length, stride_row, HEAD_DIM, BLOCK, 0, WIDE)
+    if TAIL > 0:
+        _store_piece(ptr, pieces[1], row, length, stride_row, HEAD_DIM, BLOCK, WIDE, TAIL)
+
+
+@triton.jit
+def zero_rows(BLOCK: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr):
+    """Pieces of [BLOCK, D] float32 sums."""
+    wide = tl.zeros([BLOCK, WIDE], dtype=tl.float32)
+    if TAIL == 0:
+        return (wide,)
+    else:
+        return (wide, tl.zeros([BLOCK, TAIL], dtype=tl.float32))
+
+
+@triton.jit
+def scale_rows(pieces, factor):
+    """Every piece times `factor`, a number or a column."""
+    if len(pieces) == 1:
+        return (pieces[0] * factor,)
+    else:
+        return (pieces[0] * factor, pieces[1] * factor)
+
+
+@triton.jit
+def add_rows(a, b):
+    """a + b."""
+    if len(a) == 1:
+        return (a[0] + b[0],)
+    else:
+        return (a[0] + b[0], a[1] + b[1])
+
+
+@triton.jit
+def row_products(a, b):
+    """[BLOCK] float32: each row of `a` with the same row of `b`."""
+    product = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), axis=1)
+    if len(a) == 2:
+        product += tl.sum(a[1].to(tl.float32) * b[1].to(tl.float32), axis=1)
+    return product
+
+
+@triton.jit
+def dot_rows(a, b):
+    """a b^T of two blocks of rows in pieces: each row of `a` with each of `b`."""
+    product = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
+    if len(a) == 2:
+        product = tl.dot(a[1], tl.trans(b[1]), product, input_precision="ieee")
+    return product
+
+
+@triton.jit
+def add_weighted_rows(sums, weights, rows):
+    """sums + weights rows, with `sums` and `rows` in pieces."""
+    wide = tl.dot(weights, rows[0], sums[0], input_precision="ieee")
+    if len(rows) == 1:
+        return (wide,)
+    else:
+        return (wide, tl.dot(weights, rows[1], sums[1], input_precision="ieee"))
 
 
 @triton.jit
@@ -159,46 +183,17 @@ def visible(queries, keys, window, WINDOWED: tl.constexpr):
 
 
 @triton.jit
-def exponential(x, NATURAL: tl.constexpr):
-    """e^x to float32 precision, or 2^x where scores are in units of base two."""
-    if NATURAL:
-        # e^x = 2^t with t = x log2(e); what rounding t loses, relative to e^x, grows with |x| and is put back.
-        t = x * LOG2_E
-        y = tl.exp2(t)
-        y += y * (tl.fma(x, LOG2_E, -t) / LOG2_E)
-    else:
-        y = tl.exp2(x)
-    return y
-
-
-@triton.jit
-def tanh(x):
-    """tanh to float32 precision, which the hardware's tanh.approx and 1 - 2 / (1 + e^2x) near zero do not have."""
-    square = x * x
-    # Least-squares fit of (tanh(x) / x - 1) / x^2 on [0, 0.6]; off by 3e-9 of the result.
-    series = -0.0058939452
-    series = series * square + 0.020794617
-    series = series * square - 0.053783293
-    series = series * square + 0.13331915
-    series = series * square - 0.33333299
-    series = x + x * square * series
-    decay = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
-    large = (1.0 - decay) / (1.0 + decay)
-    return tl.where(square < 0.36, series, tl.where(x < 0.0, -large, large))
-
-
-@triton.jit
 def _attend(
     acc, row_sum, row_max, q, k_ptr, v_ptr, stride_k_row, stride_v_row, start, length, query, first_key, last_key,
     score_scale, cap_scale, window,
     MASKED: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Take the keys first_key ... last_key into the running output, sum and maximum of a query tile."""
     queries = query + tl.arange(0, BLOCK_Q)
     for key in range(first_key, last_key, BLOCK_K):
-        k = load_tile(k_ptr, start, key, length, stride_k_row, HEAD_DIM, BLOCK_K, BLOCK_D, MASKED)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        k = load_rows(k_ptr, start, key, length, stride_k_row, HEAD_DIM, BLOCK_K, WIDE, TAIL, MASKED)
+        scores = dot_rows(q, k)
         if CAPPED:
             scores = tanh(scores * cap_scale)
         if MASKED:
@@ -209,15 +204,15 @@ def _attend(
             shown = visible(queries[:, None], keys[None, :], window, WINDOWED)
             scores = tl.where(shown, scores * score_scale, HIDDEN)
             new_max = tl.maximum(row_max, tl.max(scores, axis=1))
-            p = exponential(scores - new_max[:, None], q.dtype == tl.float32)
+            p = exponential(scores - new_max[:, None], q[0].dtype == tl.float32)
         else:
             new_max = tl.maximum(row_max, tl.max(scores, axis=1) * score_scale)
-            p = exponential(scores * score_scale - new_max[:, None], q.dtype == tl.float32)
-        shrink = exponential(row_max - new_max, q.dtype == tl.float32)
+            p = exponential(scores * score_scale - new_max[:, None], q[0].dtype == tl.float32)
+        shrink = exponential(row_max - new_max, q[0].dtype == tl.float32)
         row_sum = row_sum * shrink + tl.sum(p, axis=1)
-        acc = acc * shrink[:, None]
-        v = load_tile(v_ptr, start, key, length, stride_v_row, HEAD_DIM, BLOCK_K, BLOCK_D, MASKED)
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+        acc = scale_rows(acc, shrink[:, None])
+        v = load_rows(v_ptr, start, key, length, stride_v_row, HEAD_DIM, BLOCK_K, WIDE, TAIL, MASKED)
+        acc = add_weighted_rows(acc, p.to(v[0].dtype), v)
         row_max = new_max
     return acc, row_sum, row_max
 
@@ -227,7 +222,7 @@ def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_seqlens_ptr,
     stride_q_row, stride_q_head, stride_k_row, stride_k_head, stride_v_row, stride_v_head,
     documents, tiles, tokens, score_scale, cap_scale, window,
-    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SEARCH: tl.constexpr,
 ):  # fmt: skip
@@ -241,10 +236,10 @@ def attention_forward_kernel(
     key_head = head // GROUP
     k_ptr += key_head * stride_k_head
     v_ptr += key_head * stride_v_head
-    q = load_tile(
-        q_ptr + head * stride_q_head, start, query, length, stride_q_row, HEAD_DIM, BLOCK_Q, BLOCK_D, True
+    q = load_rows(
+        q_ptr + head * stride_q_head, start, query, length, stride_q_row, HEAD_DIM, BLOCK_Q, WIDE, TAIL, True
     )  # fmt: skip
-    acc = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
+    acc = zero_rows(BLOCK_Q, WIDE, TAIL)
     row_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
     row_max = tl.full([BLOCK_Q], HIDDEN, dtype=tl.float32)
 
@@ -256,57 +251,29 @@ def attention_forward_kernel(
         acc, row_sum, row_max = _attend(
             acc, row_sum, row_max, q, k_ptr, v_ptr, stride_k_row, stride_v_row, start, length, query,
             first_key, first_whole, score_scale, cap_scale, window,
-            True, True, CAPPED, HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D,
+            True, True, CAPPED, HEAD_DIM, WIDE, TAIL, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
     acc, row_sum, row_max = _attend(
         acc, row_sum, row_max, q, k_ptr, v_ptr, stride_k_row, stride_v_row, start, length, query,
         first_whole, last_whole, score_scale, cap_scale, window,
-        False, False, CAPPED, HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D,
+        False, False, CAPPED, HEAD_DIM, WIDE, TAIL, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
     acc, row_sum, row_max = _attend(
         acc, row_sum, row_max, q, k_ptr, v_ptr, stride_k_row, stride_v_row, start, length, query,
         last_whole, tl.minimum(query + BLOCK_Q, length), score_scale, cap_scale, window,
-        True, WINDOWED, CAPPED, HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D,
+        True, WINDOWED, CAPPED, HEAD_DIM, WIDE, TAIL, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
 
     queries = query + tl.arange(0, BLOCK_Q)
-    if q.dtype == tl.float32:
+    if q[0].dtype == tl.float32:
         lse = row_max + tl.log(row_sum)
     else:
         lse = (row_max + tl.log2(row_sum)) / LOG2_E
     tl.store(lse_ptr + head * tokens.to(tl.int64) + start + queries, lse, mask=queries < length)
-    store_tile(
-        out_ptr + head * HEAD_DIM, acc / row_sum[:, None], start, query, length, NUM_HEADS * HEAD_DIM,
-        HEAD_DIM, BLOCK_Q, BLOCK_D,
+    store_rows(
+        out_ptr + head * HEAD_DIM, scale_rows(acc, 1.0 / row_sum[:, None]), start, query, length, NUM_HEADS * HEAD_DIM,
+        HEAD_DIM, BLOCK_Q, WIDE, TAIL,
     )  # fmt: skip
-
-
-def score_arguments(
-    dtype: torch.dtype, max_seqlen: int, scale: float, window: int | None, softcap: float | None
-) -> dict[str, object]:
-    """Kernel arguments that say how scores are scaled, capped and masked; a window that hides nothing is dropped."""
-    unit = 1.0 if dtype == torch.float32 else LOG2_E.value
-    windowed = window is not None and window < max_seqlen
-    capped = softcap is not None
-    return {
-        "score_scale": unit * (softcap if capped else scale),
-        "cap_scale": scale / softcap if capped else 0.0,
-        "window": window if windowed else 0,
-        "WINDOWED": windowed,
-        "CAPPED": capped,
-    }
-
-
-def tile_arguments(cu_seqlens: Tensor, max_seqlen: int, tokens: int, block: int) -> dict[str, int | bool]:
-    """Number of tiles, and whether to search for a tile's document; see `locate_tile`."""
-    documents = cu_seqlens.numel() - 1
-    if_equal, if_searched = documents * ceil_div(max_seqlen, block), tokens // block + documents
-    return {
-        "documents": documents,
-        "tiles": min(if_equal, if_searched),
-        "tokens": tokens,
-        "SEARCH": if_searched < if_equal,
-    }
 
 
 def attention_forward(
@@ -332,8 +299,8 @@ def attention_forward(
         softcap: positive bound on the magnitude of the scores; None for no bound.
     Returns: out [T, Hq, D] contiguous in q.dtype; lse [Hq, T] float32, the natural log of the softmax denominator.
     """
-    tile = forward_tile(q.shape[-1], q.dtype, device_capability(q.device))
-    return _launch_forward(tile, q, k, v, cu_seqlens, max_seqlen, scale, window, softcap)
+    tiles = attention_tiles(q.shape[-1], q.dtype, device_capability(q.device), capped=softcap is not None)
+    return _launch_forward(tiles.forward, q, k, v, cu_seqlens, max_seqlen, scale, window, softcap)
 
 
 def _launch_forward(
@@ -345,12 +312,11 @@ def _launch_forward(
     lse = torch.empty((num_heads, tokens), dtype=torch.float32, device=q.device)
     if tokens == 0:
         return out, lse
-    tiles = tile_arguments(cu_seqlens, max_seqlen, tokens, tile.block_q)
+    tiles = tile_arguments(tile, tile.block_q, cu_seqlens, max_seqlen, q)
     attention_forward_kernel[(tiles["tiles"] * num_heads,)](
         q, k, v, out, lse, cu_seqlens,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        NUM_HEADS=num_heads, GROUP=num_heads // k.shape[1], HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim),
-        BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        NUM_HEADS=num_heads, GROUP=num_heads // k.shape[1],
         **tiles, **score_arguments(q.dtype, max_seqlen, scale, window, softcap),
     )  # fmt: skip
     return out, lse

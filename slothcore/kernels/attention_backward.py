@@ -11,15 +11,15 @@ With the symbols of `attention.py`, and g_i the gradient that reaches out_i:
 Recompute p_ij = exp(s_ij - lse_i) comes from the saved lse; no score is ever stored.
 Launches  Two. The first owns query tiles: it forms delta and dq. The second owns key tiles: it forms dk and dv of a key
           head, walking over its query heads and their blocks. Scores are computed in both, so that every gradient
-          is summed by one program in one order: no atomics, and the same bits on every run.
+          is summed by one program in one order: no atomics, and the same bits on every run. Where a model has few
+          key heads, several programs share the query heads of one, and a third launch adds their float32 sums.
 Shapes    dout, q, out [T, Hq, D]; k, v [T, Hkv, D]; lse [Hq, T]; dqkv [T, Hq + 2 Hkv, D];
-          stats [Hq, T, 4] float32: lse (in base two for 16-bit inputs), delta, and two unused.
+          stats [Hq, T, 4] float32: lse (in base two for 16-bit inputs), delta, and two unused;
+          parts [P, T, 2 Hkv, D] float32, the heads of dk, then dv.   P = programs that share a key tile.
 Dtypes    as in `attention.py`; delta and all sums float32.
 Rounding  p and ds are rounded to the input dtype before their products, as in FlashAttention.
 Source    Dao 2023, arXiv:2307.08691, algorithm 2.
 """
-
-from functools import cache
 
 import torch
 import triton
@@ -27,51 +27,31 @@ import triton.language as tl
 from torch import Tensor
 
 from slothcore.kernels.attention import (
-    LOG2_E,
-    Tile,
-    device_capability,
-    exponential,
-    load_tile,
+    add_rows,
+    add_weighted_rows,
+    dot_rows,
+    load_rows,
     locate_tile,
-    padded_head_dim,
-    scalar_tile,
-    score_arguments,
-    shared_memory_kib,
-    store_tile,
-    tanh,
-    tile_arguments,
+    row_products,
+    scale_rows,
+    store_rows,
     visible,
+    zero_rows,
 )
+from slothcore.kernels.attention_tiles import (
+    Tile,
+    attention_tiles,
+    device_capability,
+    key_gradient_parts,
+    score_arguments,
+    tile_arguments,
+)
+from slothcore.kernels.launch import next_power_of_2
+from slothcore.kernels.math import LOG2_E, exponential, tanh
 
 # Two numbers a row would do. But Triton copies a block in wide vectors only if it has at least as many elements as the
 # program has threads; a smaller one every thread fetches for itself, address by address: a third of the loop's code.
 STATS = tl.constexpr(4)
-
-
-@cache
-def query_gradient_tile(head_dim: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> Tile:
-    """Tile of the kernel that forms dq; fits the shared memory of every device of that capability."""
-    if scalar := scalar_tile(head_dim, dtype, capability):
-        return scalar
-    width = padded_head_dim(head_dim)
-    if shared_memory_kib(capability) == 227:
-        return Tile(64, 64, 8, 2) if width == 256 else Tile(128, 64, 8, 3)
-    if width == 256:
-        return Tile(64, 32, 8, 1)
-    return Tile(64, 64 if width <= 64 else 32, 4, 2)
-
-
-@cache
-def key_gradient_tile(head_dim: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> Tile:
-    """Tile of the kernel that forms dk and dv; fits the shared memory of every device of that capability."""
-    if scalar := scalar_tile(head_dim, dtype, capability):
-        return scalar
-    width, memory = padded_head_dim(head_dim), shared_memory_kib(capability)
-    if memory == 227:
-        return Tile(32, 64, 8, 2) if width == 256 else Tile(32, 64, 4, 3)
-    if width == 256:
-        return Tile(32, 32 if memory == 99 else 64, 8, 1)
-    return Tile(64 if width <= 64 else 32, 64, 4, 2)
 
 
 @triton.jit
@@ -79,25 +59,25 @@ def _add_query_gradient(
     dq, q, dout, lse, delta, k_ptr, v_ptr, stride_k_row, stride_v_row, start, length, query, first_key, last_key,
     score_scale, cap_scale, window,
     MASKED: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Add what the keys first_key ... last_key give to dq (unscaled); lse is in the units of `exponential`."""
     queries = query + tl.arange(0, BLOCK_Q)
     for key in range(first_key, last_key, BLOCK_K):
-        k = load_tile(k_ptr, start, key, length, stride_k_row, HEAD_DIM, BLOCK_K, BLOCK_D, MASKED)
-        v = load_tile(v_ptr, start, key, length, stride_v_row, HEAD_DIM, BLOCK_K, BLOCK_D, MASKED)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+        k = load_rows(k_ptr, start, key, length, stride_k_row, HEAD_DIM, BLOCK_K, WIDE, TAIL, MASKED)
+        v = load_rows(v_ptr, start, key, length, stride_v_row, HEAD_DIM, BLOCK_K, WIDE, TAIL, MASKED)
+        scores = dot_rows(q, k)
+        dp = dot_rows(dout, v)
         if CAPPED:
             scores = tanh(scores * cap_scale)
-        p = exponential(scores * score_scale - lse[:, None], q.dtype == tl.float32)
+        p = exponential(scores * score_scale - lse[:, None], q[0].dtype == tl.float32)
         if MASKED:
             keys = key + tl.arange(0, BLOCK_K)
             p = tl.where(visible(queries[:, None], keys[None, :], window, WINDOWED), p, 0.0)
         ds = p * (dp - delta[:, None])
         if CAPPED:
             ds = ds * (1.0 - scores * scores)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        dq = add_weighted_rows(dq, ds.to(k[0].dtype), k)
     return dq
 
 
@@ -107,7 +87,7 @@ def attention_query_gradient_kernel(
     stride_dout_row, stride_dout_head, stride_q_row, stride_q_head, stride_k_row, stride_k_head,
     stride_v_row, stride_v_head,
     documents, tiles, tokens, scale, score_scale, cap_scale, window,
-    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SEARCH: tl.constexpr,
 ):  # fmt: skip
@@ -120,25 +100,25 @@ def attention_query_gradient_kernel(
     key_head = head // GROUP
     k_ptr += key_head * stride_k_head
     v_ptr += key_head * stride_v_head
-    dout = load_tile(
-        dout_ptr + head * stride_dout_head, start, query, length, stride_dout_row, HEAD_DIM, BLOCK_Q, BLOCK_D, True
+    dout = load_rows(
+        dout_ptr + head * stride_dout_head, start, query, length, stride_dout_row, HEAD_DIM, BLOCK_Q, WIDE, TAIL, True
     )  # fmt: skip
-    out = load_tile(
-        out_ptr + head * HEAD_DIM, start, query, length, NUM_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_Q, BLOCK_D, True
+    out = load_rows(
+        out_ptr + head * HEAD_DIM, start, query, length, NUM_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_Q, WIDE, TAIL, True
     )  # fmt: skip
     queries = query + tl.arange(0, BLOCK_Q)
     row = head * tokens.to(tl.int64) + start + queries
     # Rows past the end have dout = out = 0, hence delta = ds = 0; they need no mask.
-    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
+    delta = row_products(dout, out)
     lse = tl.load(lse_ptr + row, mask=queries < length, other=0.0)
-    if dout.dtype != tl.float32:
+    if dout[0].dtype != tl.float32:
         lse = lse * LOG2_E
     tl.store(stats_ptr + row * STATS, lse, mask=queries < length)
     tl.store(stats_ptr + row * STATS + 1, delta, mask=queries < length)
-    q = load_tile(
-        q_ptr + head * stride_q_head, start, query, length, stride_q_row, HEAD_DIM, BLOCK_Q, BLOCK_D, True
+    q = load_rows(
+        q_ptr + head * stride_q_head, start, query, length, stride_q_row, HEAD_DIM, BLOCK_Q, WIDE, TAIL, True
     )  # fmt: skip
-    dq = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
+    dq = zero_rows(BLOCK_Q, WIDE, TAIL)
 
     first_whole, last_whole = 0, query // BLOCK_K * BLOCK_K
     if WINDOWED:
@@ -148,23 +128,22 @@ def attention_query_gradient_kernel(
         dq = _add_query_gradient(
             dq, q, dout, lse, delta, k_ptr, v_ptr, stride_k_row, stride_v_row, start, length, query,
             first_key, first_whole, score_scale, cap_scale, window,
-            True, True, CAPPED, HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D,
+            True, True, CAPPED, HEAD_DIM, WIDE, TAIL, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
     dq = _add_query_gradient(
         dq, q, dout, lse, delta, k_ptr, v_ptr, stride_k_row, stride_v_row, start, length, query,
         first_whole, last_whole, score_scale, cap_scale, window,
-        False, False, CAPPED, HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D,
+        False, False, CAPPED, HEAD_DIM, WIDE, TAIL, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
     dq = _add_query_gradient(
         dq, q, dout, lse, delta, k_ptr, v_ptr, stride_k_row, stride_v_row, start, length, query,
         last_whole, tl.minimum(query + BLOCK_Q, length), score_scale, cap_scale, window,
-        True, WINDOWED, CAPPED, HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D,
+        True, WINDOWED, CAPPED, HEAD_DIM, WIDE, TAIL, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
 
+    dq = scale_rows(dq, scale)
     stride_row = (NUM_HEADS + 2 * NUM_HEADS // GROUP) * HEAD_DIM
-    store_tile(
-        dqkv_ptr + head * HEAD_DIM, dq * scale, start, query, length, stride_row, HEAD_DIM, BLOCK_Q, BLOCK_D
-    )  # fmt: skip
+    store_rows(dqkv_ptr + head * HEAD_DIM, dq, start, query, length, stride_row, HEAD_DIM, BLOCK_Q, WIDE, TAIL)
 
 
 @triton.jit
@@ -172,7 +151,7 @@ def _add_key_gradient(
     dk, dv, k, v, q_ptr, dout_ptr, stats_ptr, stride_q_row, stride_dout_row, start, length, key,
     first_query, last_query, score_scale, cap_scale, window,
     MASKED: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Add what the queries first_query ... last_query of one head give to dk (unscaled) and dv.
 
@@ -182,8 +161,8 @@ def _add_key_gradient(
     for query in range(first_query, last_query, BLOCK_Q):
         # Rows past the end need no mask: they have q = dout = delta = 0, so p multiplies zeros and ds is zero.
         queries = query + tl.arange(0, BLOCK_Q)
-        q = load_tile(q_ptr, start, query, length, stride_q_row, HEAD_DIM, BLOCK_Q, BLOCK_D, True)
-        dout = load_tile(dout_ptr, start, query, length, stride_dout_row, HEAD_DIM, BLOCK_Q, BLOCK_D, True)
+        q = load_rows(q_ptr, start, query, length, stride_q_row, HEAD_DIM, BLOCK_Q, WIDE, TAIL, True)
+        dout = load_rows(dout_ptr, start, query, length, stride_dout_row, HEAD_DIM, BLOCK_Q, WIDE, TAIL, True)
         stats = tl.load(
             stats_ptr + queries[:, None] * STATS + tl.arange(0, STATS)[None, :],
             mask=(queries < length)[:, None], other=0.0,
@@ -191,47 +170,53 @@ def _add_key_gradient(
         even, odd = tl.split(tl.reshape(stats, (BLOCK_Q, STATS // 2, 2)))
         lse, _ = tl.split(even)
         delta, _ = tl.split(odd)
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee")
-        dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+        scores = dot_rows(k, q)
+        dp = dot_rows(v, dout)
         if CAPPED:
             scores = tanh(scores * cap_scale)
-        p = exponential(scores * score_scale - lse[None, :], q.dtype == tl.float32)
+        p = exponential(scores * score_scale - lse[None, :], q[0].dtype == tl.float32)
         if MASKED:
             p = tl.where(visible(queries[None, :], keys[:, None], window, WINDOWED), p, 0.0)
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+        dv = add_weighted_rows(dv, p.to(dout[0].dtype), dout)
         ds = p * (dp - delta[None, :])
         if CAPPED:
             ds = ds * (1.0 - scores * scores)
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        dk = add_weighted_rows(dk, ds.to(q[0].dtype), q)
     return dk, dv
 
 
 @triton.jit(do_not_specialize=["documents", "tiles", "tokens", "window"])
 def attention_key_gradient_kernel(
-    dout_ptr, q_ptr, k_ptr, v_ptr, stats_ptr, dqkv_ptr, cu_seqlens_ptr,
+    dout_ptr, q_ptr, k_ptr, v_ptr, stats_ptr, dkv_ptr, cu_seqlens_ptr,
     stride_dout_row, stride_dout_head, stride_q_row, stride_q_head, stride_k_row, stride_k_head,
-    stride_v_row, stride_v_head,
+    stride_v_row, stride_v_head, stride_dkv_row,
     documents, tiles, tokens, scale, score_scale, cap_scale, window,
-    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SEARCH: tl.constexpr,
 ):  # fmt: skip
-    """This program computes BLOCK_K rows of dk and of dv for one key head of one document."""
+    """This program computes BLOCK_K rows of dk and of dv for one key head of one document.
+
+    With PARTS > 1, it sums over its share of the query heads only, and `dkv` is the buffer of the parts.
+    """
     # Early tiles, which the most queries see, run first.
     NUM_KEY_HEADS: tl.constexpr = NUM_HEADS // GROUP
-    key_head = tl.program_id(0) % NUM_KEY_HEADS
-    tile = tl.program_id(0) // NUM_KEY_HEADS
+    HEADS_EACH: tl.constexpr = (GROUP + PARTS - 1) // PARTS
+    part = tl.program_id(0) % PARTS
+    key_head = tl.program_id(0) // PARTS % NUM_KEY_HEADS
+    tile = tl.program_id(0) // (PARTS * NUM_KEY_HEADS)
     start, length, key = locate_tile(cu_seqlens_ptr, tile, documents, BLOCK_K, SEARCH)
     if key >= length:
         return
-    k = load_tile(
-        k_ptr + key_head * stride_k_head, start, key, length, stride_k_row, HEAD_DIM, BLOCK_K, BLOCK_D, True
+    k = load_rows(
+        k_ptr + key_head * stride_k_head, start, key, length, stride_k_row, HEAD_DIM, BLOCK_K, WIDE, TAIL, True
     )  # fmt: skip
-    v = load_tile(
-        v_ptr + key_head * stride_v_head, start, key, length, stride_v_row, HEAD_DIM, BLOCK_K, BLOCK_D, True
+    v = load_rows(
+        v_ptr + key_head * stride_v_head, start, key, length, stride_v_row, HEAD_DIM, BLOCK_K, WIDE, TAIL, True
     )  # fmt: skip
-    dk = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
-    dv = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
+    dk = zero_rows(BLOCK_K, WIDE, TAIL)
+    dv = zero_rows(BLOCK_K, WIDE, TAIL)
 
     # Query blocks start at the first key: those that overlap the keys need the causal mask, the later ones do not.
     first_whole = key + (BLOCK_K + BLOCK_Q - 1) // BLOCK_Q * BLOCK_Q
@@ -242,43 +227,59 @@ def attention_key_gradient_kernel(
         last_whole = tl.minimum(
             last_query, first_whole + tl.maximum(key + window - first_whole, 0) // BLOCK_Q * BLOCK_Q
         )
-    for head in range(key_head * GROUP, key_head * GROUP + GROUP):
+    first_head = key_head * GROUP + part * HEADS_EACH
+    for head in range(first_head, tl.minimum(first_head + HEADS_EACH, key_head * GROUP + GROUP)):
         q_head_ptr = q_ptr + head * stride_q_head
         dout_head_ptr = dout_ptr + head * stride_dout_head
         stats_head_ptr = stats_ptr + (head * tokens.to(tl.int64) + start) * STATS
-        if k.dtype == tl.float32:
+        if k[0].dtype == tl.float32:
             # A sum for each head: one over all of them is so long that its rounding would show.
-            dk_head = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
-            dv_head = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
+            dk_head = zero_rows(BLOCK_K, WIDE, TAIL)
+            dv_head = zero_rows(BLOCK_K, WIDE, TAIL)
         else:
             dk_head, dv_head = dk, dv
         dk_head, dv_head = _add_key_gradient(
             dk_head, dv_head, k, v, q_head_ptr, dout_head_ptr, stats_head_ptr, stride_q_row, stride_dout_row,
             start, length, key, key, tl.minimum(first_whole, last_query), score_scale, cap_scale, window,
-            True, WINDOWED, CAPPED, HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D,
+            True, WINDOWED, CAPPED, HEAD_DIM, WIDE, TAIL, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
         dk_head, dv_head = _add_key_gradient(
             dk_head, dv_head, k, v, q_head_ptr, dout_head_ptr, stats_head_ptr, stride_q_row, stride_dout_row,
             start, length, key, first_whole, last_whole, score_scale, cap_scale, window,
-            False, False, CAPPED, HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D,
+            False, False, CAPPED, HEAD_DIM, WIDE, TAIL, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
         if WINDOWED:
             dk_head, dv_head = _add_key_gradient(
                 dk_head, dv_head, k, v, q_head_ptr, dout_head_ptr, stats_head_ptr, stride_q_row, stride_dout_row,
                 start, length, key, tl.maximum(first_whole, last_whole), last_query, score_scale, cap_scale, window,
-                True, True, CAPPED, HEAD_DIM, BLOCK_Q, BLOCK_K, BLOCK_D,
+                True, True, CAPPED, HEAD_DIM, WIDE, TAIL, BLOCK_Q, BLOCK_K,
             )  # fmt: skip
-        if k.dtype == tl.float32:
-            dk += dk_head
-            dv += dv_head
+        if k[0].dtype == tl.float32:
+            dk = add_rows(dk, dk_head)
+            dv = add_rows(dv, dv_head)
         else:
             dk, dv = dk_head, dv_head
 
-    stride_row = (NUM_HEADS + 2 * NUM_KEY_HEADS) * HEAD_DIM
-    dk_ptr = dqkv_ptr + (NUM_HEADS + key_head) * HEAD_DIM
-    store_tile(dk_ptr, dk * scale, start, key, length, stride_row, HEAD_DIM, BLOCK_K, BLOCK_D)
+    dk = scale_rows(dk, scale)
+    dk_ptr = dkv_ptr + part * tokens.to(tl.int64) * stride_dkv_row + key_head * HEAD_DIM
     dv_ptr = dk_ptr + NUM_KEY_HEADS * HEAD_DIM
-    store_tile(dv_ptr, dv, start, key, length, stride_row, HEAD_DIM, BLOCK_K, BLOCK_D)
+    store_rows(dk_ptr, dk, start, key, length, stride_dkv_row, HEAD_DIM, BLOCK_K, WIDE, TAIL)
+    store_rows(dv_ptr, dv, start, key, length, stride_dkv_row, HEAD_DIM, BLOCK_K, WIDE, TAIL)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def attention_sum_parts_kernel(
+    parts_ptr, dkv_ptr, stride_dkv_row, tokens, PARTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """This program computes one row of dk and dv, all key heads: the sum of the parts, in their order."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for part in tl.static_range(PARTS):
+        part_row_ptr = parts_ptr + (part * tokens.to(tl.int64) + row) * WIDTH
+        total += tl.load(part_row_ptr + columns, mask=columns < WIDTH, other=0.0)
+    total = total.to(dkv_ptr.dtype.element_ty)
+    tl.store(dkv_ptr + row * stride_dkv_row + columns, total, mask=columns < WIDTH)
 
 
 def attention_backward(
@@ -311,12 +312,11 @@ def attention_backward(
     if tokens == 0:
         return dqkv
     stats = torch.empty((num_heads, tokens, STATS.value), dtype=torch.float32, device=q.device)
-    capability = device_capability(q.device)
+    tiles = attention_tiles(head_dim, q.dtype, device_capability(q.device), capped=softcap is not None)
     problem = (cu_seqlens, max_seqlen, scale, window, softcap)
-    tile = query_gradient_tile(head_dim, q.dtype, capability)
-    _launch_query_gradient(tile, dout, q, k, v, out, lse, stats, dqkv, *problem)
-    tile = key_gradient_tile(head_dim, q.dtype, capability)
-    _launch_key_gradient(tile, dout, q, k, v, stats, dqkv, *problem)
+    _launch_query_gradient(tiles.query_gradient, dout, q, k, v, out, lse, stats, dqkv, *problem)
+    parts = key_gradient_parts(num_heads, k.shape[1])
+    _launch_key_gradient(tiles.key_gradient, parts, dout, q, k, v, stats, dqkv, *problem)
     return dqkv
 
 
@@ -325,31 +325,37 @@ def _launch_query_gradient(
     cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int | None, softcap: float | None,
 ) -> None:  # fmt: skip
     """Write `stats` and the query heads of `dqkv`."""
-    tokens, num_heads, head_dim = q.shape
-    tiles = tile_arguments(cu_seqlens, max_seqlen, tokens, tile.block_q)
+    num_heads = q.shape[1]
+    tiles = tile_arguments(tile, tile.block_q, cu_seqlens, max_seqlen, q)
     attention_query_gradient_kernel[(tiles["tiles"] * num_heads,)](
         dout, q, k, v, out, lse, stats, dqkv, cu_seqlens,
         dout.stride(0), dout.stride(1), q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         scale=scale, NUM_HEADS=num_heads, GROUP=num_heads // k.shape[1],
-        HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
         **tiles, **score_arguments(q.dtype, max_seqlen, scale, window, softcap),
     )  # fmt: skip
 
 
 def _launch_key_gradient(
-    tile: Tile, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, stats: Tensor, dqkv: Tensor,
+    tile: Tile, parts: int, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, stats: Tensor, dqkv: Tensor,
     cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int | None, softcap: float | None,
 ) -> None:  # fmt: skip
-    """Write the key and value heads of `dqkv`, given `stats`."""
+    """Write the key and value heads of `dqkv`, given `stats`; `parts` programs share the query heads of a key head."""
     tokens, num_heads, head_dim = q.shape
     num_key_heads = k.shape[1]
-    tiles = tile_arguments(cu_seqlens, max_seqlen, tokens, tile.block_k)
-    attention_key_gradient_kernel[(tiles["tiles"] * num_key_heads,)](
-        dout, q, k, v, stats, dqkv, cu_seqlens,
+    tiles = tile_arguments(tile, tile.block_k, cu_seqlens, max_seqlen, q)
+    dkv = dqkv[:, num_heads:]
+    sums = dkv
+    if parts > 1:
+        sums = torch.empty((parts * tokens, 2 * num_key_heads, head_dim), dtype=torch.float32, device=q.device)
+    attention_key_gradient_kernel[(tiles["tiles"] * num_key_heads * parts,)](
+        dout, q, k, v, stats, sums, cu_seqlens,
         dout.stride(0), dout.stride(1), q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        scale=scale, NUM_HEADS=num_heads, GROUP=num_heads // num_key_heads,
-        HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        sums.stride(0),
+        scale=scale, NUM_HEADS=num_heads, GROUP=num_heads // num_key_heads, PARTS=parts,
         **tiles, **score_arguments(q.dtype, max_seqlen, scale, window, softcap),
     )  # fmt: skip
+    if parts > 1:
+        width = 2 * num_key_heads * head_dim
+        attention_sum_parts_kernel[(tokens,)](
+            sums, dkv, dkv.stride(0), tokens, PARTS=parts, WIDTH=width, BLOCK=next_power_of_2(width)
+        )

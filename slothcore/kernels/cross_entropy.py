@@ -18,15 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
-@triton.jit
-def _tanh(u):
-    """tanh in float32 to about two units in the last place; a series near 0, where 1 - exp(-2u) would cancel."""
-    square = u * u
-    series = u * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
-    decay = tl.exp(-2 * tl.abs(u))
-    ratio = (1 - decay) / (1 + decay)
-    return tl.where(square < 0.0625, series, tl.where(u < 0, -ratio, ratio))
+from slothcore.kernels.math import tanh
 
 
 @triton.jit
@@ -53,7 +45,7 @@ def _cross_entropy_kernel(
     in_range = (target >= 0) & (target < vocabulary)
     picked = tl.load(row_ptr + target, mask=in_range, other=float("nan")).to(tl.float32)
     if HAS_SOFTCAP:
-        picked = softcap * _tanh(picked / softcap)
+        picked = softcap * tanh(picked / softcap)
 
     # The lowest finite number instead of -inf: (-inf) - (-inf) would be NaN in lanes that saw nothing yet.
     maximum = tl.full((BLOCK,), -3.4e38, tl.float32)
@@ -63,7 +55,7 @@ def _cross_entropy_kernel(
         capped = logits.to(tl.float32)
         if HAS_SOFTCAP:
             # The cap would turn the -inf of a lane beyond the row into -c.
-            capped = tl.where(columns < vocabulary - start, softcap * _tanh(capped / softcap), float("-inf"))
+            capped = tl.where(columns < vocabulary - start, softcap * tanh(capped / softcap), float("-inf"))
         larger = tl.maximum(maximum, capped)
         total = total * tl.exp(maximum - larger) + tl.exp(capped - larger)
         maximum = larger
@@ -80,9 +72,9 @@ def _cross_entropy_kernel(
             capped = tl.load(row_ptr + start + columns, mask=in_row, other=0.0).to(tl.float32)
             slope = scale
             if HAS_SOFTCAP:
-                tanh = _tanh(capped / softcap)
-                capped = softcap * tanh
-                slope = scale * (1 - tanh * tanh)
+                ratio = tanh(capped / softcap)
+                capped = softcap * ratio
+                slope = scale * (1 - ratio * ratio)
             gradient = tl.exp(capped - log_normalizer)
             gradient = tl.where(start + columns == target, gradient - 1, gradient) * slope
             tl.store(row_ptr + start + columns, gradient.to(logits_ptr.dtype.element_ty), mask=in_row)

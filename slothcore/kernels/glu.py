@@ -22,7 +22,7 @@ from slothcore.kernels.launch import ceil_div, partial_row_tile, with_contiguous
 
 
 @triton.jit
-def _activate(gate, ACTIVATION: tl.constexpr):
+def activate(gate, ACTIVATION: tl.constexpr):
     """f(gate) and f'(gate), in float32."""
     if ACTIVATION == "silu":
         sigmoid = tl.sigmoid(gate)
@@ -54,7 +54,7 @@ def glu_forward_kernel(
     gate_ptr = gate_up_ptr + row * stride_gate_up_row + column
     gate = tl.load(gate_ptr, mask=exists, other=0.0).to(tl.float32)
     up = tl.load(gate_ptr + WIDTH, mask=exists, other=0.0).to(tl.float32)
-    activated, _ = _activate(gate, ACTIVATION)
+    activated, _ = activate(gate, ACTIVATION)
     activated = activated.to(y_ptr.dtype.element_ty).to(tl.float32)
     tl.store(y_ptr + row * WIDTH + column, (activated * up).to(y_ptr.dtype.element_ty), mask=exists)
 
@@ -81,7 +81,7 @@ def glu_backward_kernel(
     gate = tl.load(gate_ptr, mask=exists, other=0.0).to(tl.float32)
     up = tl.load(gate_ptr + WIDTH, mask=exists, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + row * stride_dy_row + column, mask=exists, other=0.0).to(tl.float32)
-    activated, slope = _activate(gate, ACTIVATION)
+    activated, slope = activate(gate, ACTIVATION)
     activated = activated.to(y_ptr.dtype.element_ty).to(tl.float32)
     d_gate_ptr = d_gate_up_ptr + row * stride_d_gate_up_row + column
     tl.store(d_gate_ptr, (dy * up * slope).to(y_ptr.dtype.element_ty), mask=exists)

@@ -15,32 +15,34 @@ Activation = Literal["silu", "gelu_pytorch_tanh"]
 
 def glu_forward(gate_up: Tensor, *, activation: Activation) -> Tensor:
     """`f(gate) * up` for gate_up [T, 2 I], the gate in the first half of a row. Returns [T, I]."""
-    gate, up = _halves(gate_up)
-    return (_activate(gate, activation).to(gate_up.dtype) * up).to(gate_up.dtype)
+    gate, up = halves(gate_up)
+    return (activate(gate, activation).to(gate_up.dtype) * up).to(gate_up.dtype)
 
 
 def glu_backward(
     dy: Tensor, gate_up: Tensor, *, activation: Activation, inplace: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Gradient [T, 2 I] of `glu_forward` against dy [T, I] (over `gate_up` itself if `inplace`), and its output y."""
-    gate, up = _halves(gate_up)
+    gate, up = halves(gate_up)
     wide_dy = dy.to(gate.dtype)
-    activated = _activate(gate, activation).to(gate_up.dtype)
+    activated = activate(gate, activation).to(gate_up.dtype)
     y = (activated * up).to(gate_up.dtype)
-    d_gate_up = torch.cat((wide_dy * up * _slope(gate, activation), wide_dy * activated), dim=-1).to(gate_up.dtype)
+    d_gate_up = torch.cat((wide_dy * up * slope_of(gate, activation), wide_dy * activated), dim=-1).to(gate_up.dtype)
     return (gate_up.copy_(d_gate_up) if inplace else d_gate_up), y
 
 
-def _halves(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+def halves(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gate and up [T, I] of gate_up [T, 2 I], in at least float32."""
     gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, dim=-1)
     return gate, up
 
 
-def _activate(gate: Tensor, activation: Activation) -> Tensor:
+def activate(gate: Tensor, activation: Activation) -> Tensor:
+    """f(gate)."""
     return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
 
 
-def _slope(gate: Tensor, activation: Activation) -> Tensor:
+def slope_of(gate: Tensor, activation: Activation) -> Tensor:
     """f'(gate), with f(g) = g * sigmoid(t(g)); see `glu` for t."""
     if activation == "silu":
         sigmoid, slope_t = torch.sigmoid(gate), torch.ones_like(gate)

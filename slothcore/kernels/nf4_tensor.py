@@ -57,6 +57,8 @@ class Nf4Tensor:
         nested_offset: [] float32, the mean of the float32 absmax, or None.
         nested_code: [256] float32, what each uint8 in absmax stands for, or None.
         shape: (N, K), out_features and in_features.
+        value_dtype: to which code * absmax is rounded before the dtype that is asked for, or None. What is loaded has
+            None: bitsandbytes' products round to the dtype of their input alone.
     """
 
     packed: Tensor
@@ -65,6 +67,7 @@ class Nf4Tensor:
     nested_offset: Tensor | None
     nested_code: Tensor | None
     shape: tuple[int, int]
+    value_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         blocks = block_count(self.shape)
@@ -85,6 +88,10 @@ class Nf4Tensor:
         """Whether absmax is itself quantised (double quantisation)."""
         return self.nested_absmax is not None
 
+    def rounds_before(self, dtype: torch.dtype) -> bool:
+        """Whether values in `dtype` have been rounded to `value_dtype` first, and that may have changed them."""
+        return self.value_dtype not in (None, torch.float32, dtype)
+
     @property
     def device(self) -> torch.device:
         return self.packed.device
@@ -104,9 +111,16 @@ def block_count(shape: tuple[int, int]) -> int:
 def nested_code(device: torch.device | str = "cpu") -> Tensor:
     """The signed 8-bit dynamic map, [256] float32 ascending: a tensor of the caller's own.
 
+    Made once for each device and copied there, because a copy from the host would wait for all that a GPU has to do.
+
     Exponents 10^-6 to 1 each cover the decade below them; decade i has 2^i equal intervals, whose midpoints stand
     with both signs; 0 and 1 complete the 256.
     """
+    return _shared_nested_code(torch.device(device)).clone()
+
+
+@lru_cache(maxsize=16)
+def _shared_nested_code(device: torch.device) -> Tensor:
     return torch.tensor(_nested_code_values(), dtype=torch.float32, device=device)
 
 

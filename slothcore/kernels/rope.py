@@ -1,8 +1,10 @@
 """Rotary position embedding, in place, on the first heads of every token.
 
-Forward   a' = a * cos - b * sin,   b' = b * cos + a * sin   for the pairs (a, b) = (x[d], x[d + D/2])
+Forward   a' = a * cos - b * sin,   b' = b * cos + a * sin   for the pairs (a, b) = (x[d], x[d + P/2]), d < P/2
 Inverse   the same with -sin. The rotation is orthogonal, so its inverse is also its backward.
-Shapes    x [T, heads, D]; cos, sin [T, D/2].  T = tokens, D = head_dim.  Angles are the caller's (positions, scaling).
+Partial   with P < D the channels from P on stay as they are.
+Shapes    x [T, heads, D]; cos, sin [T, P/2].  T = tokens, D = head_dim, P <= D rotated channels of a head.
+          Angles are the caller's (positions, scaling).
 Dtypes    x float32 or 16-bit; cos, sin and all arithmetic float32; one rounding to x.dtype.
 Source    Su et al. 2021, arXiv:2104.09864; the half-split pairing is GPT-NeoX's and Hugging Face's `rotate_half`.
 """
@@ -50,17 +52,17 @@ def rope_rotate_kernel(
 
 
 def rope_rotate_(x: Tensor, cos: Tensor, sin: Tensor, *, num_heads: int, inverse: bool = False) -> Tensor:
-    """Rotate `x[:, :num_heads]` in place; later heads (the values of a fused q/k/v) stay as they are.
+    """Rotate `x[:, :num_heads, :P]` in place; later heads (the values of a fused q/k/v) stay as they are.
 
     Args:
         x: [T, heads, D], last dimension contiguous, any other strides.
-        cos, sin: [T, D/2] float32.
+        cos, sin: [T, P/2] float32, P <= D.
         inverse: rotate back.
     Returns: `x`.
     """
     num_tokens, heads, head_dim = x.shape
     half_dim = cos.shape[-1]
-    assert head_dim == 2 * half_dim, f"angles for head_dim {2 * half_dim}, heads of {head_dim}"
+    assert 2 * half_dim <= head_dim, f"angles for {2 * half_dim} channels, heads of {head_dim}"
     assert cos.shape == sin.shape == (num_tokens, half_dim)
     assert num_heads <= heads
     assert x.stride(-1) == 1, "rotating in place needs a contiguous head dimension"

@@ -1,12 +1,17 @@
 """Self-attention over the packed token stream."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from slothcore.autograd.attention import packed_attention
+from slothcore.autograd.qk_norm import qk_norm_rope
 from slothcore.autograd.rope import apply_rope
 from slothcore.layers.kv_cache import LayerCache
 from slothcore.layers.linear import Linear, project_together
+from slothcore.layers.norm import RMSNorm
 from slothcore.layers.packed import Documents
 
 
@@ -21,6 +26,9 @@ class SelfAttention(nn.Module):
         window: a token sees at most this many tokens, itself included; None: its whole document.
         softcap: scores s become softcap * tanh(s / softcap); None: they stay.
         qkv_bias, output_bias: whether the projections in and out add a bias.
+        fused_qkv: one layer `qkv_proj` whose rows are those of q, k and v, as Phi-3's checkpoints have it.
+        head_norm: makes the norm of one head, applied to each query and key head before RoPE (`q_norm`, `k_norm`);
+            None: they are not normed.
     """
 
     def __init__(
@@ -35,6 +43,8 @@ class SelfAttention(nn.Module):
         softcap: float | None = None,
         qkv_bias: bool = False,
         output_bias: bool = False,
+        fused_qkv: bool = False,
+        head_norm: Callable[[], RMSNorm] | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -46,9 +56,14 @@ class SelfAttention(nn.Module):
         self.window = window
         self.softcap = softcap
         q_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
-        self.q_proj = Linear(hidden_size, q_size, bias=qkv_bias, dtype=dtype, device=device)
-        self.k_proj = Linear(hidden_size, kv_size, bias=qkv_bias, dtype=dtype, device=device)
-        self.v_proj = Linear(hidden_size, kv_size, bias=qkv_bias, dtype=dtype, device=device)
+        sizes = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+        if fused_qkv:
+            sizes = {"qkv_proj": q_size + 2 * kv_size}
+        self._names = tuple(sizes)
+        for name, size in sizes.items():
+            self.add_module(name, Linear(hidden_size, size, bias=qkv_bias, dtype=dtype, device=device))
+        self.q_norm = None if head_norm is None else head_norm()
+        self.k_norm = None if head_norm is None else head_norm()
         self.o_proj = Linear(q_size, hidden_size, bias=output_bias, dtype=dtype, device=device)
 
     def forward(
@@ -57,15 +72,30 @@ class SelfAttention(nn.Module):
         """[T, H] to [T, H].
 
         Args:
-            cos, sin: [T, head_dim / 2] float32.
+            cos, sin: [T, P / 2] float32; the first P channels of a head are rotated, the rest stay.
             documents: boundaries of the packed stream; not read when the cache takes one token a row.
             cache: keys and values are stored there; unless it is reading the prompts, x is one token a row, and each
                 attends to its row of the cache.
         """
         q_and_k = self.num_heads + self.num_kv_heads
-        qkv = project_together(x, (self.q_proj, self.k_proj, self.v_proj))
+        projections: list[Any] = [self._modules[name] for name in self._names]
+        qkv = project_together(x, projections)
         # The heads are split after RoPE: autograd copies a view's gradient whole when the view is changed in place.
-        qkv = apply_rope(qkv, cos, sin, num_heads=q_and_k, inplace=True)
+        if self.q_norm is None or self.k_norm is None:
+            qkv = apply_rope(qkv, cos, sin, num_heads=q_and_k, head_dim=self.head_dim, inplace=True)
+        else:
+            qkv = qk_norm_rope(
+                qkv,
+                self.q_norm.weight,
+                self.k_norm.weight,
+                cos,
+                sin,
+                num_heads=self.num_heads,
+                num_kv_heads=self.num_kv_heads,
+                eps=self.q_norm.eps,
+                weight_offset=self.q_norm.weight_offset,
+                cast_before_weight=self.q_norm.cast_before_weight,
+            )
         qkv = qkv.view(len(x), q_and_k + self.num_kv_heads, self.head_dim)
         if cache is not None:
             cache.store(qkv[:, self.num_heads : q_and_k], qkv[:, q_and_k:])

@@ -9,8 +9,8 @@ from slothcore.layers.packed import Documents
 class KvCache:
     """Keys and values of every layer, [rows, capacity, kv heads, head_dim] each; row r is one sequence.
 
-    A forward pass with a cache is one of two kinds: `begin_prompt` (all tokens of the prompts, packed, into an empty
-    cache) or `begin_token` (the next token of every row). Either says where the new keys and values go.
+    A forward pass with a cache is one of two kinds: `begin_prompt` (texts from their first token on, packed, each into
+    a row of its own) or `begin_token` (the next token of every row). Either says where the new keys and values go.
     """
 
     def __init__(
@@ -39,13 +39,19 @@ class KvCache:
         """The share of one layer; made anew, because kept here it would be a cycle, and free its memory late."""
         return LayerCache(self, self.keys[index], self.values[index])
 
-    def begin_prompt(self, documents: Documents, num_tokens: int) -> None:
-        """Take the packed prompts, `num_tokens` in all, one document a row."""
-        starts = documents.cu_seqlens[:-1].long()
-        self.lengths = documents.cu_seqlens.long().diff()
-        shifts = torch.repeat_interleave(self.row_starts - starts, self.lengths, output_size=num_tokens)
-        self.slots = torch.arange(num_tokens, device=starts.device) + shifts
-        self.longest, self.is_prompt = documents.max_seqlen, True
+    def begin_prompt(self, documents: Documents, num_tokens: int, rows: Tensor | None = None) -> None:
+        """Take packed texts, `num_tokens` in all, one document a row; what the row held is gone.
+
+        Args:
+            rows: [documents] int64, the row of each; default: every row in order. Other rows stay as they are.
+        """
+        boundaries = documents.cu_seqlens.long()
+        lengths = boundaries.diff()
+        row_starts = self.row_starts if rows is None else self.row_starts[rows]
+        shifts = torch.repeat_interleave(row_starts - boundaries[:-1], lengths, output_size=num_tokens)
+        self.slots = torch.arange(num_tokens, device=shifts.device) + shifts
+        self.lengths = lengths if rows is None else self.lengths.index_copy(0, rows, lengths)
+        self.longest, self.is_prompt = max(self.longest, documents.max_seqlen), True
 
     def begin_token(self) -> Tensor:
         """Take one more token of every row; returns their positions [rows]."""

@@ -17,6 +17,7 @@ from slothcore.autograd.glu import glu
 from slothcore.autograd.lora import Projection, lora_fused, lora_linear, lora_mlp
 from slothcore.kernels import nf4, nf4_eager
 from slothcore.kernels.glu import Activation
+from slothcore.kernels.nf4_experts import Nf4Experts
 from slothcore.kernels.nf4_tensor import Nf4Tensor
 
 NF4_BUFFERS = ("weight", "weight_absmax", "weight_nested_absmax", "weight_nested_offset", "weight_nested_code")
@@ -77,7 +78,7 @@ class Linear(nn.Module):
         if not self.is_nf4:
             return self.weight
         if self._nf4 is None or any(
-            part is not self._buffers[name] for part, name in zip(_parts(self._nf4), NF4_BUFFERS, strict=True)
+            part is not self._buffers[name] for part, name in zip(nf4_parts(self._nf4), NF4_BUFFERS, strict=True)
         ):
             # Moving the module or loading a state dict replaced buffers since the last call.
             self._nf4 = Nf4Tensor(
@@ -105,7 +106,7 @@ class Linear(nn.Module):
         """
         self._require_shape("NF4 weight", weight.shape, (self.out_features, self.in_features))
         self._clear_weight()
-        for name, part in zip(NF4_BUFFERS, _parts(weight), strict=True):
+        for name, part in zip(NF4_BUFFERS, nf4_parts(weight), strict=True):
             self.register_buffer(name, part)
 
     def set_dense(self, weight: Tensor) -> None:
@@ -193,7 +194,7 @@ class Linear(nn.Module):
             super()._apply(fn, recurse)
         finally:
             for name, value in statistics.items():
-                self._buffers[name] = None if value is None else _without_cast(fn, value)
+                self._buffers[name] = None if value is None else move_without_cast(fn, value)
         return self
 
     def _clear_weight(self) -> None:
@@ -216,27 +217,30 @@ def project_together(x: Tensor, linears: Sequence[Linear]) -> Tensor:
     """
     if all(linear.is_frozen for linear in linears):
         return lora_fused(x, [linear.projection() for linear in linears])
-    return torch.cat([linear(x) for linear in linears], dim=-1)
+    outputs = [linear(x) for linear in linears]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
-def gated_mlp(x: Tensor, gate: Linear, up: Linear, down: Linear, *, activation: Activation) -> Tensor:
+def gated_mlp(x: Tensor, gate_up: Sequence[Linear], down: Linear, *, activation: Activation) -> Tensor:
     """down(act(gate(x)) * up(x)); one fused Function where every base weight is frozen.
 
     Args:
         x: [T, H].
+        gate_up: gate and up, or one layer whose outputs are those of both, in this order.
     Returns: [T, H].
     """
-    if gate.is_frozen and up.is_frozen and down.is_frozen:
-        return lora_mlp(x, gate.projection(), up.projection(), down.projection(), activation=activation)
-    return down(glu(project_together(x, (gate, up)), activation=activation))
+    if down.is_frozen and all(linear.is_frozen for linear in gate_up):
+        projections = [linear.projection() for linear in gate_up]
+        return lora_mlp(x, projections, down.projection(), activation=activation)
+    return down(glu(project_together(x, gate_up), activation=activation))
 
 
-def _parts(weight: Nf4Tensor) -> tuple[Tensor | None, ...]:
+def nf4_parts(weight: Nf4Tensor | Nf4Experts) -> tuple[Tensor | None, ...]:
     """The tensors of an NF4 weight in the order of `NF4_BUFFERS`."""
     return weight.packed, weight.absmax, weight.nested_absmax, weight.nested_offset, weight.nested_code
 
 
-def _without_cast(fn: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
+def move_without_cast(fn: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
     """`fn(value)` if that keeps the dtype, else the value itself on the device that `fn` chose."""
     moved = fn(value)
     return moved if moved.dtype == value.dtype else value.to(moved.device)

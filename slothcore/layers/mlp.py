@@ -1,5 +1,7 @@
 """The gated feed-forward block."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,7 @@ from slothcore.layers.linear import Linear, gated_mlp
 class GatedMlp(nn.Module):
     """y = down(act(gate(x)) * up(x)).
 
+    With `fused` one layer `gate_up_proj` holds the rows of gate and then those of up, as Phi-3's checkpoints do.
     Source: Shazeer 2020, arXiv:2002.05202.
     """
 
@@ -20,18 +23,22 @@ class GatedMlp(nn.Module):
         *,
         activation: Activation,
         bias: bool = False,
+        fused: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.activation: Activation = activation
-        self.gate_proj = Linear(hidden_size, intermediate_size, bias=bias, dtype=dtype, device=device)
-        self.up_proj = Linear(hidden_size, intermediate_size, bias=bias, dtype=dtype, device=device)
+        self._names = ("gate_up_proj",) if fused else ("gate_proj", "up_proj")
+        width = 2 * intermediate_size // len(self._names)
+        for name in self._names:
+            self.add_module(name, Linear(hidden_size, width, bias=bias, dtype=dtype, device=device))
         self.down_proj = Linear(intermediate_size, hidden_size, bias=bias, dtype=dtype, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, H] to [T, H]."""
-        return gated_mlp(x, self.gate_proj, self.up_proj, self.down_proj, activation=self.activation)
+        gate_up: list[Any] = [self._modules[name] for name in self._names]
+        return gated_mlp(x, gate_up, self.down_proj, activation=self.activation)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"

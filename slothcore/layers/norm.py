@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation, alone or fused with the residual add before it."""
+"""Root-mean-square normalisation, alone or fused with the residual add before it and the norm before that."""
 
 from typing import overload
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from slothcore.autograd.rms_norm import add_rms_norm, rms_norm
+from slothcore.autograd.sandwich_norm import post_norm_add_norm
 
 
 class RMSNorm(nn.Module):
@@ -49,3 +50,20 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}, weight_offset={self.weight_offset}"
+
+
+def norm_add_norm(branch: Tensor, residual: Tensor, *, post: RMSNorm, pre: RMSNorm) -> tuple[Tensor, Tensor]:
+    """The step between two branches with sandwich norms: h = residual + post(branch), y = pre(h), as one operation.
+
+    Args:
+        branch, residual: [T, H].
+        post: the norm that ends the branch.
+        pre: the norm that begins the next; of the same rule.
+    Returns: (y, h), both [T, H].
+    """
+    rule = pre.eps, pre.weight_offset, pre.cast_before_weight
+    assert rule == (post.eps, post.weight_offset, post.cast_before_weight), "the two norms follow different rules"
+    eps, offset, cast = rule
+    return post_norm_add_norm(
+        branch, residual, post.weight, pre.weight, eps=eps, weight_offset=offset, cast_before_weight=cast
+    )

@@ -1,17 +1,19 @@
 """Putting a LoRA adapter on a model: what is frozen, what trains, and with what it starts."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from slothcore.layers.experts import ExpertLinear, expert_path
 from slothcore.layers.linear import Linear
 from slothcore.lora.config import ALL_LINEAR, Bias, LoraConfig
 from slothcore.models.decoder import Decoder
 
 LoraDtype = torch.dtype | str
+LoraLayer = Linear | ExpertLinear
 
 
 def add_lora(
@@ -58,19 +60,41 @@ def add_lora(
     )
     require_no_adapter(model)
     plan = AdapterPlan.of(model, config)
-    unmatched = config.unmatched_targets(list(linear_layers(model)))
+    paths = [name for path, layer in lora_layers(model).items() for name in stored_paths(path, layer)]
+    unmatched = config.unmatched_targets(paths)
     if unmatched:
-        known = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in linear_layers(model)))
+        known = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in paths))
         raise ValueError(f"target_modules {', '.join(map(repr, unmatched))} match no linear layer; known are {known}")
     dtype = resolve_lora_dtype(lora_dtype, model)
     factors = {}
-    for path, (shape_A, shape_B) in plan.targets.items():
-        lora_A = torch.empty(shape_A, dtype=dtype, device=model.device)
-        lora_B = torch.empty(shape_B, dtype=dtype, device=model.device)
+    for path, target in plan.targets.items():
+        lora_A = torch.empty(target.shape_A, dtype=dtype, device=model.device)
+        lora_B = torch.empty(target.shape_B, dtype=dtype, device=model.device)
         initialise_factors(lora_A, lora_B, init_lora_weights)
         factors[path] = lora_A, lora_B
     attach(model, plan, factors)
     return model
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer with a LoRA term.
+
+    Attributes:
+        names: what it is called on disk: its path, or one for each expert of a stack.
+        shape_A, shape_B: of its factors, [r, in] and [out, r]; with the experts in front for a stack.
+        scaling: what multiplies B A.
+    """
+
+    names: tuple[str, ...]
+    shape_A: tuple[int, ...]
+    shape_B: tuple[int, ...]
+    scaling: float
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether these are experts."""
+        return len(self.shape_A) == 3
 
 
 @dataclass(frozen=True)
@@ -79,13 +103,13 @@ class AdapterPlan:
 
     Attributes:
         config: with "all-linear" written out.
-        targets: path of each target -> shapes of lora_A [r, in] and lora_B [out, r].
+        targets: path of each layer with a LoRA term -> the rest of what is to know of it.
         biases: paths of the biases that train.
         saved: paths of the parameters that train as part of a module in `modules_to_save`.
     """
 
     config: LoraConfig
-    targets: dict[str, tuple[tuple[int, int], tuple[int, int]]]
+    targets: dict[str, Target]
     biases: tuple[str, ...]
     saved: tuple[str, ...]
 
@@ -95,19 +119,22 @@ class AdapterPlan:
 
         Raises: ValueError if a name of the configuration fits nothing in the model.
         """
-        linears = linear_layers(model)
-        paths = config.targets(list(linears))
-        targets = {}
-        for path in paths:
-            rank = config.rank_of(path)
-            targets[path] = (rank, linears[path].in_features), (linears[path].out_features, rank)
+        layers = lora_layers(model)
+        names = {path: stored_paths(path, layer) for path, layer in layers.items()}
+        chosen = config.targets([name for path in layers for name in names[path]])
+        taken = set(chosen)
+        targets = {
+            path: _target(layer, names[path], taken, config)
+            for path, layer in layers.items()
+            if not taken.isdisjoint(names[path])
+        }
         if config.bias == "all":
             biases = tuple(name for name, _ in model.named_parameters() if name.endswith(".bias"))
         elif config.bias == "lora_only":
-            biases = tuple(f"{path}.bias" for path in paths if linears[path].bias is not None)
+            biases = tuple(f"{path}.bias" for path in targets if getattr(layers[path], "bias", None) is not None)
         else:
             biases = ()
-        return cls(config.with_names(paths), targets, biases, tuple(_saved_parameters(model, config)))
+        return cls(config.with_names(chosen), targets, biases, tuple(_saved_parameters(model, config)))
 
 
 def attach(model: Decoder, plan: AdapterPlan, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
@@ -118,11 +145,9 @@ def attach(model: Decoder, plan: AdapterPlan, factors: dict[str, tuple[Tensor, T
     """
     _untie(model, plan.saved)
     model.requires_grad_(False)
-    config = plan.config
+    config, layers = plan.config, lora_layers(model)
     for path, (lora_A, lora_B) in factors.items():
-        linear_layers(model)[path].attach_lora(
-            lora_A, lora_B, scaling=config.scaling_of(path), dropout=config.lora_dropout
-        )
+        layers[path].attach_lora(lora_A, lora_B, scaling=plan.targets[path].scaling, dropout=config.lora_dropout)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name in (*plan.biases, *plan.saved):
         parameters[name].requires_grad_(True)
@@ -130,18 +155,19 @@ def attach(model: Decoder, plan: AdapterPlan, factors: dict[str, tuple[Tensor, T
 
 
 def initialise_factors(lora_A: Tensor, lora_B: Tensor, init_lora_weights: bool | str) -> None:
-    """Fill A [r, in] and B [out, r] in place, from the same distributions as PEFT.
+    """Fill A [.., r, in] and B [.., out, r] in place, from the same distributions as PEFT.
 
     True is U(-1/sqrt(in), 1/sqrt(in)) for A, and zero for B.
     """
     if init_lora_weights == "gaussian":
-        nn.init.normal_(lora_A, std=1 / lora_A.shape[0])
+        nn.init.normal_(lora_A, std=1 / lora_A.shape[-2])
     elif isinstance(init_lora_weights, bool):
-        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+        # Flat, because a stack's bound depends on the inputs of one expert.
+        nn.init.kaiming_uniform_(lora_A.flatten(0, -2), a=math.sqrt(5))
     else:
         raise ValueError(f"init_lora_weights must be true, false or 'gaussian', got {init_lora_weights!r}")
     if init_lora_weights is False:
-        nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(lora_B.flatten(0, -2), a=math.sqrt(5))
     else:
         nn.init.zeros_(lora_B)
 
@@ -165,9 +191,36 @@ def require_no_adapter(model: Decoder) -> None:
         raise ValueError("the model has a LoRA adapter already; merge it with save_merged, or load the base anew")
 
 
-def linear_layers(model: Decoder) -> dict[str, Linear]:
-    """Every linear layer of the model by its path, the head included."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, Linear)}
+def lora_layers(model: Decoder) -> dict[str, LoraLayer]:
+    """Every layer that can have a LoRA term by its path: linear layers, and stacks of experts."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, Linear | ExpertLinear)}
+
+
+def stored_paths(path: str, layer: LoraLayer) -> tuple[str, ...]:
+    """The names on disk of the layer at this path, one for each expert of a stack."""
+    if isinstance(layer, Linear):
+        return (path,)
+    return tuple(expert_path(path, index) for index in range(layer.num_experts))
+
+
+def _target(layer: LoraLayer, names: tuple[str, ...], taken: Collection[str], config: LoraConfig) -> Target:
+    """Raises: ValueError if the configuration tells experts of one stack apart."""
+    left = [name for name in names if name not in taken]
+    if left:
+        raise ValueError(
+            f"target_modules take some experts of a layer and leave {left[0]}; the experts of a layer have LoRA "
+            "together, so name all of them or none"
+        )
+    kinds = {(config.rank_of(name), config.scaling_of(name)) for name in names}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"rank_pattern and alpha_pattern tell {names[0]} and other experts of its layer apart; the experts of a "
+            "layer share rank and alpha"
+        )
+    rank, scaling = kinds.pop()
+    if isinstance(layer, ExpertLinear):
+        return Target(names, *layer.factor_shapes(rank), scaling)
+    return Target(names, (rank, layer.in_features), (layer.out_features, rank), scaling)
 
 
 def resolve_lora_dtype(lora_dtype: LoraDtype, model: Decoder) -> torch.dtype:
@@ -190,6 +243,11 @@ def _saved_parameters(model: Decoder, config: LoraConfig) -> Iterator[str]:
             known = ", ".join(dict.fromkeys(p.split(".")[-2] for p in parameters))
             raise ValueError(f"modules_to_save {name!r} matches no module; known are {known}")
         for path, module in modules.items():
+            if any(isinstance(inner, ExpertLinear) for inner in module.modules()):
+                raise ValueError(
+                    f"modules_to_save {name!r}: {path} has experts, which no adapter format keeps as a whole; train "
+                    "them through LoRA, or the whole model without an adapter"
+                )
             if any(isinstance(inner, Linear) and inner.is_nf4 for inner in module.modules()):
                 raise ValueError(
                     f"modules_to_save {name!r}: {path} is kept in NF4 and cannot train as a whole; load with bits=16"

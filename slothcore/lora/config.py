@@ -9,6 +9,14 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+TUPLES = (
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
+)
 Bias = Literal["none", "all", "lora_only"]
 ALL_LINEAR = "all-linear"
 
@@ -55,6 +63,8 @@ class LoraConfig:
         lora_dropout: probability that the LoRA term does not see an element of its input while training.
         target_modules: names of linear layers (a name stands for every module whose path ends with it), or a regular
             expression for whole paths, or "all-linear": every linear layer but the head.
+        target_parameters: parameters with a LoRA term, which an adapter of PEFT has for fused experts; `load_adapter`
+            takes it apart, and none is left on a model.
         exclude_modules: names or a regular expression of modules that are no target.
         bias: which biases train: none, all of the model's, or those of the targets.
         use_rslora: scaling = lora_alpha / sqrt(r) instead of lora_alpha / r (arXiv:2312.03732).
@@ -74,6 +84,7 @@ class LoraConfig:
     lora_alpha: float = 16
     lora_dropout: float = 0.0
     target_modules: tuple[str, ...] | str = ALL_LINEAR
+    target_parameters: tuple[str, ...] = ()
     exclude_modules: tuple[str, ...] | str | None = None
     bias: Bias = "none"
     use_rslora: bool = False
@@ -86,7 +97,7 @@ class LoraConfig:
     base_model_name_or_path: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
+        for name in TUPLES:
             object.__setattr__(self, name, _as_tuple(getattr(self, name), name))
         for where, rank in [("r", self.r), *self.rank_pattern.items()]:
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
@@ -105,7 +116,7 @@ class LoraConfig:
                 f"init_lora_weights must be true, false or 'gaussian', got {self.init_lora_weights!r}; initialisations "
                 "that change the base weights are not supported"
             )
-        if not self.target_modules:
+        if not self.target_modules and not self.target_parameters:
             raise ValueError("target_modules is empty; name linear layers, or 'all-linear'")
         patterns = [p for p in (self.target_modules, self.exclude_modules) if isinstance(p, str)]
         for pattern in [*patterns, *self.rank_pattern, *self.alpha_pattern]:
@@ -116,12 +127,16 @@ class LoraConfig:
 
     def rank_of(self, module: str) -> int:
         """r of the target at this path."""
-        return _by_pattern(self.rank_pattern, module, self.r)
+        return by_pattern(self.rank_pattern, module, self.r)
+
+    def alpha_of(self, module: str) -> float:
+        """lora_alpha of the target at this path."""
+        alpha: float = by_pattern(self.alpha_pattern, module, self.lora_alpha)
+        return alpha
 
     def scaling_of(self, module: str) -> float:
         """What multiplies B A of the target at this path."""
-        rank = self.rank_of(module)
-        alpha = _by_pattern(self.alpha_pattern, module, self.lora_alpha)
+        rank, alpha = self.rank_of(module), self.alpha_of(module)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def targets(self, linears: Sequence[str], *, head: str = "lm_head") -> list[str]:
@@ -173,11 +188,21 @@ class LoraConfig:
             return self
         return replace(self, target_modules=tuple(sorted({path.rpartition(".")[2] for path in targets})))
 
+    def without_rslora(self) -> "LoraConfig":
+        """The same with the square root of the rank in lora_alpha, where the ranks are all one."""
+        if not self.use_rslora or self.rank_pattern:
+            return self
+        root = math.sqrt(self.r)
+        alphas = {pattern: alpha * root for pattern, alpha in self.alpha_pattern.items()}
+        return replace(self, use_rslora=False, lora_alpha=self.lora_alpha * root, alpha_pattern=alphas)
+
     def to_json(self) -> str:
         """The text of `adapter_config.json`, as PEFT lays it out."""
         values = {**asdict(self), **FIXED_FIELDS}
         if values["exclude_modules"] is None:
             del values["exclude_modules"]  # older versions of PEFT do not know it
+        if not values["target_parameters"]:
+            del values["target_parameters"]  # nor this
         values["modules_to_save"] = values["modules_to_save"] or None
         return json.dumps(values, indent=2, sort_keys=True)
 
@@ -253,7 +278,7 @@ def _matches(names: tuple[str, ...] | str, path: str) -> bool:
     return any(_ends_with(path, name) for name in names)
 
 
-def _by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+def by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     """The value of the first pattern that the end of the path matches."""
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", path):

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from slothcore.layers.experts import ExpertLinear, expert_path
 from slothcore.layers.linear import Linear
 from slothcore.models.decoder import Decoder
 
@@ -19,6 +20,13 @@ def merged_weight(linear: Linear, dtype: torch.dtype) -> Tensor:
     return linear.delta_weight().add_(linear.dequantized(torch.float32)).to(dtype)
 
 
+def merged_expert(layer: ExpertLinear, index: int, dtype: torch.dtype) -> Tensor:
+    """The same for one expert of a stack."""
+    if layer.lora_A is None:
+        return layer.dequantized_expert(index, dtype)
+    return layer.delta_expert(index).add_(layer.dequantized_expert(index, torch.float32)).to(dtype)
+
+
 def merged_state(model: Decoder, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Every weight of the model with its adapter folded in, under Hugging Face's names, made one at a time.
 
@@ -31,6 +39,10 @@ def merged_state(model: Decoder, dtype: torch.dtype) -> Iterator[tuple[str, Tens
                 yield f"{path}.weight", merged_weight(module, dtype)
             if module.bias is not None:
                 yield f"{path}.bias", module.bias.detach().to(dtype)
+            continue
+        if isinstance(module, ExpertLinear):
+            for index in range(module.num_experts):
+                yield f"{expert_path(path, index)}.weight", merged_expert(module, index, dtype)
             continue
         for name, parameter in module.named_parameters(recurse=False):
             yield f"{path}.{name}", parameter.detach().to(dtype)

@@ -1,31 +1,22 @@
-"""Weights on disk: safetensors in a Hugging Face folder, read one tensor at a time and written one shard at a time."""
+"""Model folders: which weights one holds and whether they fit, and how one is written, a shard at a time."""
 
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from slothcore.models.config import read_json
+from slothcore.models.families import Family
+from slothcore.models.hf_config import read_json
+from slothcore.models.reading import StoredTensor, read_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a weight lies and what it is, read from headers alone."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str  # safetensors' name of it
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -54,26 +45,49 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
                 raise ValueError(
                     f"{folder / INDEX_FILE}: {name} must lie in a .safetensors file of this folder, got {file!r}"
                 )
-        files = {name: folder / file for name, file in weight_map.items()}
-    elif (folder / SINGLE_FILE).is_file():
-        files = dict.fromkeys(_names_in(folder / SINGLE_FILE), folder / SINGLE_FILE)
-    else:
-        pickled = any(folder.glob("pytorch_model*.bin"))
-        hint = (
-            "; its weights are pickled, which slothcore does not open: convert them to safetensors" if pickled else ""
-        )
-        raise ValueError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
+        return _stored_in_shards(folder, weight_map)
+    if (folder / SINGLE_FILE).is_file():
+        return read_header(folder / SINGLE_FILE)
+    pickled = any(folder.glob("pytorch_model*.bin"))
+    hint = "; its weights are pickled, which slothcore does not open: convert them to safetensors" if pickled else ""
+    raise ValueError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
 
+
+def _stored_in_shards(folder: Path, weight_map: Mapping[str, str]) -> dict[str, StoredTensor]:
+    """The weights that an index names, from the headers of its shards."""
+    names: dict[str, list[str]] = {}
+    for name, file in weight_map.items():
+        names.setdefault(file, []).append(name)
     found: dict[str, StoredTensor] = {}
-    for file, names in _by_file(files).items():
-        with _opened(file) as shard:
-            present = set(shard.keys())
-            for name in names:
-                if name not in present:
-                    raise ValueError(f"{INDEX_FILE} says that {file.name} holds {name}, but it does not")
-                part = shard.get_slice(name)
-                found[name] = StoredTensor(file, tuple(part.get_shape()), part.get_dtype())
+    for file in sorted(names):
+        if not (folder / file).is_file():
+            raise ValueError(f"{folder / file} is missing, though {INDEX_FILE} names it")
+        present = read_header(folder / file)
+        for name in names[file]:
+            if name not in present:
+                raise ValueError(f"{INDEX_FILE} says that {file} holds {name}, but it does not")
+            found[name] = present[name]
     return found
+
+
+def names_in_model(stored: Mapping[str, StoredTensor], family: Family) -> tuple[dict[str, StoredTensor], int]:
+    """A folder's weights under the names that the model gives them, and how many were left out.
+
+    Raises: ValueError if two weights come to the same name.
+    """
+    named: dict[str, StoredTensor] = {}
+    ignored = 0
+    for name, weight in stored.items():
+        if name.startswith(family.ignored_weights):
+            ignored += 1
+            continue
+        prefixes = (pair for pair in family.weight_prefixes if name.startswith(pair[0]))
+        on_disk, in_model = next(prefixes, ("", ""))
+        new_name = in_model + name.removeprefix(on_disk)
+        if new_name in named:
+            raise ValueError(f"{weight.file}: {name} is a second weight for {new_name}")
+        named[new_name] = weight
+    return named, ignored
 
 
 def check_against(stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]], folder: Path) -> None:
@@ -96,18 +110,6 @@ def check_against(stored: Mapping[str, StoredTensor], expected: Mapping[str, tup
     for name in stored:
         if name not in expected and not _is_ignorable(name, expected):
             raise ValueError(f"{stored[name].file} has a weight that this model has no place for: {name}")
-
-
-def read_tensors(stored: Mapping[str, StoredTensor], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yield weights on the CPU, shard by shard, each mapped from the file and not kept.
-
-    A caller that drops a tensor before it asks for the next holds one at a time.
-    Raises: ValueError, naming the file, if it is damaged.
-    """
-    for file, names_in_file in _by_file({name: stored[name].file for name in names}).items():
-        with _opened(file) as shard:
-            for name in names_in_file:
-                yield name, shard.get_tensor(name)
 
 
 def save_pretrained(
@@ -206,40 +208,3 @@ def _is_ignorable(name: str, expected: Mapping[str, tuple[int, ...]]) -> bool:
     return name.endswith("rotary_emb.inv_freq") or (
         name == "lm_head.weight" and "model.embed_tokens.weight" in expected
     )
-
-
-def _by_file(files: Mapping[str, Path]) -> dict[Path, list[str]]:
-    """Names grouped by file, files in the order of their names."""
-    groups: dict[Path, list[str]] = {}
-    for name, file in files.items():
-        groups.setdefault(file, []).append(name)
-    return dict(sorted(groups.items()))
-
-
-def _names_in(file: Path) -> list[str]:
-    with _opened(file) as shard:
-        return list(shard.keys())
-
-
-class _opened:
-    """`safe_open` with messages that name the file."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __enter__(self) -> Any:
-        try:
-            self.handle = safe_open(self.file, framework="pt", device="cpu")
-            return self.handle.__enter__()
-        except FileNotFoundError:
-            raise ValueError(f"{self.file} is missing, though {INDEX_FILE} names it") from None
-        except (SafetensorError, OSError) as error:
-            raise self._damaged(error) from None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        self.handle.__exit__(kind, error, trace)
-        if isinstance(error, SafetensorError):
-            raise self._damaged(error) from None
-
-    def _damaged(self, error: Exception) -> ValueError:
-        return ValueError(f"{self.file} is truncated or damaged ({error}); download or copy it again")

@@ -1,53 +1,53 @@
-"""What a decoder is, and the strict reading of a Hugging Face `config.json` into it."""
+"""What a decoder is, and the fields of a Hugging Face `config.json` that every family spells alike."""
 
-import difflib
-import json
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from slothcore.layers.rope import ROPE_TYPES, RopeParameters
+from slothcore.layers.rope import RopeParameters
+from slothcore.models.hf_config import HfConfig
+from slothcore.models.rope_config import take_rope
 
 HiddenAct = Literal["silu", "gelu_pytorch_tanh"]
 HIDDEN_ACTS: tuple[str, ...] = get_args(HiddenAct)
 
-# Keys that change neither the values nor the gradients of a model: book-keeping, how other libraries run it, and
-# defaults of transformers' generate, which slothcore takes from the caller instead.
-HARMLESS_KEYS = frozenset(
-    {
-        "_attn_implementation",
-        "_attn_implementation_autoset",
-        "_name_or_path",
-        "architectures",
-        "do_sample",
-        "dtype",
-        "finetuning_task",
-        "id2label",
-        "is_llama_config",
-        "label2id",
-        "max_length",
-        "max_sequence_length",
-        "min_length",
-        "output_attentions",
-        "output_hidden_states",
-        "pretraining_tp",
-        "problem_type",
-        "repetition_penalty",
-        "return_dict",
-        "task_specific_params",
-        "temperature",
-        "tokenizer_class",
-        "top_k",
-        "top_p",
-        "torch_dtype",
-        "torchscript",
-        "transformers.js_config",
-        "transformers_version",
-        "unsloth_fixed",
-        "unsloth_version",
-        "use_cache",
-    }
-)
+
+@dataclass(frozen=True, kw_only=True)
+class MoeConfig:
+    """Routed experts in place of the dense MLP: a router sends each token to a few of them.
+
+    Attributes:
+        num_experts: experts of one layer.
+        experts_per_token: how many of them a token goes to.
+        intermediate_size: width of one expert.
+        normalize_weights: whether the chosen experts' weights are scaled to a sum of one.
+        aux_loss_coef: weight of the load-balancing loss.
+        use_aux_loss: whether training adds that loss.
+        block_name: how a layer's routed block is called, as the checkpoint has it.
+        expert_names: how an expert's gate, up and down projections are called.
+        layers: which layers are sparse.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    normalize_weights: bool
+    aux_loss_coef: float = 0.001
+    use_aux_loss: bool = False
+    block_name: Literal["mlp", "block_sparse_moe"] = "mlp"
+    expert_names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    layers: tuple[bool, ...]
+
+    def __post_init__(self) -> None:
+        if self.num_experts < 1 or self.intermediate_size < 1:
+            raise ValueError(
+                f"the number and the width of experts must be positive, got {self.num_experts} and "
+                f"{self.intermediate_size}"
+            )
+        if not 1 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok must lie in 1..{self.num_experts} (the experts), got {self.experts_per_token}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +66,15 @@ class DecoderConfig:
     rms_norm_eps: float
     max_position_embeddings: int
     rope: RopeParameters
+    local_rope: RopeParameters | None = None  # of the layers that have a window; None: `rope` there too
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     attention_output_bias: bool = False
     mlp_bias: bool = False
+    fused_qkv: bool = False  # one qkv_proj, its rows q | k | v
+    fused_gate_up: bool = False  # one gate_up_proj, its rows gate | up
+    qk_norm: bool = False  # a norm over each query and key head before RoPE
+    sandwich_norms: bool = False  # each branch is normed before it is added, too
     norm_weight_offset: float = 0.0
     norm_casts_before_weight: bool = True
     embedding_scale: float = 1.0
@@ -77,6 +82,7 @@ class DecoderConfig:
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     layer_windows: tuple[int | None, ...] | None = None  # None: every layer sees the whole document
+    moe: MoeConfig | None = None
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -110,6 +116,17 @@ class DecoderConfig:
                 f"layer_windows must have one entry for each of {self.num_hidden_layers} layers, "
                 f"got {len(self.layer_windows)}"
             )
+        if not all(window is None or window > 0 for window in self.layer_windows or ()):
+            raise ValueError(f"a window of attention must be positive, got {self.layer_windows}")
+        for name in ("attention_softcap", "logit_softcap", "attention_scale"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value!r}")
+        if self.moe is not None and len(self.moe.layers) != self.num_hidden_layers:
+            raise ValueError(
+                f"moe.layers must have one entry for each of {self.num_hidden_layers} layers, got "
+                f"{len(self.moe.layers)}"
+            )
         if not all(isinstance(token, int) for token in self.eos_token_ids):
             raise ValueError(f"eos_token_id must be a token id or a list of them, got {list(self.eos_token_ids)!r}")
         if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
@@ -127,82 +144,34 @@ class DecoderConfig:
         """How many tokens a token of this layer sees, itself included; None: its whole document."""
         return None if self.layer_windows is None else self.layer_windows[layer]
 
+    def is_local(self, layer: int) -> bool:
+        """Whether this layer turns its heads by `local_rope`."""
+        return self.local_rope is not None and self.window(layer) is not None
 
-_REQUIRED = object()
+    def is_sparse(self, layer: int) -> bool:
+        """Whether this layer has routed experts in place of the dense MLP."""
+        return self.moe is not None and self.moe.layers[layer]
 
 
-@dataclass
-class HfConfig:
-    """A `config.json` from which each key is taken once; what is left over at the end is an error.
+def common_fields(hf: HfConfig, *, partial_rotary: bool = False, **defaults: Any) -> dict[str, Any]:
+    """The fields that every family spells alike, as keyword arguments of `DecoderConfig`.
 
-    Attributes:
-        values: the keys not yet taken.
-        source: where they came from, for messages.
+    Args:
+        hf: their keys are taken out of it.
+        partial_rotary: whether this architecture can turn a part of each head only.
+        defaults: what this family takes for a key that is absent, where that is not the value below. A null in the
+            file stays null: it means "none".
     """
-
-    values: dict[str, Any]
-    source: str = "config.json"
-    known: set[str] = field(default_factory=set)
-
-    def take(self, key: str, kind: type | tuple[type, ...], default: Any = _REQUIRED) -> Any:
-        """Remove and return a value; null counts as absent.
-
-        Raises: ValueError if the key is absent without a default, or its value is not of `kind`.
-        """
-        self.known.add(key)
-        value = self.values.pop(key, None)
-        if value is None:
-            if default is _REQUIRED:
-                raise ValueError(f"{self.source} lacks the key {key!r}")
-            return default
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        if float in kinds:
-            kinds = (*kinds, int)
-        # bool is an int to Python, but `"num_hidden_layers": true` is a mistake.
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            names = " or ".join(k.__name__ for k in kinds)
-            raise ValueError(f"{self.source}: {key} must be {names}, got {value!r}")
-        return value
-
-    def require(self, key: str, *allowed: Any) -> None:
-        """Take a key that has only some values we implement; absent counts as the first of them.
-
-        Raises: ValueError naming the key and its value for any other.
-        """
-        self.known.add(key)
-        value = self.values.pop(key, None)
-        if value is not None and value not in allowed:
-            raise ValueError(
-                f"{self.source}: {key} = {value!r} is not supported (only {', '.join(map(repr, allowed))})"
-            )
-
-    def finish(self) -> None:
-        """Raise ValueError if a key is left that could change the model."""
-        left = [key for key, value in self.values.items() if key not in HARMLESS_KEYS and value is not None]
-        if left:
-            key = left[0]
-            near = difflib.get_close_matches(key, [*self.known, *HARMLESS_KEYS], n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{self.source}: the key {key!r} (= {self.values[key]!r}) is not supported{hint}")
+    fields = fields_without_rope(hf, **defaults)
+    lengths = fields["max_position_embeddings"], fields["head_dim"]
+    return {**fields, "rope": take_rope(hf, *lengths, partial_rotary=partial_rotary)}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises: ValueError, naming the file, if it is absent or holds anything else."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not readable as JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
-    return values
-
-
-def common_fields(hf: HfConfig) -> dict[str, Any]:
-    """The fields that every family spells alike, as keyword arguments of `DecoderConfig`."""
-    for key, neutral in (("is_encoder_decoder", False), ("add_cross_attention", False), ("chunk_size_feed_forward", 0)):
-        hf.require(key, neutral)
+def fields_without_rope(hf: HfConfig, **defaults: Any) -> dict[str, Any]:
+    """`common_fields` for a family whose rotary positions need a reading of their own."""
+    for key, value in defaults.items():
+        hf.values.setdefault(key, value)
+    refuse_other_architectures(hf)
     hf.require("attention_dropout", 0.0)
     quantization = hf.take("quantization_config", dict, {})
     if quantization:
@@ -220,7 +189,6 @@ def common_fields(hf: HfConfig) -> dict[str, Any]:
                 f"got {hidden_size} and {heads}"
             )
         head_dim = hidden_size // heads
-    max_positions = hf.take("max_position_embeddings", int, 2048)
     eos = hf.take("eos_token_id", (int, list), [])
     return {
         "model_type": hf.take("model_type", str),
@@ -233,8 +201,7 @@ def common_fields(hf: HfConfig) -> dict[str, Any]:
         "head_dim": head_dim,
         "hidden_act": hf.take("hidden_act", str, "silu"),
         "rms_norm_eps": hf.take("rms_norm_eps", float, 1e-6),
-        "max_position_embeddings": max_positions,
-        "rope": take_rope(hf, max_positions),
+        "max_position_embeddings": hf.take("max_position_embeddings", int, 2048),
         "tie_word_embeddings": hf.take("tie_word_embeddings", bool, False),
         "initializer_range": hf.take("initializer_range", float, 0.02),
         "bos_token_id": hf.take("bos_token_id", int, None),
@@ -243,29 +210,39 @@ def common_fields(hf: HfConfig) -> dict[str, Any]:
     }
 
 
-def take_rope(hf: HfConfig, max_position_embeddings: int) -> RopeParameters:
-    """Read RoPE from `rope_theta` with `rope_scaling`, or from the newer `rope_parameters` that holds both."""
-    theta = hf.take("rope_theta", float, None)
-    scaling = hf.take("rope_scaling", dict, None)
-    parameters = hf.take("rope_parameters", dict, None)
-    values = dict(parameters or scaling or {})
-    rope_type = values.pop("rope_type", None) or values.pop("type", None) or "default"
-    values.pop("type", None)  # older files name the type twice
-    if rope_type not in ROPE_TYPES:
-        raise ValueError(f"{hf.source}: RoPE type {rope_type!r} is not supported; known are {', '.join(ROPE_TYPES)}")
-    inner = HfConfig(values, f"{hf.source}, RoPE")
-    inner.require("partial_rotary_factor", 1.0)
-    fields: dict[str, Any] = {
-        "rope_type": rope_type,
-        "rope_theta": float(inner.take("rope_theta", float, theta or 1e4)),
-    }
-    if rope_type != "default":
-        fields["factor"] = float(inner.take("factor", float))
-    if rope_type == "llama3":
-        fields["low_freq_factor"] = float(inner.take("low_freq_factor", float))
-        fields["high_freq_factor"] = float(inner.take("high_freq_factor", float))
-        fields["original_max_position_embeddings"] = inner.take(
-            "original_max_position_embeddings", int, max_position_embeddings
-        )
-    inner.finish()
-    return RopeParameters(**fields)
+def refuse_other_architectures(hf: HfConfig) -> None:
+    """Take the keys that say "this is no plain causal decoder" where they are set."""
+    for key, neutral in (("is_encoder_decoder", False), ("add_cross_attention", False), ("chunk_size_feed_forward", 0)):
+        hf.require(key, neutral)
+
+
+def take_layer_windows(
+    hf: HfConfig, num_hidden_layers: int, window: int | None, *, is_sliding: Callable[[int], bool]
+) -> tuple[int | None, ...] | None:
+    """Which layers see only a window: what `layer_types` says, else what the family's own rule says.
+
+    Args:
+        hf: `layer_types` is taken out of it.
+        window: of the sliding layers; None: the file has none.
+        is_sliding: the family's rule, by the number of a layer.
+    Returns: the window of each layer; None if no layer has one.
+    Raises: ValueError for a layer type that is not implemented, or sliding layers without a window.
+    """
+    types = hf.take("layer_types", list, None)
+    if types is None:
+        sliding = [window is not None and is_sliding(layer) for layer in range(num_hidden_layers)]
+    else:
+        for kind in types:
+            if kind not in ("full_attention", "sliding_attention"):
+                raise ValueError(
+                    f"{hf.source}: layer_types names {kind!r}, which is not supported (only 'full_attention', "
+                    "'sliding_attention')"
+                )
+        if len(types) != num_hidden_layers:
+            raise ValueError(
+                f"{hf.source}: layer_types must have one entry for each of {num_hidden_layers} layers, got {len(types)}"
+            )
+        sliding = [kind == "sliding_attention" for kind in types]
+        if any(sliding) and window is None:
+            raise ValueError(f"{hf.source}: layer_types names sliding layers, but sliding_window gives them no window")
+    return tuple(window if slides else None for slides in sliding) if any(sliding) else None

@@ -1,9 +1,6 @@
 """The one decoder-only transformer; families differ in their `DecoderConfig` alone.
 
-    T  tokens, packed    H  hidden_size    V  vocab_size    N  tokens that have a target
-
-A block hands on its last branch and the residual stream apart, (branch, residual), so that the add between them is
-done by the norm that follows.
+T  tokens, packed    H  hidden_size    V  vocab_size    N  tokens that have a target
 """
 
 from dataclasses import dataclass
@@ -15,14 +12,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from slothcore.autograd.cross_entropy import linear_cross_entropy
-from slothcore.layers.attention import SelfAttention
-from slothcore.layers.kv_cache import KvCache, LayerCache
+from slothcore.layers.kv_cache import KvCache
 from slothcore.layers.linear import Linear
-from slothcore.layers.mlp import GatedMlp
-from slothcore.layers.norm import RMSNorm
+from slothcore.layers.moe import load_balancing_loss
 from slothcore.layers.packed import Documents, PackedInputs, pack_inputs
 from slothcore.layers.rope import RotaryEmbedding
 from slothcore.models.config import DecoderConfig
+from slothcore.models.decoder_layer import DecoderLayer, make_norm
 from slothcore.models.generation import Generates
 
 
@@ -39,54 +35,6 @@ class DecoderOutput:
     loss: Tensor | None
     logits: Tensor | None
     num_targets: int
-
-
-class DecoderLayer(nn.Module):
-    """Attention, then the gated MLP, each behind a norm and added to the residual stream."""
-
-    def __init__(self, config: DecoderConfig, index: int, *, dtype: torch.dtype, device: torch.device | str) -> None:
-        super().__init__()
-        self.input_layernorm = _norm(config, dtype, device)
-        self.self_attn = SelfAttention(
-            config.hidden_size,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            scale=config.scale,
-            window=config.window(index),
-            softcap=config.attention_softcap,
-            qkv_bias=config.qkv_bias,
-            output_bias=config.attention_output_bias,
-            dtype=dtype,
-            device=device,
-        )
-        self.post_attention_layernorm = _norm(config, dtype, device)
-        self.mlp = GatedMlp(
-            config.hidden_size,
-            config.intermediate_size,
-            activation=config.hidden_act,
-            bias=config.mlp_bias,
-            dtype=dtype,
-            device=device,
-        )
-
-    def forward(
-        self,
-        branch: Tensor,
-        residual: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
-        documents: Documents,
-        cache: LayerCache | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(branch, residual) to (branch, residual), all [T, H]; their sum is the hidden state."""
-        if residual is None:
-            normed, hidden = self.input_layernorm(branch), branch
-        else:
-            normed, hidden = self.input_layernorm(branch, residual)
-        attended = self.self_attn(normed, cos, sin, documents, cache)
-        normed, hidden = self.post_attention_layernorm(attended, hidden)
-        return self.mlp(normed), hidden
 
 
 class DecoderBody(nn.Module):
@@ -108,34 +56,45 @@ class DecoderBody(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(config, i, dtype=dtype, device=device) for i in range(config.num_hidden_layers)
         )
-        self.norm = _norm(config, dtype, device)
+        self.norm = make_norm(config, config.hidden_size, dtype=dtype, device=device)
         self.rotary_emb = RotaryEmbedding(config.rope, config.head_dim)
+        self.rotary_emb_local: RotaryEmbedding | None = None
+        if config.local_rope is not None:
+            self.rotary_emb_local = RotaryEmbedding(config.local_rope, config.head_dim)
         self.gradient_checkpointing = False
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, documents: Documents, cache: KvCache | None = None
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        documents: Documents,
+        cache: KvCache | None = None,
+        router_logits: list[Tensor] | None = None,
     ) -> Tensor:
-        """Hidden states [T, H] after the final norm, for input_ids and position_ids [T]."""
-        cos, sin = self.rotary_emb(position_ids)
+        """Hidden states [T, H] after the final norm, for input_ids and position_ids [T].
+
+        `router_logits` is filled with those of the sparse layers, if they keep them.
+        """
+        # A token that continues a cached row has its document in the cache, not in this pass.
+        boundaries = documents.cu_seqlens if cache is None or cache.is_prompt else None
+        angles = local_angles = self.rotary_emb(position_ids, boundaries)
+        if self.rotary_emb_local is not None:
+            local_angles = self.rotary_emb_local(position_ids, boundaries)
         branch: Tensor = self.embed_tokens(input_ids)
         if self.embedding_scale is not None:
             branch = branch * self.embedding_scale
         residual: Tensor | None = None
         for index, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            inputs = branch, residual, local_angles if layer.is_local else angles, documents
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                branch, residual = checkpoint(
-                    layer,
-                    branch,
-                    residual,
-                    cos,
-                    sin,
-                    documents,
-                    use_reentrant=False,
-                    preserve_rng_state=_draws_random_numbers(layer),
+                branch, residual, routed = checkpoint(
+                    layer, *inputs, use_reentrant=False, preserve_rng_state=layer.draws_random_numbers()
                 )
             else:
-                layer_cache = None if cache is None else cache.layer(index)
-                branch, residual = layer(branch, residual, cos, sin, documents, layer_cache)
+                branch, residual, routed = layer(*inputs, None if cache is None else cache.layer(index))
+            if routed is not None and router_logits is not None:
+                router_logits.append(routed)
         return self.norm(branch, residual)[0]
 
 
@@ -239,13 +198,17 @@ class Decoder(Generates, nn.Module):
             position_ids=position_ids,
             cu_seqlens=cu_seqlens,
         )
-        hidden = self.model(inputs.input_ids, inputs.position_ids, inputs.documents)
+        router_logits: list[Tensor] = []
+        hidden = self.model(inputs.input_ids, inputs.position_ids, inputs.documents, router_logits=router_logits)
         if inputs.targets is None or inputs.rows is None:
             return DecoderOutput(loss=None, logits=inputs.restore(self.logits(hidden)), num_targets=0)
         num_targets = len(inputs.targets)
         if num_targets == 0 and num_items is None:
             raise ValueError("labels have no target: all are -100, or the first token of their document")
-        loss = self.loss(hidden, inputs.targets, inputs.rows, num_items=num_targets if num_items is None else num_items)
+        num_items = num_targets if num_items is None else num_items
+        loss = self.loss(hidden, inputs.targets, inputs.rows, num_items=num_items)
+        if router_logits:
+            loss = loss + self._auxiliary_loss(router_logits) * (num_targets / num_items)
         return DecoderOutput(loss=loss, logits=None, num_targets=num_targets)
 
     def pack(self, input_ids: Tensor, **others: Tensor | None) -> PackedInputs:
@@ -268,21 +231,11 @@ class Decoder(Generates, nn.Module):
             hidden, self.lm_head.weight, targets, rows, num_items=num_items, softcap=self.config.logit_softcap
         )
 
-
-def _norm(config: DecoderConfig, dtype: torch.dtype, device: torch.device | str) -> RMSNorm:
-    return RMSNorm(
-        config.hidden_size,
-        eps=config.rms_norm_eps,
-        weight_offset=config.norm_weight_offset,
-        cast_before_weight=config.norm_casts_before_weight,
-        dtype=dtype,
-        device=device,
-    )
-
-
-def _draws_random_numbers(layer: nn.Module) -> bool:
-    """Whether a second run of the layer must draw the same numbers as the first; saving their state costs a copy."""
-    return any(m.training and m.lora_dropout > 0 for m in layer.modules() if isinstance(m, Linear))
+    def _auxiliary_loss(self, router_logits: list[Tensor]) -> Tensor:
+        """What the configuration adds to a mean loss so that the experts are used evenly."""
+        moe = self.config.moe
+        assert moe is not None
+        return moe.aux_loss_coef * load_balancing_loss(router_logits, experts_per_token=moe.experts_per_token)
 
 
 def _omit_tied_head(model: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from slothcore.layers.kv_cache import KvCache
-from slothcore.layers.packed import PackedInputs
+from slothcore.layers.packed import Documents, PackedInputs
+from slothcore.models.rope_scaling import longest_document
 from slothcore.models.sampling import Sampling, choose
 
 if TYPE_CHECKING:
@@ -38,9 +39,11 @@ class Generates:
     ) -> Tensor:
         """Continue each prompt; prompts are read packed, so padding never takes part.
 
-        A greedy row is what it would be alone. A row ends with an end-of-sequence token, and is filled with
-        `pad_token_id` while other rows go on. LoRA dropout is off meanwhile. Beyond max_position_embeddings a warning
-        says that the model was not trained for such positions.
+        A greedy row is what it would be alone. With longrope, a row is read again when it outgrows the short factors,
+        as by transformers' Phi-3; with the other types, keys in the cache stay as they were turned. A row ends with an
+        end-of-sequence token, and is filled with `pad_token_id` while other rows go on. LoRA dropout is off meanwhile.
+        Beyond max_position_embeddings (with the RoPE type dynamic, `factor` times that) a warning says that the model
+        was not trained for such positions.
 
         Args:
             input_ids: [B, S] prompts, or [S] for one.
@@ -103,12 +106,15 @@ def _generate(
 
     cache = empty_cache(model, rows, capacity=documents.max_seqlen + max_new_tokens)
     cache.begin_prompt(documents, len(prompts.input_ids))
-    limit, warned = model.config.max_position_embeddings, False
+    outgrowing = _rows_that_outgrow_short_factors(model, documents)
+    limit, warned = longest_document(model.config), False
     hidden = model.model(prompts.input_ids, prompts.position_ids, documents, cache)
     hidden = hidden[documents.cu_seqlens[1:].long() - 1]
     for step in range(max_new_tokens):
         if step > 0:
             hidden = model.model(new[:, step - 1], cache.begin_token(), documents, cache)
+        if step in outgrowing:
+            hidden = _read_again(model, prompts, new[:, :step], outgrowing[step], cache, hidden)
         if cache.longest > limit and not warned:
             warned = True
             warnings.warn(
@@ -127,6 +133,36 @@ def _generate(
         if finished.all():
             return new[:, : step + 1]
     return new
+
+
+def _rows_that_outgrow_short_factors(model: Decoder, prompts: Documents) -> dict[int, list[int]]:
+    """With longrope: after how many new tokens which rows need the long factors, for their first tokens too."""
+    rope, steps = model.config.rope, dict[int, list[int]]()
+    if rope.rope_type == "longrope":
+        for row, length in enumerate(prompts.cu_seqlens.diff().tolist()):
+            step = rope.original_max_position_embeddings + 1 - length
+            if step > 0:
+                steps.setdefault(step, []).append(row)
+    return steps
+
+
+def _read_again(
+    model: Decoder, prompts: PackedInputs, new: Tensor, rows: list[int], cache: KvCache, hidden: Tensor
+) -> Tensor:
+    """Replace what the cache holds of `rows`, which are equally long by now, and their part of `hidden` [rows, H].
+
+    Their keys were turned by the short factors; transformers' Phi-3 drops its cache at this token too.
+    """
+    ends = prompts.documents.cu_seqlens.tolist()
+    texts = [torch.cat([prompts.input_ids[ends[row] : ends[row + 1]], new[row]]) for row in rows]
+    length = len(texts[0])
+    starts = torch.arange(0, (len(rows) + 1) * length, length, dtype=torch.int32, device=model.device)
+    documents = Documents(starts, length)
+    which = torch.tensor(rows, device=model.device)
+    cache.begin_prompt(documents, len(rows) * length, which)
+    positions = torch.arange(length, device=model.device).repeat(len(rows))
+    again = model.model(torch.cat(texts), positions, documents, cache)
+    return hidden.index_copy(0, which, again[starts[1:].long() - 1])
 
 
 def empty_cache(model: Decoder, rows: int, capacity: int) -> KvCache:

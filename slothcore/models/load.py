@@ -1,5 +1,6 @@
 """Building a decoder: weights streamed from a folder, or drawn at random."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,28 @@ import torch
 from torch import Tensor, nn
 
 from slothcore.kernels import nf4, nf4_eager
+from slothcore.kernels.nf4_tensor import Nf4Tensor
+from slothcore.layers.experts import ExpertLinear, stack_path
 from slothcore.layers.linear import Linear
 from slothcore.layers.norm import RMSNorm
-from slothcore.models.checkpoint import check_against, read_tensors, stored_tensors
-from slothcore.models.config import DecoderConfig, read_json
+from slothcore.models.checkpoint import check_against, names_in_model, stored_tensors
+from slothcore.models.config import DecoderConfig
 from slothcore.models.decoder import Decoder
-from slothcore.models.families import decoder_config
+from slothcore.models.families import Family, decoder_config, family_of, text_config
+from slothcore.models.fused_experts import split_fused_experts
+from slothcore.models.hf_config import read_json
+from slothcore.models.prequantized import (
+    QuantizedWeight,
+    as_if_dense,
+    dequantized,
+    quantized_weights,
+    require_readable,
+)
+from slothcore.models.reading import read_tensors
+from slothcore.models.rope_scaling import longest_document, scaled_config
 
 BITS = (4, 16, 32)
+QUANTIZED = (Linear, ExpertLinear)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -26,12 +41,17 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     max_seq_length: int | None = None,
+    rope_scaling: str | Mapping[str, Any] | None = None,
+    progress: bool = True,
 ) -> Decoder:
     """Read a Hugging Face folder into a decoder in eval mode.
 
-    Each weight goes from the file straight to its place on the device, quantised on the way if bits is 4, before the
-    next is read: beside the model there is never more than one weight. Everything that headers can tell is checked
-    before. Dense weights are trainable; with 4 bits nothing is until LoRA is added.
+    Each weight goes from the file straight to its place on the device, quantised on the way if bits is 4, while the
+    next ones are read: see `reading.py`. Everything that headers can tell is checked before. Dense weights are
+    trainable; with 4 bits nothing is until LoRA is added.
+
+    Weights that bitsandbytes has quantised to NF4 already keep their bits with bits=4, and what its publisher left
+    dense stays dense; with 16 or 32 they are expanded.
 
     Args:
         folder: holds config.json and safetensors, single or in shards.
@@ -39,12 +59,38 @@ def load_model(
         dtype: in which it computes; default: float32 on a CPU or with 32 bits, else bfloat16, or float16 on a GPU
             that has no bfloat16.
         device: default: the GPU if there is one.
-        max_seq_length: longest document to expect; default: the model's max_position_embeddings.
+        max_seq_length: longest document to expect; default: what the model is made for. Longer ones need RoPE scaling,
+            which is then linear and said in a warning.
+        rope_scaling: how to scale RoPE, other than linearly by the ratio of the lengths: see `scaled_config`.
+        progress: show a bar of the bytes read, if standard error is a terminal.
     Raises: ValueError, in one sentence, for whatever is wrong with the folder or the options.
     """
     device = resolve_device(device)
     dtype = resolve_dtype(bits, dtype, device)
     _make_current(device)
+    family, hf_config, config, message = read_config(folder, max_seq_length=max_seq_length, rope_scaling=rope_scaling)
+    if message is not None:
+        warnings.warn(message, stacklevel=2)
+    generation_file = folder / "generation_config.json"
+    generation_config = read_json(generation_file) if generation_file.is_file() else {}
+
+    model = Decoder(config, dtype=dtype, device="meta", bits=bits, hf_config=hf_config)
+    _read_weights(model, folder, family, device=device, progress=progress)
+    model.tie_weights()
+    model.generation_config = generation_config
+    model.max_seq_length = longest_document(config) if max_seq_length is None else max_seq_length
+    return model.eval()
+
+
+def read_config(
+    folder: Path, *, max_seq_length: int | None = None, rope_scaling: str | Mapping[str, Any] | None = None
+) -> tuple[Family, dict[str, Any], DecoderConfig, str | None]:
+    """What `config.json` says of a model, with RoPE scaled as asked; needs no weights.
+
+    Returns: its family, the `config.json` that it goes by, the same as a DecoderConfig, and what the user should be
+        told of a scaling, or None.
+    Raises: ValueError, in one sentence, if there is no such file or slothcore cannot build that model.
+    """
     if not folder.is_dir():
         raise ValueError(f"the folder {folder} does not exist")
     config_file = folder / "config.json"
@@ -55,23 +101,41 @@ def load_model(
                 f"{folder} holds a LoRA adapter and no model; load its base model ({base}), then call load_adapter"
             )
         raise ValueError(f"{folder} is not a model folder: it has no config.json")
-    hf_config = read_json(config_file)
-    config = decoder_config(hf_config, str(config_file))
-    generation_file = folder / "generation_config.json"
-    generation_config = read_json(generation_file) if generation_file.is_file() else {}
+    written = read_json(config_file)
+    family, hf_config = family_of(written, str(config_file)), text_config(written, str(config_file))
+    require_readable(hf_config, str(config_file))
+    # The model is no longer what it says: weights may be dense here, and are in every export.
+    hf_config.pop("quantization_config", None)
+    hf_config, message = scaled_config(hf_config, max_seq_length, rope_scaling, source=str(config_file))
+    return family, hf_config, decoder_config(hf_config, str(config_file)), message
 
-    model = Decoder(config, dtype=dtype, device="meta", bits=bits, hf_config=hf_config)
+
+def _read_weights(model: Decoder, folder: Path, family: Family, *, device: torch.device, progress: bool) -> None:
+    """Fill a model on the meta device from its folder; nothing is allocated before all headers are checked."""
     expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    stored = stored_tensors(folder)
-    check_against(stored, expected, folder)
-    for name, tensor in read_tensors(stored, expected):
-        # A weight that is kept must be a copy, not a window into the mapped file.
-        place_weight(model, name, tensor.to(device, dtype, copy=not is_quantized(model, name)))
+    stored, ignored = names_in_model(stored_tensors(folder), family)
+    stored = split_fused_experts(stored, model.config.moe)
+    quantized = quantized_weights(stored)
+    check_against(as_if_dense(stored, quantized), expected, folder)
+    if ignored:
+        warnings.warn(f"{folder}: {ignored} weights that belong to no text model were not loaded", stacklevel=3)
+
+    # Each tensor on disk: the weight that it belongs to, and as what.
+    owners = {name: (name, "weight") for name in expected if name not in quantized}
+    for name in expected.keys() & quantized.keys():
+        owners.update((part, (name, role)) for role, part in quantized[name].parts.items())
+    incomplete: dict[str, dict[str, Tensor]] = {}
+    for part, tensor in read_tensors(stored, owners, device=device, progress=progress):
+        name, role = owners[part]
+        if name not in quantized:
+            # What others left dense stays so.
+            place_weight(model, name, tensor.to(device, model.dtype), quantize=not quantized)
+        else:
+            parts = incomplete.setdefault(name, {})
+            parts[role] = tensor.to(device)
+            if len(parts) == len(quantized[name].parts):
+                place_quantized(model, name, incomplete.pop(name), quantized[name])
         del tensor  # or the loop would hold it while the next one is read
-    model.tie_weights()
-    model.generation_config = generation_config
-    model.max_seq_length = resolve_max_seq_length(max_seq_length, config)
-    return model.eval()
 
 
 def from_config(
@@ -92,11 +156,12 @@ def from_config(
     Raises: ValueError, naming the key, if the configuration is not one that slothcore implements.
     """
     if isinstance(folder_or_dict, Mapping):
-        hf_config, source = dict(folder_or_dict), "config"
+        written, source = dict(folder_or_dict), "config"
     else:
         path = Path(folder_or_dict)
         path = path / "config.json" if path.is_dir() else path
-        hf_config, source = read_json(path), str(path)
+        written, source = read_json(path), str(path)
+    hf_config = text_config(written, source)
     config = decoder_config(hf_config, source)
     surrounding = torch.get_default_device()
     if device is None and surrounding.type != "cpu":
@@ -111,7 +176,8 @@ def from_config(
     _make_current(device)
 
     model = Decoder(config, dtype=dtype, device="meta", bits=bits, hf_config=hf_config)
-    for name, weight in dict(model.named_parameters()).items():
+    # By the names on disk, where each expert has its own.
+    for name, weight in model.state_dict().items():
         fill = _initializer(model, name, config)
         place_weight(model, name, fill(torch.empty(weight.shape, dtype=dtype, device=device)))
     model.tie_weights()
@@ -125,29 +191,62 @@ def _make_current(device: torch.device) -> None:
 
 
 def is_quantized(model: Decoder, name: str) -> bool:
-    """Whether a weight is kept in NF4: with 4 bits those of the layers' linears.
+    """Whether a weight is kept in NF4: with 4 bits those of the layers' linears and experts.
 
-    The embedding and the head never are, as in transformers with bitsandbytes.
+    The embedding and the head never are, as in transformers with bitsandbytes, nor is a router.
     """
-    path, _, attribute = name.rpartition(".")
-    module = model.get_submodule(path)
-    return model.bits == 4 and attribute == "weight" and isinstance(module, Linear) and module is not model.lm_head
+    module, attribute, _ = _find(model, name)
+    return model.bits == 4 and attribute == "weight" and isinstance(module, QUANTIZED) and module is not model.lm_head
 
 
-def place_weight(model: Decoder, name: str, weight: Tensor) -> None:
+def place_weight(model: Decoder, name: str, weight: Tensor, *, quantize: bool = True) -> None:
     """Put a weight where its checkpoint name says: quantised, or as it is, and then kept.
 
     Args:
         weight: on the final device, in the model's dtype.
+        quantize: False keeps also those dense that 4 bits would quantise.
     """
-    path, _, attribute = name.rpartition(".")
-    module = model.get_submodule(path)
-    if is_quantized(model, name):
-        assert isinstance(module, Linear)
+    if quantize and is_quantized(model, name):
         ops = nf4 if weight.is_cuda else nf4_eager
-        module.set_nf4(ops.nf4_quantize(weight))
+        _put(model, name, ops.nf4_quantize(weight))
     else:
-        setattr(module, attribute, nn.Parameter(weight, requires_grad=model.bits != 4))
+        _put(model, name, weight)
+
+
+def place_quantized(model: Decoder, name: str, parts: Mapping[str, Tensor], weight: QuantizedWeight) -> None:
+    """Put a weight that came quantised where its checkpoint name says: as it is, or dense where the model is dense.
+
+    Args:
+        parts: what `weight.parts` names, on the final device.
+    """
+    exact = weight.assemble(parts)
+    if is_quantized(model, name):
+        _put(model, name, exact)
+        return
+    # A head or router of a 4-bit model is what bitsandbytes multiplies by, rounded once; a model of 16 or 32 bits is
+    # what transformers' `dequantize` makes, rounded to the original dtype first.
+    first = model.dtype if model.bits == 4 else weight.dtype
+    _put(model, name, dequantized(exact, first).to(model.dtype))
+
+
+def _put(model: Decoder, name: str, weight: Tensor | Nf4Tensor) -> None:
+    module, attribute, expert = _find(model, name)
+    requires_grad = model.bits != 4
+    if isinstance(module, ExpertLinear):
+        assert expert is not None
+        module.place_expert(expert, weight, requires_grad=requires_grad)
+    elif isinstance(weight, Nf4Tensor):
+        assert isinstance(module, Linear)
+        module.set_nf4(weight)
+    else:
+        setattr(module, attribute, nn.Parameter(weight, requires_grad=requires_grad))
+
+
+def _find(model: Decoder, name: str) -> tuple[nn.Module, str, int | None]:
+    """The module and the attribute that hold a weight, and which expert's it is."""
+    path, _, attribute = name.rpartition(".")
+    stack, expert = stack_path(path) or (path, None)
+    return model.get_submodule(stack), attribute, expert
 
 
 def resolve_device(device: torch.device | str | None) -> torch.device:
@@ -185,22 +284,10 @@ def resolve_dtype(bits: int, dtype: torch.dtype | str | None, device: torch.devi
     return known
 
 
-def resolve_max_seq_length(max_seq_length: int | None, config: DecoderConfig) -> int:
-    """The longest document to expect. Raises: ValueError unless it lies in 1..max_position_embeddings."""
-    if max_seq_length is None:
-        return config.max_position_embeddings
-    if not 1 <= max_seq_length <= config.max_position_embeddings:
-        raise ValueError(
-            f"max_seq_length must lie in 1..{config.max_position_embeddings} (the model's max_position_embeddings), "
-            f"got {max_seq_length}"
-        )
-    return max_seq_length
-
-
 def _initializer(model: Decoder, name: str, config: DecoderConfig) -> Callable[[Tensor], Tensor]:
     """How a weight starts: norms at one, biases at zero, the rest normal with the configured deviation."""
-    path, _, attribute = name.rpartition(".")
-    if isinstance(model.get_submodule(path), RMSNorm):
+    module, attribute, _ = _find(model, name)
+    if isinstance(module, RMSNorm):
         return lambda weight: weight.fill_(1.0 - config.norm_weight_offset)
     if attribute == "bias":
         return lambda weight: weight.zero_()

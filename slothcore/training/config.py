@@ -27,6 +27,10 @@ COUNTS = (
 )
 
 
+# Never written into a file, and not shown.
+SECRETS = ("token",)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Options of a training run. An unknown name or a wrong value raises ValueError.
@@ -36,6 +40,13 @@ class TrainConfig:
 
     model: str | None = option(None, "a Hugging Face name or a local folder with the base model", group="Model")
     revision: str | None = option(None, "branch, tag or commit of a model on the Hub", group="Model")
+    token: str | None = option(
+        None,
+        "access token of the Hub, written nowhere; null: HF_TOKEN, or what hf auth login stored",
+        group="Model",
+        shown=False,
+    )
+    local_files_only: bool = option(False, "take a Hub model from the download cache, without network", group="Model")
     bits: Literal[4, 16, 32] = option(4, "base weights: 4 (NF4), 16 (bfloat16 or float16) or 32", group="Model")
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(
         None, "compute dtype; null: bfloat16 or float16 on a GPU, float32 on a CPU", group="Model"
@@ -43,6 +54,11 @@ class TrainConfig:
     device: str | None = option(None, "cpu, cuda or cuda:N; null: a GPU if there is one", group="Model")
     max_seq_length: int | None = option(
         None, "tokens of the longest row, and of a packed row; null: 2048, or the model's limit if less", group="Model"
+    )
+    rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | Mapping[str, Any] | None = option(
+        None,
+        "how positions beyond the model's limit are reached, or the values as in config.json; null: linear",
+        group="Model",
     )
     gradient_checkpointing: bool = option(
         False, "recompute each layer in the backward pass: less memory, about 30% more time", group="Model"
@@ -126,9 +142,9 @@ class TrainConfig:
         for name, value in asdict(self).items():
             if isinstance(value, float):
                 _require(math.isfinite(value), f"{name} must be finite, got {value}")
-        for name in "model data eval_data output_dir".split():
+        for name in "model data eval_data output_dir revision token rope_scaling".split():
             # As an unset variable of a shell script gives it.
-            _require(getattr(self, name) not in ("", ()), f"{name} must not be empty")
+            _require(getattr(self, name) not in ("", (), {}), f"{name} must not be empty")
         for name in COUNTS:
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
@@ -190,8 +206,8 @@ class TrainConfig:
         return cls.from_sources(path, {})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as YAML and JSON hold them."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        """Plain values, as YAML and JSON hold them; without secrets."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k not in SECRETS}
 
     def to_yaml(self) -> str:
         """The file that repeats this run."""

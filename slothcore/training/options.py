@@ -46,9 +46,13 @@ OTHER_NAMES = {
 }
 
 
-def option(default: Any, text: str, *, group: str) -> Any:
-    """A dataclass field that carries its own help text and the group under which `--help` lists it."""
-    return field(default=default, metadata={"help": text, "group": group})
+def option(default: Any, text: str, *, group: str, shown: bool = True) -> Any:
+    """A dataclass field that carries its own help text and the group under which `--help` lists it.
+
+    Args:
+        shown: whether `repr` shows the value; a secret's must not be.
+    """
+    return field(default=default, metadata={"help": text, "group": group}, repr=shown)
 
 
 def check_names(given: Iterable[str], known: Iterable[str], *, source: str) -> None:
@@ -99,7 +103,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def coerce(name: str, value: Any, annotation: Any) -> Any:
     """`value` as the type that `annotation` asks for; text such as "1e-4" or "true" is read as that type.
 
-    Supports str, int, float, bool, None, Literal, tuple[str, ...] and unions of these.
+    Supports str, int, float, bool, None, Literal, tuple[str, ...], Mapping[str, Any] and unions of these.
 
     Raises: ValueError naming the option, what it must be and what it is.
     """
@@ -130,6 +134,8 @@ def _describe_one(member: Any) -> str:
         return " | ".join(str(choice) for choice in typing.get_args(member))
     if typing.get_origin(member) is tuple:
         return "a list of names"
+    if typing.get_origin(member) is Mapping:
+        return "a mapping"
     return {
         bool: "true or false",
         int: "a whole number",
@@ -151,6 +157,8 @@ def _convert(value: Any, member: Any) -> tuple[bool, Any]:
     if typing.get_origin(member) is tuple:
         is_list = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
         return is_list, tuple(value) if is_list else None
+    if typing.get_origin(member) is Mapping:
+        return _convert_mapping(value, text)
     if member is bool:
         if text is not None and text.lower() in WORDS_FOR_BOOL:
             return True, WORDS_FOR_BOOL[text.lower()]
@@ -167,6 +175,17 @@ def _convert(value: Any, member: Any) -> tuple[bool, Any]:
         except ValueError:
             return False, None
     return isinstance(value, (int, float) if member is float else int), member(value) if _is_number(value) else None
+
+
+def _convert_mapping(value: Any, text: str | None) -> tuple[bool, Any]:
+    """Whether `value` is a mapping, or `text` is one as a flag has it, '{"factor": 4}'; and the result."""
+    if text is not None and text.startswith("{"):
+        try:
+            value = yaml.load(text, Loader=_UniqueKeyLoader)
+        except yaml.YAMLError:
+            return False, None
+    is_mapping = isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+    return is_mapping, dict(value) if is_mapping else None
 
 
 def _is_number(value: Any) -> bool:

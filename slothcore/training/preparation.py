@@ -15,6 +15,17 @@ from slothcore.training.config import TrainConfig
 from slothcore.training.report import say
 
 DEFAULT_MAX_SEQ_LENGTH = 2048
+# What an adapter that is trained further has decided already.
+ADAPTER_OPTIONS = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "bias",
+    "use_rslora",
+    "lora_dtype",
+    "modules_to_save",
+)
 
 
 def resolve_max_seq_length(config: TrainConfig, model: Decoder) -> int:
@@ -36,6 +47,23 @@ def check_evaluation(config: TrainConfig, *, has_data: bool) -> None:
             f"eval_steps is {config.eval_steps}, but there is no evaluation data; "
             "give eval_data, eval_fraction or an eval_dataset, or drop eval_steps"
         )
+
+
+def check_continued(model: Decoder, config: TrainConfig) -> None:
+    """Raise ValueError if the configuration asks for another adapter than the one that the model came with."""
+    adapter = lora_config_of(model)
+    assert adapter is not None
+    defaults = TrainConfig()
+    for name in ADAPTER_OPTIONS:
+        asked, present = getattr(config, name), getattr(adapter, name, getattr(defaults, name))
+        # A name stands for a list of one, as in `add_lora`.
+        same = asked == present or (asked,) == present
+        if not same and asked != getattr(defaults, name):
+            raise ValueError(
+                f"{config.model} comes with an adapter, whose {name} is {present!r}, and {name} is set to {asked!r}; "
+                "drop the option to train that adapter further, or merge it into its base model first"
+            )
+    say(f"training the adapter of {config.model} further: r {adapter.r}, lora_alpha {adapter.lora_alpha}")
 
 
 def choose_trainable(model: Decoder, config: TrainConfig) -> None:

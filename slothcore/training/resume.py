@@ -40,6 +40,7 @@ WITHOUT_INFLUENCE = {
     "disable_tqdm",
     "device",
     "gradient_checkpointing",
+    "local_files_only",
 }
 
 

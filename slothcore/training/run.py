@@ -11,12 +11,11 @@ from slothcore.data.files import load_dataset
 from slothcore.data.formats import check_format_name, detect_format
 from slothcore.data.tokenizer import Tokenizer
 from slothcore.loading import load
-from slothcore.lora.adapter_io import load_adapter
-from slothcore.lora.attach import add_lora
+from slothcore.lora.attach import add_lora, lora_config_of
 from slothcore.models.decoder import Decoder
 from slothcore.training.config import TrainConfig
 from slothcore.training.optimizer import check_8bit
-from slothcore.training.preparation import check_evaluation
+from slothcore.training.preparation import check_continued, check_evaluation
 from slothcore.training.report import say
 from slothcore.training.run_folder import check_output_dir, find_source
 from slothcore.training.run_state import find_checkpoint
@@ -53,9 +52,15 @@ def train_from_config(config: TrainConfig) -> TrainResult:
         dtype=config.dtype,
         device=config.device,
         max_seq_length=config.max_seq_length,
+        rope_scaling=config.rope_scaling,
         revision=config.revision,
+        token=config.token,
+        local_files_only=config.local_files_only,
+        progress=not config.disable_tqdm,
     )
-    if not config.full_finetuning:
+    if lora_config_of(model) is not None:
+        check_continued(model, config)
+    elif not config.full_finetuning:
         torch.manual_seed(config.seed)
         add_lora(
             model,
@@ -122,24 +127,28 @@ def how_to_talk(config: TrainConfig, record: dict[str, Any]) -> str:
 
 
 def open_result(
-    name_or_run: str, *, bits: int | None = None, device: str | None = None, revision: str | None = None
+    name_or_run: str,
+    *,
+    bits: int | None = None,
+    device: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
 ) -> tuple[Decoder, Tokenizer]:
     """The model of a run, an adapter on its base, or a plain model, ready to generate.
 
     Args:
         bits: of the base weights; None: as the run was trained, or 4.
+        device, revision, token, local_files_only: as `load` has them.
     Raises: ValueError or FileNotFoundError if there is nothing to open.
     """
-    source = find_source(name_or_run)
-    trained = source.config
-    model, tokenizer = load_both(
-        source.base,
+    trained = find_source(name_or_run).config
+    return load_both(
+        name_or_run,
         bits=bits or (trained.bits if trained else 4),
         dtype=trained.dtype if trained and bits in (None, trained.bits) else None,
         device=device,
-        revision=revision or (trained.revision if trained else None),
+        revision=revision,
+        token=token,
+        local_files_only=local_files_only,
     )
-    if source.adapter is not None:
-        load_adapter(model, source.adapter)
-    model.eval()
-    return model, tokenizer

@@ -8,12 +8,12 @@ output_dir/
     adapter/ or model/  the result
 """
 
-import json
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from slothcore.models.hub import ADAPTER_CONFIG_FILE
 from slothcore.training.config import TrainConfig
 from slothcore.training.report import LOG_FILE, PLOT_FILE
 from slothcore.training.run_state import checkpoints, remove_folder, remove_partial
@@ -21,15 +21,13 @@ from slothcore.training.run_state import checkpoints, remove_folder, remove_part
 CONFIG_FILE = "config.yaml"
 ADAPTER_FOLDER = "adapter"
 MODEL_FOLDER = "model"
-ADAPTER_CONFIG_FILE = "adapter_config.json"
 
 
 @dataclass(frozen=True)
 class Source:
-    """What to load: a base model, and an adapter to put on it or None. `config` is the run's, where there is one."""
+    """What a name stands for: the folder or Hub name to load, and the options of the run that it came from, if any."""
 
-    base: str
-    adapter: Path | None = None
+    path: str
     config: TrainConfig | None = None
 
 
@@ -56,8 +54,10 @@ def check_output_dir(config: TrainConfig) -> None:
 
 def _check_base_is_elsewhere(config: TrainConfig) -> None:
     """Raise ValueError if the base model lies where this run deletes what was before, or writes its result."""
-    folder, base = Path(config.output_dir).resolve(), Path(config.model or "").resolve()
-    if config.model and base.exists() and base != folder and base.is_relative_to(folder):
+    if not config.model:
+        return
+    folder, base = Path(config.output_dir).resolve(), Path(find_source(config.model).path).expanduser().resolve()
+    if base.exists() and base != folder and base.is_relative_to(folder):
         first = base.relative_to(folder).parts[0]
         if first in (ADAPTER_FOLDER, MODEL_FOLDER) or first.startswith("checkpoint-"):
             raise ValueError(
@@ -96,40 +96,25 @@ def claim_output_dir(config: TrainConfig) -> Path:
     return folder
 
 
-def find_source(name_or_run: str) -> Source:
-    """What `name_or_run` names: a run's folder, an adapter's, a model's, or a model on the Hub.
+def find_source(name_or_run: str | Path) -> Source:
+    """What `name_or_run` names: a run's result, an adapter's folder, a model's, or a repository on the Hub.
 
-    Raises: ValueError if a run has no result yet, or an adapter does not say its base.
+    Raises: ValueError if a run has no result yet.
     """
-    folder = Path(name_or_run)
+    folder = Path(name_or_run).expanduser()
     if (folder / ADAPTER_CONFIG_FILE).is_file():
-        return _adapter_source(folder)
+        # The parent's options count only if it is a run's folder: other programs too write a config.yaml beside.
+        run = next((path for path in (folder, folder.parent) if _is_run(path)), None)
+        return Source(str(name_or_run), TrainConfig.from_yaml(run / CONFIG_FILE) if run else None)
     # A model of the Hub may come with a config.yaml of its own.
     if not (folder / CONFIG_FILE).is_file() or (folder / "config.json").is_file():
-        return Source(base=name_or_run)
+        return Source(str(name_or_run))
     config = TrainConfig.from_yaml(folder / CONFIG_FILE)
-    candidates = [folder / ADAPTER_FOLDER, folder / MODEL_FOLDER, *reversed(checkpoints(folder))]
-    for candidate in candidates:
-        if (candidate / ADAPTER_CONFIG_FILE).is_file():
-            return _adapter_source(candidate)
-        if (candidate / "config.json").is_file():
-            return Source(base=str(candidate), config=config)
+    for candidate in (folder / ADAPTER_FOLDER, folder / MODEL_FOLDER, *reversed(checkpoints(folder))):
+        if (candidate / ADAPTER_CONFIG_FILE).is_file() or (candidate / "config.json").is_file():
+            return Source(str(candidate), config)
     raise ValueError(f"the run {folder} has saved nothing yet; let it reach a checkpoint or its end")
 
 
-def _adapter_source(folder: Path) -> Source:
-    run = next((parent for parent in (folder, folder.parent) if (parent / CONFIG_FILE).is_file()), None)
-    config = TrainConfig.from_yaml(run / CONFIG_FILE) if run else None
-    base = read_adapter_base(folder) or (config.model if config else None)
-    if not base:
-        raise ValueError(f"{folder / ADAPTER_CONFIG_FILE} does not say its base model; fill in base_model_name_or_path")
-    return Source(base=base, adapter=folder, config=config)
-
-
-def read_adapter_base(folder: Path) -> str | None:
-    """`base_model_name_or_path` of an adapter folder. Raises ValueError if the file is not valid JSON."""
-    path = folder / ADAPTER_CONFIG_FILE
-    try:
-        return json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not a valid adapter configuration: {error}") from error
+def _is_run(folder: Path) -> bool:
+    return (folder / CONFIG_FILE).is_file() and (folder / LOG_FILE).is_file()

@@ -197,11 +197,13 @@ def model_fingerprint(model: nn.Module) -> str:
 
     The values of trainable weights are left out: they change, and a checkpoint brings them along.
     """
-    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {name in trainable}\n".encode())
-        if name not in trainable and tensor.numel():
+    # Experts lie in their state as windows into one parameter, which need a gradient as it does where grad is enabled.
+    with torch.enable_grad():
+        state = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.requires_grad}\n".encode())
+        if not tensor.requires_grad and tensor.numel():
             flat = tensor.detach().reshape(-1)
             sample = flat[:: max(1, flat.numel() // SAMPLES_PER_WEIGHT)].to("cpu").contiguous()
             digest.update(sample.view(torch.uint8).numpy().tobytes())

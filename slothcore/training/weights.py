@@ -7,8 +7,9 @@ import torch
 from slothcore.data.tokenizer import Tokenizer
 from slothcore.lora.adapter_io import WEIGHTS_FILE, adapter_state, save_adapter
 from slothcore.lora.attach import lora_config_of
-from slothcore.models.checkpoint import read_tensors, save_pretrained, stored_tensors
+from slothcore.models.checkpoint import save_pretrained, stored_tensors
 from slothcore.models.decoder import Decoder
+from slothcore.models.reading import read_tensors
 from slothcore.training.run_folder import ADAPTER_FOLDER, MODEL_FOLDER
 from slothcore.training.run_state import read_safetensors, write_folder
 

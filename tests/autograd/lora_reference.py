@@ -81,9 +81,10 @@ def plain_fused(x: Tensor, projections: Sequence[Projection]) -> Tensor:
     return torch.cat([plain_linear(x, p) for p in projections], dim=-1)
 
 
-def plain_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection, *, activation: str) -> Tensor:
+def plain_mlp(x: Tensor, gate_up: Sequence[Projection], down: Projection, *, activation: str) -> Tensor:
     act = F.silu if activation == "silu" else lambda g: F.gelu(g, approximate="tanh")
-    return plain_linear(act(plain_linear(x, gate)) * plain_linear(x, up), down)
+    gate, up = plain_fused(x, gate_up).chunk(2, dim=-1)
+    return plain_linear(act(gate) * up, down)
 
 
 def leaves(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
@@ -97,4 +98,4 @@ def fused(x: Tensor, projections: Sequence[Projection]) -> Tensor:
 
 
 def mlp(x: Tensor, projections: Sequence[Projection], activation: str = "silu") -> Tensor:
-    return lora_mlp(x, *projections, activation=activation, inplace=False)
+    return lora_mlp(x, projections[:-1], projections[-1], activation=activation, inplace=False)

@@ -90,11 +90,15 @@ def test_gradcheck_of_one_linear() -> None:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("x_trains", [True, False])
+@pytest.mark.parametrize("gate_up", ["two", "one"])
 @pytest.mark.parametrize("variant", ["plain", "biases and dropout", "down only", "gate only", "none"])
-def test_gradcheck_of_mlp(variant: str, x_trains: bool, activation: str) -> None:
+def test_gradcheck_of_mlp(variant: str, gate_up: str, x_trains: bool, activation: str) -> None:
     options = {"bias": "trainable", "dropout": 0.3, "scaling": 0.5} if variant == "biases and dropout" else {}
     ranks = {"down only": (0, 0, 2), "gate only": (2, 0, 0), "none": (0, 0, 0)}.get(variant, (2, 3, 2))
-    projections = [projection(*shape, r, **options) for shape, r in zip(((5, 4), (5, 4), (4, 5)), ranks, strict=True)]
+    shapes = ((5, 4), (5, 4), (4, 5))
+    if gate_up == "one":
+        shapes, ranks = ((10, 4), (4, 5)), (ranks[0], ranks[2])
+    projections = [projection(*shape, r, **options) for shape, r in zip(shapes, ranks, strict=True)]
     x = torch.randn(3, 4, dtype=torch.float64).requires_grad_(x_trains)
     if leaves(x, projections):
         check_gradients(lambda x, ps: mlp(x, ps, activation), x, projections)
@@ -119,13 +123,15 @@ def test_fused_is_as_accurate_as_plain_torch(dtype: torch.dtype, factor_dtype: t
 @pytest.mark.parametrize("bits", [16, 4])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_mlp_is_as_accurate_as_plain_torch(dtype: torch.dtype, activation: str, bits: int) -> None:
+@pytest.mark.parametrize("gate_up", ["two", "one"])
+def test_mlp_is_as_accurate_as_plain_torch(gate_up: str, dtype: torch.dtype, activation: str, bits: int) -> None:
     kind = {"dtype": dtype, "factor_dtype": torch.float32, "bits": bits, "scaling": 2.0}
-    projections = [projection(96, 64, 8, **kind), projection(96, 64, 8, **kind), projection(64, 96, 8, **kind)]
+    first = [projection(192, 64, 8, **kind)] if gate_up == "one" else [projection(96, 64, 8, **kind) for _ in range(2)]
+    projections = [*first, projection(64, 96, 8, **kind)]
     x = torch.randn(33, 64).to(dtype).requires_grad_()
     check_against_plain(
-        lambda x, ps: lora_mlp(x, *ps, activation=activation),
-        lambda x, ps: plain_mlp(x, *ps, activation=activation),
+        lambda x, ps: lora_mlp(x, ps[:-1], ps[-1], activation=activation),
+        lambda x, ps: plain_mlp(x, ps[:-1], ps[-1], activation=activation),
         x,
         projections,
     )
@@ -217,13 +223,17 @@ def test_errors_name_rule_and_value() -> None:
     with pytest.raises(ValueError, match="cast x"):
         lora_linear(x.float(), p)
     with pytest.raises(ValueError, match="cast x"):
-        lora_mlp(x, p, p, projection(6, 5, dtype=torch.float32), activation="silu")
+        lora_mlp(x, (p, p), projection(6, 5, dtype=torch.float32), activation="silu")
     with pytest.raises(ValueError, match="dropout must be"):
         replace(p, dropout=1.0)
     with pytest.raises(ValueError, match="both lora_A and lora_B"):
         replace(p, lora_B=None)
     with pytest.raises(ValueError, match="gate and up"):
-        lora_mlp(x, p, p, projection(6, 4), activation="silu")
+        lora_mlp(x, (p, p), projection(6, 4), activation="silu")
+    with pytest.raises(ValueError, match="gate and up"):
+        lora_mlp(x, (p, projection(7, 6)), projection(6, 6), activation="silu")
+    with pytest.raises(ValueError, match="gate and up"):
+        lora_mlp(x, (p,), projection(6, 5), activation="silu")
 
 
 @pytest.mark.gpu
@@ -246,10 +256,17 @@ def test_functions_on_gpu(tokens: int, factor_dtype: torch.dtype, bits: int) -> 
         projection(hidden, intermediate, 16, scaling=2.0, **kind),
     ]
     check_against_plain(
-        lambda x, ps: lora_mlp(x, *ps, activation="silu"),
-        lambda x, ps: plain_mlp(x, *ps, activation="silu"),
+        lambda x, ps: lora_mlp(x, ps[:-1], ps[-1], activation="silu"),
+        lambda x, ps: plain_mlp(x, ps[:-1], ps[-1], activation="silu"),
         x,
         linears,
+    )
+    fused_gate_up = [projection(2 * intermediate, hidden, 16, **kind), linears[-1]]
+    check_against_plain(
+        lambda x, ps: lora_mlp(x, ps[:-1], ps[-1], activation="gelu_pytorch_tanh"),
+        lambda x, ps: plain_mlp(x, ps[:-1], ps[-1], activation="gelu_pytorch_tanh"),
+        x,
+        fused_gate_up,
     )
 
 

@@ -139,7 +139,7 @@ def test_mlp_overwrites_what_it_kept_and_then_refuses_a_second_backward(device: 
     projections = [projection(96, 64, 8, **kind), projection(96, 64, 8, **kind), projection(64, 96, 8, **kind)]
     x = torch.randn(7, 64, device=device, requires_grad=True)
     inputs = leaves(x, projections)
-    kept, overwritten = mlp(x, projections), lora_mlp(x, *projections, activation="silu")
+    kept, overwritten = mlp(x, projections), lora_mlp(x, projections[:-1], projections[-1], activation="silu")
     dy = torch.randn_like(kept)
     expected = torch.autograd.grad(kept, inputs, dy, retain_graph=True)
     actual = torch.autograd.grad(overwritten, inputs, dy, retain_graph=True)
@@ -158,7 +158,8 @@ def test_checkpoint_recomputes_the_same_dropout() -> None:
     def block(x: Tensor) -> Tensor:
         return lora_mlp(
             x + lora_linear(x, replace(projections[2], weight=torch.ones(64, 64), lora_A=None, lora_B=None)),
-            *projections,
+            projections[:-1],
+            projections[-1],
             activation="silu",
         )
 

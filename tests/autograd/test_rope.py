@@ -8,24 +8,26 @@ from slothcore.autograd.rope import apply_rope
 from tests.numerics import assert_as_accurate_as_eager, gradients
 
 HEADS, NUM_HEADS, HEAD_DIM = 4, 3, 6
+ROTARY_DIMS = pytest.mark.parametrize("rotary_dim", [HEAD_DIM, 4], ids=["whole", "partial"])
 INPLACE = pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
 
 
-def make_angles(num_tokens: int, head_dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    angles = torch.rand(num_tokens, head_dim // 2, dtype=dtype) * 6
+def make_angles(num_tokens: int, rotary_dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    angles = torch.rand(num_tokens, rotary_dim // 2, dtype=dtype) * 6
     return angles.cos(), angles.sin()
 
 
 @INPLACE
+@ROTARY_DIMS
 @pytest.mark.parametrize("flat", [False, True], ids=["heads", "flat"])
-def test_gradcheck(inplace: bool, flat: bool) -> None:
+def test_gradcheck(inplace: bool, rotary_dim: int, flat: bool) -> None:
     qkv = torch.randn(5, HEADS, HEAD_DIM, dtype=torch.float64)
     qkv = (qkv.flatten(1) if flat else qkv).requires_grad_()
-    cos, sin = make_angles(5, HEAD_DIM, torch.float64)
+    cos, sin = make_angles(5, rotary_dim, torch.float64)
 
     def function(qkv: Tensor) -> Tensor:
         # The clone is the tensor to overwrite; the product keeps gradcheck's own gradient out of reach.
-        return apply_rope(qkv.clone(), cos, sin, num_heads=NUM_HEADS, inplace=inplace) * 1.5
+        return apply_rope(qkv.clone(), cos, sin, num_heads=NUM_HEADS, head_dim=HEAD_DIM, inplace=inplace) * 1.5
 
     assert torch.autograd.gradcheck(function, (qkv,))
 
@@ -45,16 +47,23 @@ def test_gradcheck_of_views() -> None:
     assert torch.autograd.gradcheck(lambda x: apply_rope(x, cos, sin, num_heads=NUM_HEADS), (transposed,))
 
 
-def test_flat_and_inplace_give_the_same_values() -> None:
+@ROTARY_DIMS
+def test_flat_and_inplace_give_the_same_values(rotary_dim: int) -> None:
     qkv = torch.randn(5, HEADS, HEAD_DIM)
-    cos, sin = make_angles(5, HEAD_DIM)
+    cos, sin = make_angles(5, rotary_dim)
     before = qkv.clone()
     expected = apply_rope(qkv, cos, sin, num_heads=NUM_HEADS)
     assert torch.equal(qkv, before)
-    assert torch.equal(apply_rope(qkv.flatten(1), cos, sin, num_heads=NUM_HEADS), expected.flatten(1))
+    flat = apply_rope(qkv.flatten(1), cos, sin, num_heads=NUM_HEADS, head_dim=HEAD_DIM)
+    assert torch.equal(flat, expected.flatten(1))
     result = apply_rope(qkv, cos, sin, num_heads=NUM_HEADS, inplace=True)
     assert result is qkv
     assert torch.equal(result, expected)
+
+
+def test_a_flat_projection_needs_its_head_dim() -> None:
+    with pytest.raises(AssertionError, match="does not tell head_dim"):
+        apply_rope(torch.zeros(5, 24), *make_angles(5, HEAD_DIM), num_heads=NUM_HEADS)
 
 
 @INPLACE
@@ -91,7 +100,7 @@ def test_overwriting_what_another_operation_saved_raises() -> None:
 def test_no_tokens(shape: tuple[int, ...], inplace: bool) -> None:
     cos, sin = make_angles(0, HEAD_DIM)
     qkv = torch.zeros(shape, requires_grad=True)
-    rotated = apply_rope(qkv.clone(), cos, sin, num_heads=NUM_HEADS, inplace=inplace)
+    rotated = apply_rope(qkv.clone(), cos, sin, num_heads=NUM_HEADS, head_dim=HEAD_DIM, inplace=inplace)
     assert rotated.shape == shape
     rotated.sum().backward()
     assert qkv.grad.shape == shape
@@ -115,7 +124,7 @@ def test_gradients_on_the_gpu(inplace: bool, dtype: torch.dtype) -> None:
 
     def function(qkv: Tensor) -> Tensor:
         angles = (cos.to(qkv.device), sin.to(qkv.device))
-        return apply_rope(qkv.clone(), *angles, num_heads=40, inplace=inplace)
+        return apply_rope(qkv.clone(), *angles, num_heads=40, head_dim=128, inplace=inplace)
 
     (fused,) = gradients(function, qkv.cuda(), grad_output=grad.cuda())
     (eager,) = gradients(function, qkv, grad_output=grad.clone())

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from slothcore.kernels import attention, attention_backward, attention_backward_eager, attention_eager
-from slothcore.kernels.attention import Tile
+from slothcore.kernels.attention_tiles import (
+    Tile,
+    Tiles,
+    attention_tiles,
+    device_capability,
+    head_columns,
+    key_gradient_parts,
+    shared_memory_kib,
+)
 from tests.numerics import assert_as_accurate_as_eager
 
 FUSED = (attention.attention_forward, attention_backward.attention_backward)
@@ -55,6 +63,10 @@ SMALL_PROBLEMS = {
     "window as long as a block": Problem((49,), 1, 1, 16, {"window": 32}),
     "soft cap": Problem((35, 2), 2, 1, 16, {"softcap": 1.0}),
     "window and soft cap": Problem((60, 30), 2, 2, 40, {"window": 17, "softcap": 3.0}),
+    "two pieces of a head": Problem((37, 5), 2, 2, 48, {"window": 20}),
+    "second piece wider than what is left": Problem((34,), 2, 1, 83, {"softcap": 2.0}),
+    "enough key heads for one program each": Problem((33, 4), 8, 4, 16),
+    "programs with unequal shares of a group": Problem((35, 3), 10, 2, 24, {"window": 18}),
 }
 
 
@@ -70,10 +82,78 @@ def test_every_ratio_of_blocks(
     blocks: tuple[int, int], window: int | None, kernel_device: str, nan_filled_empty, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tile = Tile(*blocks, num_warps=4, num_stages=1)
-    monkeypatch.setattr(attention, "forward_tile", lambda *_: tile)
-    monkeypatch.setattr(attention_backward, "query_gradient_tile", lambda *_: tile)
-    monkeypatch.setattr(attention_backward, "key_gradient_tile", lambda *_: tile)
+    for module in (attention, attention_backward):
+        monkeypatch.setattr(module, "attention_tiles", lambda *_, **__: Tiles(tile, tile, tile))
     Problem((83, 19), 2, 1, 16, {"window": window}).check(kernel_device, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+def test_any_number_of_programs_shares_a_group(
+    parts: int, dtype: torch.dtype, kernel_device: str, nan_filled_empty, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """5 query heads: shares of 5, of 3 and 2, of 2, 2 and 1, of 1 each."""
+    monkeypatch.setattr(attention_backward, "key_gradient_parts", lambda *_: parts)
+    Problem((40, 0, 9), 5, 1, 16).check(kernel_device, dtype)
+
+
+def test_pieces_of_a_head_give_what_padding_gives(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem((45, 3), 4, 2, 96, {"window": 30})
+    qkv, dout = problem.inputs(kernel_device, torch.float32)
+    tile = Tile(32, 16, 4, 1, pad=True)
+    in_pieces = problem.run(FUSED, qkv, dout)
+    for module in (attention, attention_backward):
+        monkeypatch.setattr(module, "attention_tiles", lambda *_, **__: Tiles(tile, tile, tile))
+    for name, padded in problem.run(FUSED, qkv, dout).items():
+        torch.testing.assert_close(in_pieces[name], padded, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [1, 16, 20, 50])
+def test_blocks_outside_the_window_are_never_read(window: int, kernel_device: str) -> None:
+    """NaNs in what a window hides reach nothing that is further away than the window and a block on either side."""
+    problem = Problem((300,), 2, 1, 16, {"window": window})
+    tiles = attention_tiles(16, torch.float32, device_capability(torch.device(kernel_device)))
+    reach = window + max(max(tile.block_q, tile.block_k) for tile in tiles) * 2
+    qkv, dout = problem.inputs(kernel_device, torch.float32)
+    before = problem.run(FUSED, qkv, dout)
+    qkv[:10], dout[:10] = float("nan"), float("nan")
+    qkv[290:], dout[290:] = float("nan"), float("nan")
+    after = problem.run(FUSED, qkv, dout)
+    far = slice(10 + reach, 290 - reach)
+    for name in ("out", "dq", "dk", "dv"):
+        assert after[name][far].numel() > 0
+        assert torch.equal(after[name][far], before[name][far]), name
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "pieces"),
+    [(4, (16, 0)), (16, (16, 0)), (24, (32, 0)), (64, (64, 0)), (80, (64, 16)), (96, (64, 32)), (97, (128, 0)),
+     (128, (128, 0)), (160, (128, 32)), (192, (128, 64)), (193, (256, 0)), (256, (256, 0))],
+)  # fmt: skip
+def test_pieces_of_a_head(head_dim: int, pieces: tuple[int, int]) -> None:
+    assert head_columns(head_dim) == pieces
+    assert sum(pieces) >= head_dim
+    assert head_columns(head_dim, pad=True) == (max(16, 1 << (head_dim - 1).bit_length()), 0)
+
+
+@pytest.mark.parametrize(
+    ("heads", "parts"), [((32, 8), 1), ((16, 4), 1), ((8, 1), 4), ((4, 1), 4), ((14, 2), 2), ((2, 1), 2), ((2, 2), 1)]
+)
+def test_programs_of_a_key_head(heads: tuple[int, int], parts: int) -> None:
+    assert key_gradient_parts(*heads) == parts
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)], ids=str)
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_operands_of_every_tile_fit_the_device(dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> None:
+    """A lower bound of what a kernel needs: the blocks in flight, and where they are not streamed, its own."""
+    tiles = attention_tiles(head_dim, dtype, capability, capped=True)
+    kib = sum(head_columns(head_dim)) * dtype.itemsize / 1024
+    memory = shared_memory_kib(capability)
+    assert tiles.forward.num_stages * 2 * tiles.forward.block_k * kib <= memory
+    assert tiles.query_gradient.num_stages * 2 * tiles.query_gradient.block_k * kib <= memory
+    assert tiles.key_gradient.num_stages * 2 * tiles.key_gradient.block_q * kib <= memory
 
 
 def test_strided_inputs(kernel_device: str, nan_filled_empty) -> None:
@@ -160,6 +240,7 @@ def test_eager_takes_large_groups_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
         torch.testing.assert_close(result, together[name], rtol=1e-12, atol=1e-12)
 
 
+# A float64 score tensor of these takes at most 70 MB, so that many workers may share a GPU.
 REAL_PROBLEMS = {
     "head_dim 64": Problem((512, 300, 77), 8, 8, 64),
     "head_dim 80": Problem((200, 129), 4, 4, 80),
@@ -170,7 +251,7 @@ REAL_PROBLEMS = {
     "groups of 8": Problem((511, 257), 16, 2, 128),
     "one key head": Problem((400, 31), 8, 1, 64),
     "window": Problem((1000, 128, 700), 4, 1, 128, {"window": 256}),
-    "odd window, wide heads": Problem((600, 33), 4, 2, 256, {"window": 77}),
+    "odd window, wide heads": Problem((300, 33), 2, 1, 256, {"window": 77}),
     "soft cap": Problem((600, 128), 4, 2, 128, {"softcap": 1.5}),
     "window and soft cap": Problem((700, 200), 4, 2, 256, {"window": 130, "softcap": 4.0}),
     "many unequal documents": Problem((*range(1, 60), 700, 0, 0, *range(120, 130)), 4, 2, 64),
@@ -185,9 +266,40 @@ def test_real_sizes(problem: Problem, dtype: torch.dtype, nan_filled_empty) -> N
     problem.check("cuda", dtype)
 
 
+# Every head_dim of the supported models with every mask and every ratio of heads (1, 2, 4, 8 queries a key; one key
+# head for all), so paired that each head_dim meets each mask, and each ratio at least two head_dims and two masks.
+ZOO_HEADS = {
+    "equal": (4, 4), "2 to 1": (4, 2), "4 to 1": (8, 2), "8 to 1": (16, 2), "8 on one": (8, 1), "7 to 1": (14, 2),
+}  # fmt: skip
+ZOO_OPTIONS = {
+    "plain": {}, "cap": {"softcap": 2.0}, "window": {"window": 300}, "both": {"window": 300, "softcap": 2.0},
+}  # fmt: skip
+ZOO = [
+    (64, "4 to 1", "plain"), (64, "7 to 1", "cap"), (64, "8 to 1", "window"), (64, "2 to 1", "both"),
+    (96, "equal", "plain"), (96, "2 to 1", "cap"), (96, "equal", "window"), (96, "8 on one", "both"),
+    (128, "4 to 1", "plain"), (128, "8 to 1", "cap"), (128, "4 to 1", "window"), (128, "equal", "both"),
+    (256, "8 on one", "plain"), (256, "2 to 1", "cap"), (256, "4 to 1", "window"), (256, "8 on one", "window"),
+    (256, "2 to 1", "both"), (256, "8 to 1", "both"),
+]  # fmt: skip
+
+
 @pytest.mark.gpu
-def test_same_bits_on_every_run() -> None:
-    problem = Problem((1500, 900, 33), 8, 2, 128)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("head_dim", "heads", "options"), ZOO, ids=[f"{d}, {h}, {o}" for d, h, o in ZOO])
+def test_heads_of_the_models(head_dim: int, heads: str, options: str, dtype: torch.dtype, nan_filled_empty) -> None:
+    Problem((700, 129, 1), *ZOO_HEADS[heads], head_dim, ZOO_OPTIONS[options]).check("cuda", dtype)
+
+
+@pytest.mark.gpu
+def test_window_across_a_long_document() -> None:
+    """Gemma 2's soft cap and a window that the document is longer than, at a length of many whole blocks."""
+    Problem((2048,), 2, 1, 256, {"window": 1000, "softcap": 50.0}).check("cuda", torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_kv_heads", [4, 1])
+def test_same_bits_on_every_run(num_kv_heads: int) -> None:
+    problem = Problem((1500, 900, 33), 8, num_kv_heads, 128)
     qkv, dout = problem.inputs("cuda", torch.bfloat16)
     first = problem.run(FUSED, qkv, dout)
     for _ in range(5):

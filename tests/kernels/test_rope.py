@@ -12,10 +12,10 @@ from tests.numerics import assert_as_accurate_as_eager
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 
 
-def make_angles(num_tokens: int, head_dim: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """cos and sin [T, D/2] for positions that restart, as in packed documents."""
+def make_angles(num_tokens: int, rotary_dim: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """cos and sin [T, P/2] for positions that restart, as in packed documents."""
     positions = torch.arange(num_tokens) % 11
-    frequencies = 10000.0 ** (-torch.arange(head_dim // 2) * 2 / head_dim)
+    frequencies = 10000.0 ** (-torch.arange(rotary_dim // 2) * 2 / rotary_dim)
     angles = positions[:, None] * frequencies
     return angles.cos().to(device), angles.sin().to(device)
 
@@ -29,6 +29,8 @@ def check_against_eager(x: Tensor, cos: Tensor, sin: Tensor, *, num_heads: int, 
     assert result is x
     assert_as_accurate_as_eager(x[:, :num_heads], eager[:, :num_heads], exact[:, :num_heads])
     assert torch.equal(x[:, num_heads:], before[:, num_heads:])
+    rotary_dim = 2 * cos.shape[-1]
+    assert torch.equal(x[..., rotary_dim:], before[..., rotary_dim:])
 
 
 @DTYPES
@@ -43,6 +45,40 @@ def test_matches_eager(
     x = torch.randn(num_tokens, heads, head_dim).to(kernel_device, dtype)
     cos, sin = make_angles(num_tokens, head_dim, kernel_device)
     check_against_eager(x, cos, sin, num_heads=num_heads, inverse=inverse)
+
+
+@DTYPES
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+@pytest.mark.parametrize(
+    ("num_tokens", "heads", "num_heads", "head_dim", "rotary_dim"),
+    [(7, 5, 3, 80, 32), (33, 7, 6, 20, 10), (3, 3, 2, 128, 96), (5, 2, 2, 6, 2)],
+)
+def test_partial_rotation_matches_eager(
+    num_tokens: int,
+    heads: int,
+    num_heads: int,
+    head_dim: int,
+    rotary_dim: int,
+    inverse: bool,
+    dtype: torch.dtype,
+    kernel_device: str,
+) -> None:
+    x = torch.randn(num_tokens, heads, head_dim).to(kernel_device, dtype)
+    cos, sin = make_angles(num_tokens, rotary_dim, kernel_device)
+    check_against_eager(x, cos, sin, num_heads=num_heads, inverse=inverse)
+
+
+def test_eager_rotates_a_part_as_transformers_does() -> None:
+    from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
+
+    qkv = torch.randn(9, 6, 16)
+    cos, sin = make_angles(9, 10)
+    expected = apply_rotary_pos_emb(
+        qkv[None, :, :3], qkv[None, :, 3:5], cos.repeat(1, 2)[None], sin.repeat(1, 2)[None], unsqueeze_dim=2
+    )
+    rotated = rope_eager.rope_rotate_(qkv.clone(), cos, sin, num_heads=5)
+    torch.testing.assert_close(rotated[:, :3], expected[0][0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(rotated[:, 3:5], expected[1][0], rtol=0, atol=1e-6)
 
 
 def test_eager_pairs_as_transformers_does() -> None:
@@ -87,10 +123,10 @@ def test_inverse_undoes_the_rotation(ops: ModuleType, kernel_device: str) -> Non
     torch.testing.assert_close(restored, x, rtol=0, atol=1e-6)
 
 
-def test_angles_of_another_head_dim_are_refused(kernel_device: str) -> None:
-    cos, sin = make_angles(4, 8, kernel_device)
+def test_angles_for_more_channels_than_a_head_has_are_refused(kernel_device: str) -> None:
+    cos, sin = make_angles(4, 18, kernel_device)
     for ops in (rope, rope_eager):
-        with pytest.raises(AssertionError, match="angles for head_dim 8, heads of 16"):
+        with pytest.raises(AssertionError, match="angles for 18 channels, heads of 16"):
             ops.rope_rotate_(torch.zeros(4, 2, 16, device=kernel_device), cos, sin, num_heads=2)
 
 
@@ -113,6 +149,15 @@ def test_matches_eager_at_real_sizes(num_tokens: int, head_dim: int, inverse: bo
     x = torch.randn(num_tokens, 48, head_dim, device="cuda").to(dtype)
     cos, sin = make_angles(num_tokens, head_dim, "cuda")
     check_against_eager(x, cos, sin, num_heads=40, inverse=inverse)
+
+
+@pytest.mark.gpu
+@DTYPES
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(128, 96), (96, 72), (80, 32)])
+def test_partial_rotation_at_real_sizes(head_dim: int, rotary_dim: int, dtype: torch.dtype) -> None:
+    x = torch.randn(4096, 48, head_dim, device="cuda").to(dtype)
+    cos, sin = make_angles(4096, rotary_dim, "cuda")
+    check_against_eager(x, cos, sin, num_heads=40, inverse=False)
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from slothcore.layers.attention import SelfAttention
 from slothcore.layers.kv_cache import KvCache, attend_to_rows
+from slothcore.layers.norm import RMSNorm
 from slothcore.layers.packed import Documents
 from slothcore.layers.rope import RopeParameters, RotaryEmbedding
 
@@ -21,10 +23,13 @@ OPTIONS: list[dict[str, Any]] = [
     {"window": 3},
     {"softcap": 1.5},
     {"window": 2, "softcap": 0.7, "qkv_bias": True, "output_bias": True},
+    {"fused_qkv": True, "qkv_bias": True},
+    {"window": 3, "head_norm": partial(RMSNorm, HEAD_DIM, eps=1e-3, dtype=torch.float64)},
+    {"fused_qkv": True, "head_norm": partial(RMSNorm, HEAD_DIM, eps=1e-3, weight_offset=1.0, dtype=torch.float64)},
 ]
 
 
-@pytest.fixture(params=OPTIONS, ids=str)
+@pytest.fixture(params=OPTIONS, ids=lambda options: "-".join(options) or "plain")
 def attention(request: pytest.FixtureRequest) -> SelfAttention:
     module = SelfAttention(
         HIDDEN,
@@ -47,16 +52,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned.real, turned.imag], -1)
 
 
+def normed(x: Tensor, norm: RMSNorm | None) -> Tensor:
+    """RMSNorm over the heads of x [T, heads, D]."""
+    if norm is None:
+        return x
+    return x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * (norm.weight + norm.weight_offset)
+
+
 def dense_attention(module: SelfAttention, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """One document, every score written out."""
     length = len(x)
-
-    def heads(linear: Any) -> Tensor:
-        y = x @ linear.weight.T + (0 if linear.bias is None else linear.bias)
-        return y.view(length, -1, HEAD_DIM)
-
-    query, key = rotate(heads(module.q_proj), cos, sin), rotate(heads(module.k_proj), cos, sin)
-    value = heads(module.v_proj)
+    named = dict(module.named_children())
+    linears = [named["qkv_proj"]] if "qkv_proj" in named else [named[f"{letter}_proj"] for letter in "qkv"]
+    qkv = torch.cat([x @ m.weight.T + (0 if m.bias is None else m.bias) for m in linears], -1)
+    query, key, value = qkv.view(length, -1, HEAD_DIM).split([HEADS, KV_HEADS, KV_HEADS], 1)
+    query, key = (
+        rotate(normed(heads, norm), cos, sin) for heads, norm in ((query, module.q_norm), (key, module.k_norm))
+    )
     output = torch.zeros(length, HEADS, HEAD_DIM, dtype=x.dtype)
     for i in range(length):
         first = 0 if module.window is None else max(0, i + 1 - module.window)

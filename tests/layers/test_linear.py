@@ -240,7 +240,7 @@ def test_gated_mlp_is_its_equation(mixture: str, activation: str) -> None:
     act = F.silu if activation == "silu" else lambda g: F.gelu(g, approximate="tanh")
     x = torch.randn(7, IN, dtype=torch.float64, requires_grad=True)
     expected = plain(down, act(plain(gate, x)) * plain(up, x))
-    y = gated_mlp(x, gate, up, down, activation=activation)
+    y = gated_mlp(x, (gate, up), down, activation=activation)
     torch.testing.assert_close(y, expected)
     expected_gradients = trainable_gradients(linears, x, expected)
     for name, gradient in trainable_gradients(linears, x, y).items():

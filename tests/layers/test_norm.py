@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from slothcore.layers.norm import RMSNorm
+from slothcore.layers.norm import RMSNorm, norm_add_norm
 from tests.numerics import relative_error
 
 T, H = 5, 12
@@ -41,6 +41,29 @@ def test_residual_is_added_first_and_handed_on(norm: RMSNorm) -> None:
     expected = torch.autograd.grad((y * to_y).sum() + (h * to_h).sum(), (branch, residual, norm.weight))
     for gradient, reference in zip(actual, expected, strict=True):
         # The weight gradient is summed in float32.
+        assert relative_error(gradient, reference) < 1e-6
+
+
+def test_the_norms_of_a_sandwich(norm: RMSNorm) -> None:
+    """One operation for three: the branch's norm, the add, the next norm."""
+    pre = RMSNorm(
+        H,
+        eps=norm.eps,
+        weight_offset=norm.weight_offset,
+        cast_before_weight=norm.cast_before_weight,
+        dtype=torch.float64,
+    )
+    torch.nn.init.normal_(pre.weight)
+    branch, residual = torch.randn(2, T, H, dtype=torch.float64, requires_grad=True)
+    inputs = branch, residual, norm.weight, pre.weight
+    to_y, to_h = torch.randn(2, T, H, dtype=torch.float64)
+    y, h = norm_add_norm(branch, residual, post=norm, pre=pre)
+    actual = torch.autograd.grad((y * to_y).sum() + (h * to_h).sum(), inputs)
+    expected_y, expected_h = pre(norm(branch), residual)
+    torch.testing.assert_close(y, expected_y)
+    torch.testing.assert_close(h, expected_h)
+    expected = torch.autograd.grad((expected_y * to_y).sum() + (expected_h * to_h).sum(), inputs)
+    for gradient, reference in zip(actual, expected, strict=True):
         assert relative_error(gradient, reference) < 1e-6
 
 

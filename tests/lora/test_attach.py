@@ -8,7 +8,7 @@ from torch import Tensor
 
 from slothcore.autograd import lora_projection
 from slothcore.layers.linear import Linear
-from slothcore.lora.attach import add_lora, linear_layers
+from slothcore.lora.attach import add_lora, lora_layers
 from slothcore.models.decoder import Decoder
 from slothcore.models.load import from_config
 from tests.lora.reference import TINY, make_batch
@@ -27,7 +27,7 @@ def trained(model: Decoder) -> set[str]:
 
 
 def adapted(model: Decoder) -> list[str]:
-    return [path for path, linear in linear_layers(model).items() if linear.lora_A is not None]
+    return [path for path, linear in lora_layers(model).items() if linear.lora_A is not None]
 
 
 def test_a_new_adapter_changes_nothing_and_trains_alone() -> None:
@@ -69,7 +69,7 @@ def test_biases() -> None:
         return {name for name in trained(model) if name.endswith(".bias")}
 
     options = {"attention_bias": True, "mlp_bias": True}
-    every = {f"{path}.bias" for path, linear in linear_layers(tiny(**options)).items() if linear.bias is not None}
+    every = {f"{path}.bias" for path, linear in lora_layers(tiny(**options)).items() if linear.bias is not None}
     assert len(every) == 14
     assert biases(add_lora(tiny(**options), target_modules=["q_proj"])) == set()
     assert biases(add_lora(tiny(**options), target_modules=["q_proj"], bias="all")) == every
@@ -230,8 +230,8 @@ def replay(model: Decoder, masks: list[Tensor], monkeypatch: pytest.MonkeyPatch)
     def together(x: Tensor, linears: Any) -> Tensor:
         return torch.cat([plain(linear, x) for linear in linears], dim=-1)
 
-    def gated(x: Tensor, gate: Linear, up: Linear, down: Linear, *, activation: Any) -> Tensor:
-        return plain(down, glu(together(x, (gate, up)), activation=activation))
+    def gated(x: Tensor, gate_up: Any, down: Linear, *, activation: Any) -> Tensor:
+        return plain(down, glu(together(x, gate_up), activation=activation))
 
     monkeypatch.setattr(attention, "project_together", together)
     monkeypatch.setattr(mlp, "gated_mlp", gated)

@@ -4,7 +4,8 @@ import json
 import os
 import shutil
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from slothcore.models import checkpoint
+import slothcore.models.load as loading
 from slothcore.models.checkpoint import save_pretrained
 from slothcore.models.decoder import Decoder
+from slothcore.models.families import FAMILIES
 from slothcore.models.load import load_model
 from tests.models.tiny import VARIANTS, saved, tiny_llama, token_ids
 
@@ -55,38 +57,22 @@ def test_shards_of_transformers(tmp_path: Path) -> None:
     assert_same_weights(load(sharded), whole)
 
 
-@pytest.mark.parametrize("bits", [32, 16, 4])
-def test_at_most_one_weight_is_held_while_loading(folder: Path, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each tensor that leaves the file must be gone before the next one does."""
-    original = checkpoint.safe_open
-    alive: set[str] = set()
-    most_alive = []
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_stored_weight_is_dropped_before_the_next(folder: Path, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read as float32 must be gone, once it is bfloat16 or NF4, before the next weight is handed out."""
+    original, alive, most_alive = loading.read_tensors, set(), []
 
-    class Watching:
-        def __init__(self, *args: Any, **options: Any) -> None:
-            self.handle = original(*args, **options)
-
-        def __enter__(self) -> "Watching":
-            self.handle.__enter__()
-            return self
-
-        def __exit__(self, *error: Any) -> None:
-            self.handle.__exit__(*error)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.handle, name)
-
-        def get_tensor(self, name: str) -> Tensor:
-            tensor = self.handle.get_tensor(name)
+    def watching(*args: Any, **options: Any) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in original(*args, **options):
             alive.add(name)
             weakref.finalize(tensor, alive.discard, name)
             most_alive.append(len(alive))
-            return tensor
+            yield name, tensor
+            del tensor
 
-    monkeypatch.setattr(checkpoint, "safe_open", Watching)
-    load(folder, bits=bits)
-    assert len(most_alive) == 21
-    assert max(most_alive) == 1
+    monkeypatch.setattr(loading, "read_tensors", watching)
+    load(folder, bits=bits, dtype=torch.bfloat16)
+    assert most_alive == [1] * 21
 
 
 def test_weights_are_no_window_into_the_file(folder: Path) -> None:
@@ -111,6 +97,69 @@ def test_rotary_buffers_and_a_stored_tied_head_are_passed_over(tmp_path: Path) -
 
     edit(folder, add)
     assert_same_weights(load(folder), expected)
+
+
+@pytest.mark.parametrize("bits", [32, 16, 4])
+def test_sources_of_every_float_dtype_even_mixed(folder: Path, bits: int) -> None:
+    """Each weight goes from its own dtype to the model's in one rounding."""
+    dtypes = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    expected: dict[str, Tensor] = {}
+
+    def mix(tensors: dict[str, Tensor]) -> None:
+        for i, name in enumerate(sorted(tensors)):
+            tensors[name] = tensors[name].to(dtypes[i % 4])
+            expected[name] = tensors[name]
+
+    edit(folder, mix)
+    model = load(folder, bits=bits, dtype=None)
+    for name, weight in expected.items():
+        if loading.is_quantized(model, name):
+            path = name.removesuffix(".weight")
+            wanted = loading.nf4_eager.nf4_quantize(weight.to(model.dtype))
+            assert torch.equal(model.get_submodule(path).base_weight().packed, wanted.packed), name
+        else:
+            assert torch.equal(model.state_dict()[name], weight.to(model.dtype)), name
+
+
+def prefixed(folder: Path, prefix: Callable[[str], str], extra: dict[str, Tensor] | None = None) -> None:
+    """Rename every stored weight, and add others."""
+
+    def rename(tensors: dict[str, Tensor]) -> None:
+        renamed = {prefix(name): tensor for name, tensor in tensors.items()} | (extra or {})
+        tensors.clear()
+        tensors.update(renamed)
+
+    edit(folder, rename)
+
+
+MULTIMODAL = replace(
+    FAMILIES["llama"],
+    weight_prefixes=(("text.model.", "model."), ("text.", "")),
+    ignored_weights=("vision.", "projector."),
+)
+
+
+def test_prefixes_of_a_multimodal_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "llama", MULTIMODAL)
+    plain = load(folder)
+    extra = {"vision.layer.weight": torch.ones(3, 3), "projector.bias": torch.ones(2, dtype=torch.int8)}
+    prefixed(folder, lambda name: f"text.{name}", extra)
+    with pytest.warns(UserWarning, match="2 weights that belong to no text model were not loaded"):
+        actual = load(folder)
+    assert_same_weights(actual, plain)
+
+
+def test_two_weights_of_one_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "llama", MULTIMODAL)
+    prefixed(folder, lambda name: name, {"text.model.norm.weight": torch.ones(32)})
+    with pytest.raises(ValueError, match=r"is a second weight for model\.norm\.weight"):
+        load(folder)
+
+
+def test_an_untied_head_must_be_on_disk(folder: Path) -> None:
+    edit(folder, lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(ValueError, match=r"lacks the weight lm_head\.weight"):
+        load(folder)
 
 
 def test_missing_folder(tmp_path: Path) -> None:
@@ -230,7 +279,7 @@ def test_integer_weight(folder: Path) -> None:
 
 def test_nothing_is_allocated_for_a_folder_that_does_not_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     edit(folder, lambda tensors: tensors.pop("model.norm.weight"))
-    monkeypatch.setattr("slothcore.models.load.read_tensors", lambda *a: pytest.fail("began to read weights"))
+    monkeypatch.setattr("slothcore.models.load.read_tensors", lambda *a, **b: pytest.fail("began to read weights"))
     with pytest.raises(ValueError, match="lacks the weight"):
         load(folder)
 
@@ -238,10 +287,10 @@ def test_nothing_is_allocated_for_a_folder_that_does_not_fit(folder: Path, monke
 # Writing
 
 
-@pytest.mark.parametrize("variant", ["grouped queries", "tied head", "biases", "llama3 rope"])
+@pytest.mark.parametrize("switches", ["grouped queries", "tied head", "biases", "llama3 rope"])
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 20_000])
-def test_transformers_reads_what_we_write(variant: str, max_shard_bytes: int, tmp_path: Path) -> None:
-    model = load(saved(tiny_llama(**VARIANTS[variant]), tmp_path / "theirs"))
+def test_transformers_reads_what_we_write(switches: str, max_shard_bytes: int, tmp_path: Path) -> None:
+    model = load(saved(tiny_llama(**VARIANTS[switches]), tmp_path / "theirs"))
     save_pretrained(
         model.state_dict().items(), tmp_path / "ours", hf_config=model.hf_config, max_shard_bytes=max_shard_bytes
     )

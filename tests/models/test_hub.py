@@ -1,101 +1,111 @@
-"""Names to folders, without a network: huggingface_hub's answers are stood in for by its own exceptions."""
+"""Names to folders, without a network; the tests in `tests/hub` speak with a server."""
 
+import errno
+import json
 from pathlib import Path
-from typing import Any
 
-import huggingface_hub
 import pytest
-from huggingface_hub import errors
+from huggingface_hub import HfApi, constants
 
-from slothcore.models.hub import model_folder
+from slothcore.models.hub import check_listed, model_folder, weight_files
 
 
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HfApi, "snapshot_download", lambda *a, **k: pytest.fail("asked the Hub"))
+
+
+@pytest.mark.usefixtures("no_hub")
 def test_a_local_folder_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the Hub"))
     assert model_folder(tmp_path) == tmp_path
     assert model_folder(str(tmp_path)) == tmp_path
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert model_folder("org/model") == Path("org/model")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert model_folder("~/org") == tmp_path / "org"
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "a/b/c", "~/nowhere-at-all"])
-def test_a_missing_folder_is_not_looked_up(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the Hub"))
+@pytest.mark.usefixtures("no_hub")
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "a/b/c", "~/nowhere-at-all", ""])
+def test_a_missing_folder_is_not_looked_up(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
-        model_folder(name)
+        model_folder(name or str(tmp_path / "nowhere"))
 
 
+@pytest.mark.usefixtures("no_hub")
 def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(ValueError, match="is a file; give the folder"):
         model_folder(tmp_path / "model.safetensors")
 
 
-def test_only_needed_files_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, Any] = {}
-
-    def snapshot_download(name: str, **options: Any) -> str:
-        asked.update(options, name=name)
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    folder = model_folder("org/name", revision="v2", token="t", cache_dir="/c", local_files_only=True)
-    assert folder == tmp_path
-    assert (asked["name"], asked["revision"], asked["token"], asked["cache_dir"]) == ("org/name", "v2", "t", "/c")
-    assert asked["local_files_only"] is True
-
-    repository = [
-        "config.json",
-        "generation_config.json",
-        "model-00001-of-00002.safetensors",
-        "model.safetensors.index.json",
-        "tokenizer.json",
-        "tokenizer.model",
-        "pytorch_model.bin",
-        "original/tokenizer.model",
-        "original/consolidated.00.pth",
-        "original/params.json",
-        "consolidated.safetensors",
-        "onnx/model.onnx",
-        "flax_model.msgpack",
-        "README.md",
-    ]
-    kept = list(huggingface_hub.utils.filter_repo_objects(repository, allow_patterns=asked["allow_patterns"]))
-    assert kept == repository[:6]
-
-
-def http_error(kind: type[Exception], message: str) -> Exception:
-    """The exception without a response in it: which HTTP library makes one depends on huggingface_hub's version."""
-    error = kind.__new__(kind)
-    Exception.__init__(error, message)
-    return error
-
-
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (http_error(errors.GatedRepoError, "403"), "org/name is gated.*accept its terms.*token="),
-        (http_error(errors.RepositoryNotFoundError, "404"), "neither a local folder nor a repository"),
-        (http_error(errors.RevisionNotFoundError, "404"), "has no revision 'v9'"),
         (
-            http_error(errors.HfHubHTTPError, "503 from the server\nRequest ID: x"),
-            "downloading org/name at revision 'v9' .* failed: 503",
+            OSError(errno.ENOSPC, "No space left on device"),
+            "the disk is full: org/name does not fit into the download cache /the/cache; make room, or choose another "
+            "place with cache_dir= or HF_HOME",
         ),
-        (errors.LocalEntryNotFoundError("no"), "nor in the download cache, and the Hugging Face Hub cannot be reached"),
-        (errors.OfflineModeIsEnabled("offline mode"), "failed: offline mode"),
-        (errors.HFValidationError("bad"), "neither a local folder nor a repository"),
+        (RuntimeError("Xet: No space left on device (os error 28)"), "the disk is full: org/name does not fit"),
+        (
+            PermissionError(errno.EACCES, "Permission denied"),
+            "the download cache /the/cache may not be written into; choose another with cache_dir= or HF_HOME",
+        ),
+        (
+            ConnectionResetError("reset by peer\nin the middle"),
+            "downloading org/name at revision 'v9' from the Hugging Face Hub failed: reset by peer; start again: files "
+            "that have arrived whole are not fetched twice",
+        ),
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_hub_errors_become_one_sentence(error: Exception, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def snapshot_download(*args: Any, **options: Any) -> str:
+def test_trouble_on_this_side_becomes_one_sentence(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def snapshot_download(*args: object, **options: object) -> str:
         raise error
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with pytest.raises(ValueError, match=message) as caught:
-        model_folder("org/name", revision="v9")
+    monkeypatch.setattr(HfApi, "snapshot_download", snapshot_download)
+    with pytest.raises(ValueError, match=r"\w") as caught:
+        model_folder("org/name", revision="v9", cache_dir="/the/cache")
+    assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
 
 
-def test_offline_without_a_cache(tmp_path: Path) -> None:
-    """The real library, told not to use the network."""
-    with pytest.raises(ValueError, match="nor in the download cache, and local_files_only is set"):
-        model_folder("some-org/some-model", cache_dir=tmp_path, local_files_only=True)
+def test_a_name_that_the_hub_would_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real library checks names before it asks anyone."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"neither a local folder nor a repository .*check the spelling"):
+        model_folder("org/two--dashes")
+
+
+def test_the_weights_of_a_folder(tmp_path: Path) -> None:
+    assert weight_files(tmp_path) == ["model.safetensors"]
+    index = {"weight_map": {"c": "model-2.safetensors", "a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert weight_files(tmp_path) == ["model-1.safetensors", "model-2.safetensors"]
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert weight_files(tmp_path) == ["adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("weights", "files", "message"),
+    [
+        ("model.safetensors", ["original/consolidated.00.pth"], "only pickled weights .original/consolidated.00.pth."),
+        ("model.safetensors", ["training_args.bin", "config.json"], "weights, neither model.safetensors nor others"),
+        ("model.safetensors", ["model.safetensors", "model_index.json"], "config.json, so its weights are not in the"),
+        ("model.safetensors", ["model.fp16.safetensors"], "only model.fp16.safetensors, which is in another layout"),
+        ("adapter_model.safetensors", ["adapter_model.bin"], "only pickled weights .adapter_model.bin."),
+        (
+            "adapter_model.safetensors",
+            ["model.safetensors.index.json"],
+            "weights, neither adapter_model.safetensors nor",
+        ),
+    ],
+)
+def test_a_list_of_files_that_is_of_no_use(weights: str, files: list[str], message: str) -> None:
+    check_listed([weights], [*files, weights, "config.json"], "org/name")
+    with pytest.raises(ValueError, match=f"org/name has no .*{message}"):
+        check_listed([weights], files, "org/name")

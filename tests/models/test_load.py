@@ -1,12 +1,15 @@
 """Options of loading, and models with random weights."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import slothcore.models.load as loading
 from slothcore.layers.linear import Linear
+from slothcore.models import reading
+from slothcore.models.checkpoint import save_pretrained
 from slothcore.models.load import from_config, load_model, resolve_device, resolve_dtype
 from tests.models.test_config import TINY
 from tests.models.tiny import saved, tiny_llama, token_ids
@@ -105,9 +108,22 @@ def test_a_tied_head_is_one_weight(folder: Path) -> None:
 def test_max_seq_length(folder: Path) -> None:
     assert load_model(folder, device="cpu").max_seq_length == 256
     assert load_model(folder, device="cpu", max_seq_length=100).max_seq_length == 100
-    for wrong in (0, 257):
-        with pytest.raises(ValueError, match=r"max_seq_length must lie in 1\.\.256"):
-            load_model(folder, device="cpu", max_seq_length=wrong)
+    with pytest.raises(ValueError, match="max_seq_length must be at least 1, got 0"):
+        load_model(folder, device="cpu", max_seq_length=0)
+
+
+def test_longer_documents_than_the_models_own(folder: Path) -> None:
+    """Linear scaling unless another is asked for, said in a warning, and carried by the configuration of exports."""
+    with pytest.warns(
+        UserWarning, match=r"RoPE scaling \(linear, factor 2\) takes the model from 256 positions to 512"
+    ):
+        model = load_model(folder, device="cpu", max_seq_length=512)
+    assert model.max_seq_length == 512
+    assert (model.config.rope.rope_type, model.config.rope.factor) == ("linear", 2.0)
+    assert model.hf_config["max_position_embeddings"] == 512
+    with pytest.warns(UserWarning, match=r"RoPE scaling \(yarn, factor 2\)"):
+        model = load_model(folder, device="cpu", max_seq_length=512, rope_scaling="yarn")
+    assert model.config.rope.rope_type == "yarn"
 
 
 def test_end_tokens_of_the_generation_config_win(folder: Path) -> None:
@@ -151,6 +167,32 @@ def test_bits_follow_the_dtype(dtype: torch.dtype | str | None, bits: int) -> No
     assert {weight.dtype for weight in model.parameters()} == {model.dtype}
 
 
+def test_random_experts() -> None:
+    """Each expert is drawn alone, under its name on disk, and quantised alone with 4 bits."""
+    moe = {
+        **{key: TINY[key] for key in ("vocab_size", "num_attention_heads", "num_hidden_layers")},
+        **{
+            "model_type": "mixtral",
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_local_experts": 3,
+            "num_key_value_heads": 2,
+        },
+    }
+    dense = from_config(moe, device="cpu")
+    stack = dense.model.layers[0].block_sparse_moe.experts.w2
+    assert stack.weight.shape == (3, 64, 128)
+    assert stack.weight.std(dim=(1, 2)).tolist() == pytest.approx([0.02] * 3, rel=0.1)
+    assert not torch.equal(stack.weight[0], stack.weight[1])
+    quantised = from_config(moe, bits=4, device="cpu")
+    assert quantised.model.layers[0].block_sparse_moe.experts.w2.is_nf4
+    assert quantised.model.layers[0].block_sparse_moe.gate.weight.is_floating_point()
+    meta = from_config(moe, device="meta")
+    assert {weight.device.type for weight in meta.parameters()} == {"meta"}
+    count = sum(weight.numel() for weight in dense.parameters())
+    assert sum(weight.numel() for weight in meta.parameters()) == count
+
+
 def test_meta_device_allocates_nothing() -> None:
     with torch.device("meta"):
         model = from_config({**TINY, "hidden_size": 8192, "intermediate_size": 65536, "num_attention_heads": 64})
@@ -159,3 +201,38 @@ def test_meta_device_allocates_nothing() -> None:
     assert sum(weight.numel() for weight in model.parameters()) == 2 * per_layer + 2 * 97 * 8192 + 8192
     with pytest.raises(ValueError, match="bits=4 needs values"):
         from_config(TINY, bits=4, device="meta")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("small_pieces", [False, True])
+def test_gpu_loads_what_it_would_quantise_and_never_waits(
+    small_pieces: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every NF4 part and dense weight of a 200 MB model; with small pieces each pinned buffer is used many times."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "vocab_size": 4000}
+    config = {**TINY, **sizes, "num_attention_heads": 8, "num_key_value_heads": 4}
+    source = from_config(config, device="cuda", dtype=torch.bfloat16)
+    save_pretrained(source.state_dict().items(), tmp_path, hf_config=config, max_shard_bytes=60 * 10**6)
+    load_model(tmp_path, device="cuda")  # compiles
+    if small_pieces:
+        monkeypatch.setattr(reading, "PIECE_BYTES", 2**19)
+    original = loading._read_weights
+
+    def watched(*args: Any, **options: Any) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            original(*args, **options)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(loading, "_read_weights", watched)
+    loaded = load_model(tmp_path, device="cuda")
+    for name, weight in source.state_dict().items():
+        module = loaded.get_submodule(name.removesuffix(".weight"))
+        if loading.is_quantized(loaded, name):
+            expected = loading.nf4.nf4_quantize(weight)
+            actual = module.base_weight()
+            for part in ("packed", "absmax", "nested_absmax", "nested_offset", "nested_code"):
+                assert torch.equal(getattr(actual, part), getattr(expected, part)), f"{name} {part}"
+        else:
+            assert torch.equal(module.weight, weight), name

@@ -24,6 +24,8 @@ def test_the_written_configuration_repeats_the_run(tmp_path) -> None:
         lora_dropout=0.1,
         modules_to_save=("lm_head",),
         adam_epsilon=1e-9,
+        rope_scaling={"rope_type": "yarn", "factor": 4.0},
+        local_files_only=True,
         resume_from_checkpoint="latest",
         overwrite_output_dir=True,
     )
@@ -35,6 +37,23 @@ def test_the_written_configuration_repeats_the_run(tmp_path) -> None:
             assert getattr(again, item.name) == item.default
         else:
             assert getattr(again, item.name) == getattr(config, item.name)
+
+
+@pytest.mark.parametrize("text", ["yarn", '{"rope_type": "yarn", "factor": 4}', "{rope_type: yarn, factor: 4}", "null"])
+def test_rope_scaling_is_a_name_or_a_mapping(tmp_path, text) -> None:
+    expected = {"yarn": "yarn", "null": None}.get(text, {"rope_type": "yarn", "factor": 4})
+    (tmp_path / "run.yaml").write_text(f"rope_scaling: {text}\n")
+    assert TrainConfig.from_yaml(tmp_path / "run.yaml").rope_scaling == expected
+    assert TrainConfig.from_sources(None, {"rope_scaling": text}).rope_scaling == expected
+
+
+def test_a_token_is_used_and_never_written_or_shown(tmp_path) -> None:
+    (tmp_path / "run.yaml").write_text("token: hf_secret\n")
+    config = TrainConfig.from_yaml(tmp_path / "run.yaml")
+    assert config.token == "hf_secret"
+    for text in (config.to_yaml(), str(config.to_dict()), repr(config)):
+        assert "secret" not in text
+    assert TrainConfig.from_dict(config.to_dict()).token is None
 
 
 def test_every_option_explains_itself() -> None:
@@ -54,6 +73,21 @@ def test_every_option_explains_itself() -> None:
         ({"data": ""}, "data must not be empty"),
         ({"data": []}, "data must not be empty"),
         ({"output_dir": ""}, "output_dir must not be empty"),
+        ({"token": ""}, "token must not be empty"),
+        ({"revision": ""}, "revision must not be empty"),
+        ({"rope_scaling": {}}, "rope_scaling must not be empty"),
+        (
+            {"rope_scaling": "longer"},
+            "rope_scaling must be linear | dynamic | yarn | llama3, a mapping or null, got 'longer'",
+        ),
+        (
+            {"rope_scaling": "{oops"},
+            "rope_scaling must be linear | dynamic | yarn | llama3, a mapping or null, got '{oops'",
+        ),
+        (
+            {"rope_scaling": {4: 1}},
+            "rope_scaling must be linear | dynamic | yarn | llama3, a mapping or null, got {4: 1}",
+        ),
         ({"bits": 3}, "bits must be 4 | 16 | 32, got 3"),
         ({"bits": True}, "bits must be"),
         ({"max_steps": 2.5}, "max_steps must be a whole number, got 2.5"),

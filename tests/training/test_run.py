@@ -5,7 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from slothcore.loading import load
+from slothcore.lora.adapter_io import save_adapter
+from slothcore.lora.attach import add_lora
 from slothcore.training import run as run_module
 from slothcore.training.config import TrainConfig
 from slothcore.training.run import train_from_config
@@ -67,7 +71,7 @@ def trainer_of(folder, monkeypatch):
         monkeypatch.setattr(SFTTrainer, "train", stop)
         places = {"model": str(folder / "model"), "data": str(folder / "data.jsonl"), "output_dir": str(folder / "run")}
         with pytest.raises(Stopped):
-            train_from_config(TrainConfig(**places, **options))
+            train_from_config(TrainConfig(**{**places, **options}))
         return made[0]
 
     return prepare
@@ -130,7 +134,7 @@ def test_all_weights_train_when_asked(trainer_of) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_the_revision_reaches_the_hub(trainer_of, monkeypatch) -> None:
+def test_what_is_loaded_and_how_reaches_the_loader(trainer_of, monkeypatch) -> None:
     asked = {}
 
     def load(name, **options):
@@ -138,6 +142,45 @@ def test_the_revision_reaches_the_hub(trainer_of, monkeypatch) -> None:
         raise ValueError("enough")
 
     monkeypatch.setattr(run_module, "load", load)
+    given = {"revision": "v2", "token": "hf_secret", "local_files_only": True, "rope_scaling": {"factor": 2.0}}
     with pytest.raises(ValueError, match="enough"):
-        trainer_of(revision="v2")
-    assert asked["revision"] == "v2"
+        trainer_of(**given, disable_tqdm=True)
+    assert {name: asked[name] for name in given} == given
+    assert asked["progress"] is False
+
+
+@pytest.fixture(scope="module")
+def adapter(folder) -> Path:
+    model, _ = load(folder / "model", bits=32, device="cpu")
+    model = add_lora(model, r=3, target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False)
+    save_adapter(model, folder / "adapter")
+    return folder / "adapter"
+
+
+def test_an_adapter_as_the_model_is_trained_further(trainer_of, adapter, capsys) -> None:
+    model = trainer_of(model=str(adapter), bits=32, device="cpu", target_modules="q_proj", r=3).model
+    assert f"training the adapter of {adapter} further: r 3, lora_alpha 16" in capsys.readouterr().out
+    assert (model.lora_config.r, model.lora_config.lora_dropout) == (3, 0.5)
+    saved = load_file(adapter / "adapter_model.safetensors")
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name.removeprefix("base_model.model.").removesuffix(".weight") for name in saved}
+    factor = "model.layers.1.self_attn.q_proj.lora_B"
+    assert torch.equal(model.get_parameter(factor), saved[f"base_model.model.{factor}.weight"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 8}, "whose r is 3, and r is set to 8; drop the option"),
+        ({"lora_alpha": 32}, "whose lora_alpha is 16, and lora_alpha is set to 32"),
+        ({"lora_dropout": 0.1}, "whose lora_dropout is 0.5, and lora_dropout is set to 0.1"),
+        ({"target_modules": ("k_proj",)}, r"whose target_modules is \('q_proj',\), and target_modules is set to"),
+        ({"bias": "all"}, "whose bias is 'none', and bias is set to 'all'"),
+        ({"modules_to_save": ("lm_head",)}, "modules_to_save is set to"),
+        ({"lora_dtype": "auto", "dtype": "bfloat16", "bits": 16}, "whose lora_dtype is 'float32'"),
+        ({"full_finetuning": True}, "full_finetuning is set, but the model has a LoRA adapter"),
+    ],
+)
+def test_an_adapter_as_the_model_is_not_made_into_another(trainer_of, adapter, options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer_of(**{"model": str(adapter), "bits": 32, "device": "cpu", **options})

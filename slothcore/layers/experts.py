@@ -1,0 +1,287 @@
+"""One linear map for each expert, stacked: dense or NF4, trainable or frozen, with or without LoRA.
+
+    E  experts    r  rank of LoRA
+
+In memory all experts of one projection are one tensor [E, out, in], which the grouped products read. On disk each has a
+name of its own, and so it has in `state_dict`: the stack at `...experts.gate_proj` holds the weight that is written as
+`...experts.3.gate_proj.weight`.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slothcore.autograd.experts import ExpertProjection
+from slothcore.kernels import nf4, nf4_eager
+from slothcore.kernels.nf4_experts import Nf4Experts
+from slothcore.kernels.nf4_tensor import Nf4Tensor
+from slothcore.layers.linear import NF4_BUFFERS, move_without_cast, nf4_parts
+
+SHARED_BUFFERS = ("weight_nested_code",)
+"""NF4 parts of which the experts have one together."""
+
+
+class ExpertLinear(nn.Module):
+    """y_e = x_e W_e^T + lora_scaling * dropout(x_e) lora_A_e^T lora_B_e^T, for the rows x_e of each expert e.
+
+    Attributes:
+        weight: [E, out, in] parameter whose `requires_grad` says if it trains; or a uint8 buffer of NF4 codes, each
+            expert quantised alone.
+        lora_A, lora_B: [E, r, in] and [E, out, r] parameters, or None.
+        lora_scaling: factor of the LoRA terms.
+        lora_dropout: probability that a LoRA term does not see an element of its input, in training mode.
+        value_dtype: the dtype to which NF4 values are rounded first, as in `Nf4Tensor`.
+    """
+
+    weight: Tensor
+    weight_absmax: Tensor
+    weight_nested_absmax: Tensor | None
+    weight_nested_offset: Tensor | None
+    weight_nested_code: Tensor | None
+    lora_A: nn.Parameter | None
+    lora_B: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        out_features: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """The weight is uninitialised: a checkpoint or the model's initialisation fills it."""
+        super().__init__()
+        self.num_experts = num_experts
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, dtype=dtype, device=device))
+        self.register_parameter("lora_A", None)
+        self.register_parameter("lora_B", None)
+        self.lora_scaling = 1.0
+        self.lora_dropout = 0.0
+        self.value_dtype: torch.dtype | None = None
+        self._nf4: Nf4Experts | None = None
+
+    @property
+    def is_nf4(self) -> bool:
+        return "weight" in self._buffers
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the base weights get no gradient."""
+        return self.is_nf4 or not self.weight.requires_grad
+
+    def base_weight(self) -> Tensor | Nf4Experts:
+        """The weights [E, out, in] without LoRA: the dense parameter or the NF4 parts."""
+        if not self.is_nf4:
+            return self.weight
+        if self._nf4 is None or any(
+            part is not self._buffers[name] for part, name in zip(nf4_parts(self._nf4), NF4_BUFFERS, strict=True)
+        ):
+            # Moving the module replaced buffers since the last call.
+            self._nf4 = Nf4Experts(
+                packed=self.weight,
+                absmax=self.weight_absmax,
+                nested_absmax=self.weight_nested_absmax,
+                nested_offset=self.weight_nested_offset,
+                nested_code=self.weight_nested_code,
+                shape=(self.num_experts, self.out_features, self.in_features),
+                value_dtype=self.value_dtype,
+            )
+        return self._nf4
+
+    def dequantized_expert(self, index: int, dtype: torch.dtype) -> Tensor:
+        """The base weight of one expert as a dense [out, in] in `dtype`, without LoRA and outside autograd."""
+        weight = self.base_weight()
+        if isinstance(weight, Tensor):
+            return weight[index].detach().to(dtype)
+        ops = nf4 if self.weight.is_cuda else nf4_eager
+        return ops.nf4_dequantize(weight.expert(index), dtype=dtype)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The base weights of all experts as a dense [E, out, in] in `dtype`."""
+        return torch.stack([self.dequantized_expert(index, dtype) for index in range(self.num_experts)])
+
+    def place_expert(self, index: int, weight: Tensor | Nf4Tensor, *, requires_grad: bool = False) -> None:
+        """Put the weight of one expert into the stack, which the first one allocates, dense or NF4 as it is.
+
+        Args:
+            weight: [out, in] on the final device. All experts must be of one kind and dtype.
+            requires_grad: whether the stack of a dense weight trains.
+        Raises: ValueError if the shape does not fit, or the experts that are there already are stored otherwise.
+        """
+        expected = (self.out_features, self.in_features)
+        if tuple(weight.shape) != expected:
+            raise ValueError(f"an expert's weight must have shape {expected} in this layer, got {tuple(weight.shape)}")
+        if isinstance(weight, Tensor):
+            if self.is_nf4 or (self.weight.is_meta and not weight.is_meta):
+                stack = torch.empty(self.num_experts, *expected, dtype=weight.dtype, device=weight.device)
+                self._clear_weight()
+                self.weight = nn.Parameter(stack, requires_grad=requires_grad)
+            self.weight.requires_grad_(requires_grad)
+            self.weight.data[index].copy_(weight)
+            return
+        parts = dict(zip(NF4_BUFFERS, nf4_parts(weight), strict=True))
+        if not self.is_nf4:
+            self._clear_weight()
+            self.value_dtype = weight.value_dtype
+            for name, part in parts.items():
+                if part is not None and name not in SHARED_BUFFERS:
+                    part = part.new_empty(self.num_experts, *part.shape)
+                self.register_buffer(name, part)
+        if weight.value_dtype != self.value_dtype or not all(
+            _fits(part, self._buffers[name], shared=name in SHARED_BUFFERS) for name, part in parts.items()
+        ):
+            raise ValueError(
+                f"expert {index} is quantised in another way than the experts before it; quantise all of them alike"
+            )
+        for name, part in parts.items():
+            place = self._buffers[name]
+            if part is not None and place is not None and name not in SHARED_BUFFERS:
+                place[index].copy_(part)
+
+    def attach_lora(self, lora_A: Tensor, lora_B: Tensor, *, scaling: float, dropout: float = 0.0) -> None:
+        """Add a LoRA term to every expert, replacing any earlier one; plain tensors become trainable parameters.
+
+        Args:
+            lora_A: [E, r, in].
+            lora_B: [E, out, r].
+            scaling: factor of the terms.
+            dropout: probability, at least 0 and below 1.
+        Raises: ValueError if a shape or the probability does not fit.
+        """
+        shape_A, shape_B = self.factor_shapes(lora_A.shape[1] if lora_A.dim() == 3 else 0)
+        if tuple(lora_A.shape) != shape_A or tuple(lora_B.shape) != shape_B:
+            raise ValueError(
+                f"lora_A and lora_B must have shapes {shape_A} and {shape_B} in this layer, "
+                f"got {tuple(lora_A.shape)} and {tuple(lora_B.shape)}"
+            )
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"LoRA dropout must be at least 0 and below 1, got {dropout}")
+        self.lora_A = lora_A if isinstance(lora_A, nn.Parameter) else nn.Parameter(lora_A)
+        self.lora_B = lora_B if isinstance(lora_B, nn.Parameter) else nn.Parameter(lora_B)
+        self.lora_scaling = float(scaling)
+        self.lora_dropout = float(dropout)
+
+    def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of lora_A and lora_B of all experts."""
+        return (self.num_experts, rank, self.in_features), (self.num_experts, self.out_features, rank)
+
+    def detach_lora(self) -> None:
+        """Remove the LoRA terms; the base weights stay as they are."""
+        self.lora_A = self.lora_B = None
+        self.lora_scaling, self.lora_dropout = 1.0, 0.0
+
+    def delta_expert(self, index: int) -> Tensor:
+        """What LoRA adds to one expert's weight: lora_scaling * lora_B lora_A, [out, in] float32, outside autograd.
+
+        Raises: ValueError without LoRA.
+        """
+        if self.lora_A is None or self.lora_B is None:
+            raise ValueError("these experts have no LoRA term; call attach_lora first")
+        return self.lora_scaling * (self.lora_B[index].detach().float() @ self.lora_A[index].detach().float())
+
+    def delta_weight(self) -> Tensor:
+        """What LoRA adds to the weights of all experts, [E, out, in] float32. Raises: ValueError without LoRA."""
+        return torch.stack([self.delta_expert(index) for index in range(self.num_experts)])
+
+    def projection(self) -> ExpertProjection:
+        """What the fused Function needs of this layer, with the dropout of the current mode."""
+        return ExpertProjection(
+            weight=self.base_weight(),
+            lora_A=self._parameters["lora_A"],
+            lora_B=self._parameters["lora_B"],
+            scaling=self.lora_scaling,
+            dropout=self.lora_dropout if self.training else 0.0,
+        )
+
+    def extra_repr(self) -> str:
+        rank = None if self.lora_A is None else self.lora_A.shape[1]
+        kind = "nf4" if self.is_nf4 else str(self.weight.dtype).removeprefix("torch.")
+        return f"{self.num_experts} x ({self.in_features}, {self.out_features}), {kind}, lora_rank={rank}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ExpertLinear":
+        """Move or cast as any module does, but never cast an NF4 weight's statistics: float32 is their format."""
+        if not self.is_nf4:
+            return super()._apply(fn, recurse)
+        # It would keep the parts in memory that are replaced below.
+        self._nf4 = None
+        statistics = {name: self._buffers.pop(name) for name in NF4_BUFFERS[1:]}
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            for name, value in statistics.items():
+                self._buffers[name] = None if value is None else move_without_cast(fn, value)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for name, index, tensor in self._entries(keep_vars=keep_vars):
+            destination[f"{prefix}{index}.{name}"] = tensor
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        wanted = set()
+        for name, index, tensor in self._entries():
+            key, name_on_disk = f"{prefix}{index}.{name}", f"{expert_path(prefix[:-1], index)}.{name}"
+            wanted.add(key)
+            if key not in state_dict:
+                missing_keys.append(name_on_disk)
+            elif state_dict[key].shape != tensor.shape:
+                error_msgs.append(
+                    f"{name_on_disk} has the shape {tuple(state_dict[key].shape)}, "
+                    f"but this model needs {tuple(tensor.shape)}"
+                )
+            else:
+                tensor.copy_(state_dict[key])
+        for key in state_dict.keys() - wanted if strict else ():
+            if key.startswith(prefix):
+                number, _, name = key.removeprefix(prefix).partition(".")
+                unexpected_keys.append(f"{expert_path(prefix[:-1], number)}.{name}")
+
+    def _entries(self, *, keep_vars: bool = False) -> Iterator[tuple[str, int, Tensor]]:
+        """Name, expert and tensor of everything that this layer holds; the tensors are windows into the stacks."""
+        for index in range(self.num_experts):
+            for name, stack in (*self._parameters.items(), *self._buffers.items()):
+                if stack is not None:
+                    tensor = stack if keep_vars else stack.detach()
+                    yield name, index, tensor if name in SHARED_BUFFERS else tensor[index]
+
+    def _clear_weight(self) -> None:
+        for name in NF4_BUFFERS:
+            self._buffers.pop(name, None)
+        self._parameters.pop("weight", None)
+        self._nf4 = None
+        self.value_dtype = None
+
+
+def expert_path(stack: str, index: int | str) -> str:
+    """Where one expert of a stack lies on disk: `experts.gate_proj` and 3 give `experts.3.gate_proj`."""
+    head, _, name = stack.rpartition(".")
+    return ".".join(part for part in (head, str(index), name) if part)
+
+
+def stack_path(path: str) -> tuple[str, int] | None:
+    """The reverse: `experts.3.gate_proj` gives `experts.gate_proj` and 3; None if the path is not one expert's."""
+    head, dot, name = path.rpartition(".")
+    parent, _, index = head.rpartition(".")
+    if not dot or not index.isdecimal() or parent.rpartition(".")[2] != "experts":
+        return None
+    return f"{parent}.{name}", int(index)
+
+
+def _fits(part: Tensor | None, stack: Tensor | None, *, shared: bool) -> bool:
+    """Whether one expert's part of an NF4 weight can go into the stack, or is the one that all share."""
+    if part is None or stack is None:
+        return part is stack
+    return torch.equal(part, stack) if shared else part.dtype == stack.dtype and part.shape == stack.shape[1:]

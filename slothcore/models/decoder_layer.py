@@ -1,0 +1,142 @@
+"""One block of the decoder: attention and a feed-forward branch on the residual stream.
+
+A block hands on its last branch and the residual stream apart, (branch, residual), so that the add between them is
+done by the norm that follows.
+
+    T  tokens, packed    H  hidden_size    E  experts    P  rotated channels of a head
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from slothcore.layers.attention import SelfAttention
+from slothcore.layers.experts import ExpertLinear
+from slothcore.layers.kv_cache import LayerCache
+from slothcore.layers.linear import Linear
+from slothcore.layers.mlp import GatedMlp
+from slothcore.layers.moe import SparseMoe
+from slothcore.layers.norm import RMSNorm, norm_add_norm
+from slothcore.layers.packed import Documents
+from slothcore.models.config import DecoderConfig
+
+Angles = tuple[Tensor, Tensor]
+"""Cosines and sines of the rotary positions, [T, P / 2] float32 each."""
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then the gated MLP or routed experts, each behind a norm and added to the residual stream.
+
+    With sandwich norms each branch is normed once more before it is added, and the two norms in the middle have the
+    names that Gemma 2 gave them.
+    """
+
+    def __init__(self, config: DecoderConfig, index: int, *, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        norm = partial(make_norm, config, dtype=dtype, device=device)
+        self.is_local = config.is_local(index)
+        self.input_layernorm = norm(config.hidden_size)
+        self.self_attn = SelfAttention(
+            config.hidden_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            scale=config.scale,
+            window=config.window(index),
+            softcap=config.attention_softcap,
+            qkv_bias=config.qkv_bias,
+            output_bias=config.attention_output_bias,
+            fused_qkv=config.fused_qkv,
+            head_norm=partial(norm, config.head_dim) if config.qk_norm else None,
+            dtype=dtype,
+            device=device,
+        )
+        self.post_attention_layernorm = norm(config.hidden_size)
+        self.has_sandwich_norms = config.sandwich_norms
+        if config.sandwich_norms:
+            self.pre_feedforward_layernorm = norm(config.hidden_size)
+            self.post_feedforward_layernorm = norm(config.hidden_size)
+        self._feed_forward_name = config.moe.block_name if config.moe and config.is_sparse(index) else "mlp"
+        self.add_module(self._feed_forward_name, _feed_forward(config, index, dtype=dtype, device=device))
+
+    def forward(
+        self,
+        branch: Tensor,
+        residual: Tensor | None,
+        angles: Angles,
+        documents: Documents,
+        cache: LayerCache | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(branch, residual) to (branch, residual), all [T, H], whose sum is the hidden state.
+
+        Args:
+            branch, residual: of the layer before; the embedding has no residual.
+            angles: of the rotary positions.
+            documents, cache: see `SelfAttention`.
+        Returns: also the router's logits [T, E] where they are wanted for the auxiliary loss, else None.
+        """
+        if residual is None:
+            normed, hidden = self.input_layernorm(branch), branch
+        else:
+            normed, hidden = self.input_layernorm(branch, residual)
+        branch = self.self_attn(normed, *angles, documents, cache)
+        if self.has_sandwich_norms:
+            post, pre = self.post_attention_layernorm, self.pre_feedforward_layernorm
+            normed, hidden = norm_add_norm(branch, hidden, post=post, pre=pre)
+        else:
+            normed, hidden = self.post_attention_layernorm(branch, hidden)
+        feed_forward = self.feed_forward
+        branch = feed_forward(normed)
+        router_logits = feed_forward.take_router_logits() if isinstance(feed_forward, SparseMoe) else None
+        if self.has_sandwich_norms:
+            branch = self.post_feedforward_layernorm(branch)
+        return branch, hidden, router_logits
+
+    @property
+    def feed_forward(self) -> nn.Module:
+        """The MLP or the block of experts, under whichever name the family gives it."""
+        return self.get_submodule(self._feed_forward_name)
+
+    def draws_random_numbers(self) -> bool:
+        """Whether a second run must draw the same numbers as the first; saving their state costs a copy."""
+        linears = (m for m in self.modules() if isinstance(m, (Linear, ExpertLinear)))
+        return any(m.training and m.lora_dropout > 0 for m in linears)
+
+
+def make_norm(config: DecoderConfig, size: int, *, dtype: torch.dtype, device: torch.device | str) -> RMSNorm:
+    """A norm over `size` channels as the configuration wants it."""
+    return RMSNorm(
+        size,
+        eps=config.rms_norm_eps,
+        weight_offset=config.norm_weight_offset,
+        cast_before_weight=config.norm_casts_before_weight,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def _feed_forward(config: DecoderConfig, index: int, *, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+    moe = config.moe
+    if moe is None or not config.is_sparse(index):
+        return GatedMlp(
+            config.hidden_size,
+            config.intermediate_size,
+            activation=config.hidden_act,
+            bias=config.mlp_bias,
+            fused=config.fused_gate_up,
+            dtype=dtype,
+            device=device,
+        )
+    return SparseMoe(
+        config.hidden_size,
+        moe.intermediate_size,
+        num_experts=moe.num_experts,
+        experts_per_token=moe.experts_per_token,
+        normalize_weights=moe.normalize_weights,
+        expert_names=moe.expert_names,
+        activation=config.hidden_act,
+        keeps_router_logits=moe.use_aux_loss,
+        dtype=dtype,
+        device=device,
+    )
