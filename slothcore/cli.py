@@ -17,7 +17,7 @@ from slothcore.inference.generate import generate
 from slothcore.models.decoder import Decoder
 from slothcore.training.config import TrainConfig, field_types
 from slothcore.training.options import check_names, coerce, describe
-from slothcore.training.run import open_result, train_from_config
+from slothcore.training.run import notices, open_result, train_from_config
 from slothcore.training.run_folder import check_writable
 from slothcore.version import __version__
 
@@ -121,7 +121,9 @@ def _run(argv: list[str]) -> int:
     check_names([_option_name(word) for word in unknown if word.startswith("-")], known, source="the flags")
     if unknown:
         raise ValueError(f"{unknown[0]!r} belongs to no option; options begin with --")
-    return COMMANDS[command](values)
+    # Beside the answers, which alone stand on standard output.
+    with notices(lambda text: print(f"slothcore: {text}", file=sys.stderr)):
+        return COMMANDS[command](values)
 
 
 def _with_dashes(word: str) -> str:
@@ -171,13 +173,13 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, metavar="NAME_OR_RUN", help="a Hub name, or a folder: of a run, an adapter or a model"
     )
-    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
-    parser.add_argument("--token", help="access token of the Hub; default: HF_TOKEN, or what `hf auth login` stored")
+    parser.add_argument("--revision", metavar="TEXT", help="branch, tag or commit of a model on the Hub")
+    parser.add_argument("--token", metavar="TEXT", help="access token of the Hub; default: HF_TOKEN, or a stored login")
     parser.add_argument("--local-files-only", action="store_true", help="take a Hub model from the download cache")
     parser.add_argument(
         "--bits", type=int, choices=(4, 16, 32), help="base weights; default: as the run was trained, else 4"
     )
-    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU if there is one")
+    parser.add_argument("--device", metavar="TEXT", help="cpu, cuda or cuda:N; default: a GPU if there is one")
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
@@ -190,13 +192,13 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     prompts.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template")
     prompts.add_argument("--system", metavar="TEXT", help="the system message that goes with --chat")
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: 256")
+    sampling.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="of an answer; default: 256")
     sampling.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token"
     )
     sampling.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest tokens with this total")
     sampling.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
-    sampling.add_argument("--seed", type=int, default=42, help="of the sampling; default: 42")
+    sampling.add_argument("--seed", type=int, default=42, metavar="N", help="of the sampling; default: 42")
 
 
 def _add_merge(parser: argparse.ArgumentParser) -> None:

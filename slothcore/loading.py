@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from slothcore.data.tokenizer import Tokenizer
 from slothcore.lora.adapter_io import adapter_weights, load_adapter
 from slothcore.lora.config import LoraConfig
 from slothcore.models.decoder import Decoder
-from slothcore.models.hf_config import read_json
 from slothcore.models.hub import ADAPTER_CONFIG_FILE, CONFIG_FILE, model_folder
 from slothcore.models.load import load_model, read_config, resolve_device, resolve_dtype
 from slothcore.training.config import TrainConfig
@@ -59,6 +59,10 @@ def load(
     Raises: ValueError, in one sentence, for whatever is wrong with the name, the files or the options.
     """
     # Said before anything is downloaded.
+    if not str(name_or_path).strip():
+        raise ValueError("the name of the model is empty; give a folder, or a Hub name such as meta-llama/Llama-3.1-8B")
+    if max_seq_length is not None and (type(max_seq_length) is not int or max_seq_length < 1):
+        raise ValueError(f"max_seq_length must be a whole number of at least 1, got {max_seq_length!r}")
     resolve_dtype(bits, dtype, resolve_device(device))
     source = find_source(name_or_path)
 
@@ -78,7 +82,7 @@ def load(
     }
     folder = model_folder(source.path, revision=revision, **hub)
     adapter = folder if (folder / ADAPTER_CONFIG_FILE).is_file() else None
-    base = source.path
+    base, base_revision = source.path, revision
     if adapter is not None:
         base, base_revision = _base_of(adapter)
         runs = list(_runs_behind(source))
@@ -103,8 +107,12 @@ def load(
         progress=progress,
     )
     model.name_or_path = base
+    # A folder has no revisions.
+    model.revision = None if Path(base).expanduser().is_dir() else base_revision
     if adapter is not None:
         load_adapter(model, adapter).eval()
+        # The base as it was found: the adapter may be saved where a path from its folder leads elsewhere.
+        model.lora_config = replace(model.lora_config, base_model_name_or_path=base, revision=model.revision)
     if tokenizer is None:
         warnings.warn(f"{folder} has no tokenizer.json, so load returns None for the tokenizer", stacklevel=2)
     return model, tokenizer
@@ -124,10 +132,9 @@ def _base_of(adapter: Path) -> tuple[str, str | None]:
     Raises: ValueError if it names none, or the adapter cannot be used in any case: said here, before a base is
         fetched for it.
     """
-    LoraConfig.from_folder(adapter)
+    config = LoraConfig.from_folder(adapter)
     adapter_weights(adapter)
-    values = read_json(adapter / ADAPTER_CONFIG_FILE)
-    base = values.get("base_model_name_or_path")
+    base = config.base_model_name_or_path
     if not (isinstance(base, str) and base):
         raise ValueError(
             f"{adapter / ADAPTER_CONFIG_FILE} does not say its base model; fill in base_model_name_or_path, or load "
@@ -136,7 +143,7 @@ def _base_of(adapter: Path) -> tuple[str, str | None]:
     beside = adapter / base
     if beside.is_dir() and not Path(base).expanduser().is_dir():
         base = str(beside)
-    return base, values.get("revision")
+    return base, config.revision
 
 
 def _base_folder(base: str, *, adapter_name: str, **hub: Any) -> Path:

@@ -99,6 +99,7 @@ def test_truncated_shard(here, capsys) -> None:
 def test_missing_shard(here, capsys) -> None:
     path = here / "model" / "model.safetensors"
     index = {"weight_map": dict.fromkeys(load_file(path), "model-00001-of-00002.safetensors")}
+    path.unlink()
     (here / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
     refused_training(here, capsys, r"model-00001-of-00002.safetensors is missing")
 

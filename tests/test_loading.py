@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import HfApi
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from slothcore import loading
@@ -71,6 +71,23 @@ def test_wrong_options_are_said_before_a_download(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(HfApi, "snapshot_download", lambda *a, **k: pytest.fail("asked the Hub"))
     with pytest.raises(ValueError, match="bits must be one of 4, 16, 32, got 3"):
         load("org/name", bits=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("", {}, "the name of the model is empty; give a folder, or a Hub name"),
+        ("org/name", {"max_seq_length": "2048"}, "max_seq_length must be a whole number of at least 1, got '2048'"),
+        ("org/name", {"max_seq_length": 2048.0}, "max_seq_length must be a whole number of at least 1, got 2048.0"),
+        ("org/name", {"max_seq_length": 0}, "max_seq_length must be a whole number of at least 1, got 0"),
+        ("https://huggingface.co/org/name/tree/main", {}, "is an address; give the repository's name, org/name$"),
+        ("one/two/three", {}, "the folder one/two/three does not exist; a model on the Hub is named owner/name"),
+    ],
+)
+def test_what_can_be_no_model(monkeypatch: pytest.MonkeyPatch, name: str, options: dict, message: str) -> None:
+    monkeypatch.setattr(HfApi, "snapshot_download", lambda *a, **k: pytest.fail("asked the Hub"))
+    with pytest.raises(ValueError, match=message):
+        load(name, device="cpu", **options)
 
 
 def test_a_broken_tokenizer_is_said_before_the_weights_are_read(tmp_path: Path) -> None:
@@ -170,6 +187,25 @@ def train(model: Path, run: Path, **options: Any) -> Path:
     return run
 
 
+def test_scaled_positions_are_a_line_of_the_run(
+    here: Path, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    """And none of the answer's."""
+    notice = "note: RoPE scaling (yarn, factor 2) takes the model from 128 positions to 256\n"
+    run = train(here / "model", here / "run", **{"max-seq-length": 256, "rope-scaling": "yarn", "r": 2})
+    assert capfd.readouterr().out.startswith(notice)
+    flags = ["--model", str(run), "--device", "cpu", "--prompt", "Add", "--max-new-tokens", "1"]
+    assert main(["generate", *flags]) == 0
+    out, err = capfd.readouterr()
+    assert "RoPE" not in out
+    assert err.endswith(f"slothcore: {notice}")
+    assert main(["generate", *flags[:-1], "260"]) == 0
+    assert "slothcore: note: generation goes beyond the 256 positions" in capfd.readouterr().err
+    assert main(["merge", *flags[:4], "--output-dir", str(here / "merged")]) == 0
+    assert capfd.readouterr().err.endswith(f"slothcore: {notice}")
+    assert not [warning for warning in recwarn if issubclass(warning.category, UserWarning)]
+
+
 @pytest.mark.filterwarnings("ignore:RoPE scaling")
 def test_a_run_is_its_result_on_the_base_as_it_was_trained(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Longer rows than the model's own stretch its angles; whoever loads the result must get the same ones."""
@@ -220,6 +256,29 @@ def test_the_revision_of_the_base(here: Path, monkeypatch, of_the_run, asked, ex
     monkeypatch.setattr(loading, "model_folder", model_folder)
     load(run, bits=32, device="cpu", revision=asked)
     assert revisions["org/base"] == expected
+
+
+def test_an_adapter_names_the_base_and_its_revision_as_they_were_loaded(here: Path, monkeypatch) -> None:
+    folder_of = loading.model_folder
+    monkeypatch.setattr(
+        loading, "model_folder", lambda name, **o: here / "model" if name == "org/base" else folder_of(name, **o)
+    )
+
+    def written(model: Decoder, name: str) -> tuple[str, str | None]:
+        save_adapter(model, here / name / "elsewhere")
+        values = json.loads((here / name / "elsewhere" / "adapter_config.json").read_text())
+        return values["base_model_name_or_path"], values["revision"]
+
+    model, _ = load("org/base", bits=32, device="cpu", revision="v1")
+    assert written(add_lora(model, r=2), "new") == ("org/base", "v1")
+    assert PeftConfig.from_pretrained(here / "new" / "elsewhere").revision == "v1"
+    again, _ = load(here / "new" / "elsewhere", bits=32, device="cpu")
+    assert (again.revision, written(again, "again")) == ("v1", ("org/base", "v1"))
+    moved, _ = load(here / "new" / "elsewhere", bits=32, device="cpu", revision="v2")
+    assert written(moved, "moved") == ("org/base", "v2")
+    # A path from the adapter's folder leads nowhere from another's, and a folder has no revisions.
+    beside, _ = load(here / "adapter", bits=32, device="cpu", revision="v2")
+    assert written(beside, "beside") == (str(here / "adapter" / "../model"), None)
 
 
 def test_an_adapter_may_lie_in_its_bases_folder(here: Path) -> None:

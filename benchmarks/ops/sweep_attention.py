@@ -85,16 +85,25 @@ WIDE_TILES = {
     "dq": [(64, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 3), (64, 32, 8, 2), (64, 32, 8, 3), (64, 32, 4, 2)],
     "dkdv": [(32, 64, 8, 2), (32, 64, 8, 1), (64, 64, 8, 2), (64, 64, 8, 1), (16, 64, 8, 2), (64, 32, 8, 2)],
 }
+# Tiles of dk and of dv in a launch each: those that spill the fewest registers, offline, of all that fit a Hopper.
+WIDE_PAIRS = [
+    ((32, 128, 8, 2), (32, 128, 8, 2)),
+    ((32, 128, 8, 3), (64, 128, 8, 2)),
+    ((16, 128, 8, 3), (32, 128, 8, 3)),
+    ((32, 128, 8, 2), (64, 128, 8, 2)),
+    ((32, 128, 8, 2), (16, 128, 8, 3)),
+]
 
 
 class Candidate(NamedTuple):
-    """A tile, and for dk and dv how many programs share the query heads of a key head."""
+    """A tile; for dk and dv also the tile of dv if it has its own launch, and how many programs share a key head."""
 
     tile: Tile
+    value_tile: Tile | None = None
     parts: int = 1
 
     def __str__(self) -> str:
-        text = "x".join(map(str, self.tile[:4]))
+        text = " + ".join("x".join(map(str, tile[:4])) for tile in (self.tile, self.value_tile) if tile)
         return text + (" padded" if self.tile.pad else "") + (f" /{self.parts}" if self.parts > 1 else "")
 
 
@@ -111,7 +120,8 @@ def in_use(setting: Setting, kernel: str, dtype: torch.dtype) -> Candidate:
     )  # fmt: skip
     if kernel != "dkdv":
         return Candidate(tiles.forward if kernel == "forward" else tiles.query_gradient)
-    return Candidate(tiles.key_gradient, attention_tiles.key_gradient_parts(setting.num_heads, setting.num_key_heads))
+    parts = attention_tiles.key_gradient_parts(setting.num_heads, setting.num_key_heads)
+    return Candidate(tiles.key_gradient, tiles.value_gradient, parts)
 
 
 def candidates(setting: Setting, kernel: str, dtype: torch.dtype) -> list[Candidate]:
@@ -124,7 +134,10 @@ def candidates(setting: Setting, kernel: str, dtype: torch.dtype) -> list[Candid
     parts = [1]
     if kernel == "dkdv":
         parts = [n for n in (1, 2, 4, 8) if n == first.parts or (setting.num_key_heads < 4 and n <= setting.group)]
-    rest = [Candidate(tile, n) for tile in tiles for n in parts]
+    pairs: list[tuple[Tile, Tile | None]] = [(tile, None) for tile in tiles]
+    if kernel == "dkdv" and table is WIDE_TILES:
+        pairs += [(Tile(*dk), Tile(*dv)) for dk, dv in WIDE_PAIRS]
+    rest = [Candidate(*pair, n) for pair in pairs for n in parts]
     return list(dict.fromkeys([first, *rest]))
 
 
@@ -165,8 +178,9 @@ class Case:
             )  # fmt: skip
             return self.dqkv[:, : self.setting.num_heads]
         attention_backward._launch_key_gradient(
-            candidate.tile, candidate.parts, self.dout, self.q, self.k, self.v, self.stats, self.dqkv, *self.problem
-        )
+            candidate.tile, candidate.value_tile, candidate.parts, self.dout, self.q, self.k, self.v, self.stats,
+            self.dqkv, *self.problem,
+        )  # fmt: skip
         return self.dqkv[:, self.setting.num_heads :]
 
     def references(self) -> dict[str, Tensor]:

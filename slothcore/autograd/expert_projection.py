@@ -96,9 +96,10 @@ def scaled_factor(lora_B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """scaling * lora_B, rounded to `dtype` once."""
     if scaling == 1.0:
         return lora_B.to(dtype)
-    wide = torch.promote_types(torch.promote_types(lora_B.dtype, dtype), torch.float32)
-    if wide in (lora_B.dtype, dtype):
+    wide = torch.promote_types(lora_B.dtype, dtype)
+    if wide == lora_B.dtype:
         return torch.mul(lora_B, scaling, out=torch.empty(lora_B.shape, dtype=dtype, device=lora_B.device))
+    # torch would round the product to the factor's own dtype first.
     return (lora_B.to(wide) * scaling).to(dtype)
 
 

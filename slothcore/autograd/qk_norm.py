@@ -60,8 +60,9 @@ class QkNormRope(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv, q_weight, k_weight, rstd, cos, sin = ctx.saved_tensors
         _, wants_q, wants_k = ctx.needs_input_grad[:3]
-        # A gradient that is not contiguous may be an expanded scalar, whose elements share memory.
-        if not grad.is_contiguous():
+        # A gradient that is not contiguous may be an expanded scalar, whose elements share memory; without any token
+        # torch calls even that contiguous.
+        if not grad.is_contiguous() or grad.stride(-1) != 1:
             grad = grad.clone(memory_format=torch.contiguous_format)
         ops = fused if qkv.is_cuda else eager
         _, dw = ops.qk_norm_backward_(

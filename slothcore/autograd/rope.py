@@ -36,8 +36,9 @@ class RotaryEmbedding(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         cos, sin = ctx.saved_tensors
-        # A gradient that is not contiguous may be an expanded scalar, whose elements share memory.
-        if not (ctx.inplace and grad.is_contiguous()):
+        # A gradient that is not contiguous may be an expanded scalar, whose elements share memory; without any token
+        # torch calls even that contiguous.
+        if not (ctx.inplace and grad.is_contiguous() and grad.stride(-1) == 1):
             grad = grad.clone(memory_format=torch.contiguous_format)
         _rotate_(grad, cos, sin, num_heads=ctx.num_heads, head_dim=ctx.head_dim, inverse=True)
         return grad, None, None, None, None, None

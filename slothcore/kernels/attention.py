@@ -228,7 +228,7 @@ def attention_forward_kernel(
 ):  # fmt: skip
     """This program computes BLOCK_Q rows of `out` and of `lse` for one query head of one document."""
     # Heads that share keys run side by side, and late tiles, which see the most keys, run first.
-    head = tl.program_id(0) % NUM_HEADS
+    head = (tl.program_id(0) % NUM_HEADS).to(tl.int64)
     tile = tiles - 1 - tl.program_id(0) // NUM_HEADS
     start, length, query = locate_tile(cu_seqlens_ptr, tile, documents, BLOCK_Q, SEARCH)
     if query >= length:
@@ -269,7 +269,7 @@ def attention_forward_kernel(
         lse = row_max + tl.log(row_sum)
     else:
         lse = (row_max + tl.log2(row_sum)) / LOG2_E
-    tl.store(lse_ptr + head * tokens.to(tl.int64) + start + queries, lse, mask=queries < length)
+    tl.store(lse_ptr + head * tokens + start + queries, lse, mask=queries < length)
     store_rows(
         out_ptr + head * HEAD_DIM, scale_rows(acc, 1.0 / row_sum[:, None]), start, query, length, NUM_HEADS * HEAD_DIM,
         HEAD_DIM, BLOCK_Q, WIDE, TAIL,

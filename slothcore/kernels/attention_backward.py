@@ -12,7 +12,9 @@ Recompute p_ij = exp(s_ij - lse_i) comes from the saved lse; no score is ever st
 Launches  Two. The first owns query tiles: it forms delta and dq. The second owns key tiles: it forms dk and dv of a key
           head, walking over its query heads and their blocks. Scores are computed in both, so that every gradient
           is summed by one program in one order: no atomics, and the same bits on every run. Where a model has few
-          key heads, several programs share the query heads of one, and a third launch adds their float32 sums.
+          key heads, several programs share the query heads of one, and a further launch adds their float32 sums.
+          Where heads are so wide that the sums of dk and dv together leave no registers for a large block, each has a
+          launch of its own: the scores are computed once more, in blocks that keep the tensor cores busier.
 Shapes    dout, q, out [T, Hq, D]; k, v [T, Hkv, D]; lse [Hq, T]; dqkv [T, Hq + 2 Hkv, D];
           stats [Hq, T, 4] float32: lse (in base two for 16-bit inputs), delta, and two unused;
           parts [P, T, 2 Hkv, D] float32, the heads of dk, then dv.   P = programs that share a key tile.
@@ -92,7 +94,7 @@ def attention_query_gradient_kernel(
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SEARCH: tl.constexpr,
 ):  # fmt: skip
     """This program computes BLOCK_Q rows of `stats` and of dq for one query head of one document."""
-    head = tl.program_id(0) % NUM_HEADS
+    head = (tl.program_id(0) % NUM_HEADS).to(tl.int64)
     tile = tiles - 1 - tl.program_id(0) // NUM_HEADS
     start, length, query = locate_tile(cu_seqlens_ptr, tile, documents, BLOCK_Q, SEARCH)
     if query >= length:
@@ -107,7 +109,7 @@ def attention_query_gradient_kernel(
         out_ptr + head * HEAD_DIM, start, query, length, NUM_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_Q, WIDE, TAIL, True
     )  # fmt: skip
     queries = query + tl.arange(0, BLOCK_Q)
-    row = head * tokens.to(tl.int64) + start + queries
+    row = head * tokens + start + queries
     # Rows past the end have dout = out = 0, hence delta = ds = 0; they need no mask.
     delta = row_products(dout, out)
     lse = tl.load(lse_ptr + row, mask=queries < length, other=0.0)
@@ -150,10 +152,10 @@ def attention_query_gradient_kernel(
 def _add_key_gradient(
     dk, dv, k, v, q_ptr, dout_ptr, stats_ptr, stride_q_row, stride_dout_row, start, length, key,
     first_query, last_query, score_scale, cap_scale, window,
-    MASKED: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+    MASKED: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, WITH_DK: tl.constexpr, WITH_DV: tl.constexpr,
     HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Add what the queries first_query ... last_query of one head give to dk (unscaled) and dv.
+    """Add what the queries first_query ... last_query of one head give to dk (unscaled) and dv, as far as asked for.
 
     Scores are held transposed, keys by queries, so that p and ds feed their products from registers.
     """
@@ -171,17 +173,20 @@ def _add_key_gradient(
         lse, _ = tl.split(even)
         delta, _ = tl.split(odd)
         scores = dot_rows(k, q)
-        dp = dot_rows(v, dout)
+        if WITH_DK:
+            dp = dot_rows(v, dout)
         if CAPPED:
             scores = tanh(scores * cap_scale)
         p = exponential(scores * score_scale - lse[None, :], q[0].dtype == tl.float32)
         if MASKED:
             p = tl.where(visible(queries[None, :], keys[:, None], window, WINDOWED), p, 0.0)
-        dv = add_weighted_rows(dv, p.to(dout[0].dtype), dout)
-        ds = p * (dp - delta[None, :])
-        if CAPPED:
-            ds = ds * (1.0 - scores * scores)
-        dk = add_weighted_rows(dk, ds.to(q[0].dtype), q)
+        if WITH_DV:
+            dv = add_weighted_rows(dv, p.to(dout[0].dtype), dout)
+        if WITH_DK:
+            ds = p * (dp - delta[None, :])
+            if CAPPED:
+                ds = ds * (1.0 - scores * scores)
+            dk = add_weighted_rows(dk, ds.to(q[0].dtype), q)
     return dk, dv
 
 
@@ -195,8 +200,9 @@ def attention_key_gradient_kernel(
     HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SEARCH: tl.constexpr,
+    WITH_DK: tl.constexpr, WITH_DV: tl.constexpr,
 ):  # fmt: skip
-    """This program computes BLOCK_K rows of dk and of dv for one key head of one document.
+    """This program computes BLOCK_K rows of dk and of dv, or of only one of them, for one key head of one document.
 
     With PARTS > 1, it sums over its share of the query heads only, and `dkv` is the buffer of the parts.
     """
@@ -204,7 +210,7 @@ def attention_key_gradient_kernel(
     NUM_KEY_HEADS: tl.constexpr = NUM_HEADS // GROUP
     HEADS_EACH: tl.constexpr = (GROUP + PARTS - 1) // PARTS
     part = tl.program_id(0) % PARTS
-    key_head = tl.program_id(0) // PARTS % NUM_KEY_HEADS
+    key_head = (tl.program_id(0) // PARTS % NUM_KEY_HEADS).to(tl.int64)
     tile = tl.program_id(0) // (PARTS * NUM_KEY_HEADS)
     start, length, key = locate_tile(cu_seqlens_ptr, tile, documents, BLOCK_K, SEARCH)
     if key >= length:
@@ -231,7 +237,7 @@ def attention_key_gradient_kernel(
     for head in range(first_head, tl.minimum(first_head + HEADS_EACH, key_head * GROUP + GROUP)):
         q_head_ptr = q_ptr + head * stride_q_head
         dout_head_ptr = dout_ptr + head * stride_dout_head
-        stats_head_ptr = stats_ptr + (head * tokens.to(tl.int64) + start) * STATS
+        stats_head_ptr = stats_ptr + (head * tokens + start) * STATS
         if k[0].dtype == tl.float32:
             # A sum for each head: one over all of them is so long that its rounding would show.
             dk_head = zero_rows(BLOCK_K, WIDE, TAIL)
@@ -241,18 +247,18 @@ def attention_key_gradient_kernel(
         dk_head, dv_head = _add_key_gradient(
             dk_head, dv_head, k, v, q_head_ptr, dout_head_ptr, stats_head_ptr, stride_q_row, stride_dout_row,
             start, length, key, key, tl.minimum(first_whole, last_query), score_scale, cap_scale, window,
-            True, WINDOWED, CAPPED, HEAD_DIM, WIDE, TAIL, BLOCK_Q, BLOCK_K,
+            True, WINDOWED, CAPPED, WITH_DK, WITH_DV, HEAD_DIM, WIDE, TAIL, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
         dk_head, dv_head = _add_key_gradient(
             dk_head, dv_head, k, v, q_head_ptr, dout_head_ptr, stats_head_ptr, stride_q_row, stride_dout_row,
             start, length, key, first_whole, last_whole, score_scale, cap_scale, window,
-            False, False, CAPPED, HEAD_DIM, WIDE, TAIL, BLOCK_Q, BLOCK_K,
+            False, False, CAPPED, WITH_DK, WITH_DV, HEAD_DIM, WIDE, TAIL, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
         if WINDOWED:
             dk_head, dv_head = _add_key_gradient(
                 dk_head, dv_head, k, v, q_head_ptr, dout_head_ptr, stats_head_ptr, stride_q_row, stride_dout_row,
                 start, length, key, tl.maximum(first_whole, last_whole), last_query, score_scale, cap_scale, window,
-                True, True, CAPPED, HEAD_DIM, WIDE, TAIL, BLOCK_Q, BLOCK_K,
+                True, True, CAPPED, WITH_DK, WITH_DV, HEAD_DIM, WIDE, TAIL, BLOCK_Q, BLOCK_K,
             )  # fmt: skip
         if k[0].dtype == tl.float32:
             dk = add_rows(dk, dk_head)
@@ -263,8 +269,10 @@ def attention_key_gradient_kernel(
     dk = scale_rows(dk, scale)
     dk_ptr = dkv_ptr + part * tokens.to(tl.int64) * stride_dkv_row + key_head * HEAD_DIM
     dv_ptr = dk_ptr + NUM_KEY_HEADS * HEAD_DIM
-    store_rows(dk_ptr, dk, start, key, length, stride_dkv_row, HEAD_DIM, BLOCK_K, WIDE, TAIL)
-    store_rows(dv_ptr, dv, start, key, length, stride_dkv_row, HEAD_DIM, BLOCK_K, WIDE, TAIL)
+    if WITH_DK:
+        store_rows(dk_ptr, dk, start, key, length, stride_dkv_row, HEAD_DIM, BLOCK_K, WIDE, TAIL)
+    if WITH_DV:
+        store_rows(dv_ptr, dv, start, key, length, stride_dkv_row, HEAD_DIM, BLOCK_K, WIDE, TAIL)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -316,7 +324,7 @@ def attention_backward(
     problem = (cu_seqlens, max_seqlen, scale, window, softcap)
     _launch_query_gradient(tiles.query_gradient, dout, q, k, v, out, lse, stats, dqkv, *problem)
     parts = key_gradient_parts(num_heads, k.shape[1])
-    _launch_key_gradient(tiles.key_gradient, parts, dout, q, k, v, stats, dqkv, *problem)
+    _launch_key_gradient(tiles.key_gradient, tiles.value_gradient, parts, dout, q, k, v, stats, dqkv, *problem)
     return dqkv
 
 
@@ -336,24 +344,30 @@ def _launch_query_gradient(
 
 
 def _launch_key_gradient(
-    tile: Tile, parts: int, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, stats: Tensor, dqkv: Tensor,
-    cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int | None, softcap: float | None,
+    tile: Tile, value_tile: Tile | None, parts: int, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, stats: Tensor,
+    dqkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int | None, softcap: float | None,
 ) -> None:  # fmt: skip
-    """Write the key and value heads of `dqkv`, given `stats`; `parts` programs share the query heads of a key head."""
+    """Write the key and value heads of `dqkv`, given `stats`; `parts` programs share the query heads of a key head.
+
+    With a `value_tile`, dv has a launch of its own.
+    """
     tokens, num_heads, head_dim = q.shape
     num_key_heads = k.shape[1]
-    tiles = tile_arguments(tile, tile.block_k, cu_seqlens, max_seqlen, q)
     dkv = dqkv[:, num_heads:]
     sums = dkv
     if parts > 1:
         sums = torch.empty((parts * tokens, 2 * num_key_heads, head_dim), dtype=torch.float32, device=q.device)
-    attention_key_gradient_kernel[(tiles["tiles"] * num_key_heads * parts,)](
-        dout, q, k, v, stats, sums, cu_seqlens,
-        dout.stride(0), dout.stride(1), q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        sums.stride(0),
-        scale=scale, NUM_HEADS=num_heads, GROUP=num_heads // num_key_heads, PARTS=parts,
-        **tiles, **score_arguments(q.dtype, max_seqlen, scale, window, softcap),
-    )  # fmt: skip
+    launches = [(tile, True, True)] if value_tile is None else [(tile, True, False), (value_tile, False, True)]
+    for one, with_dk, with_dv in launches:
+        tiles = tile_arguments(one, one.block_k, cu_seqlens, max_seqlen, q)
+        attention_key_gradient_kernel[(tiles["tiles"] * num_key_heads * parts,)](
+            dout, q, k, v, stats, sums, cu_seqlens,
+            dout.stride(0), dout.stride(1), q.stride(0), q.stride(1), k.stride(0), k.stride(1),
+            v.stride(0), v.stride(1), sums.stride(0),
+            scale=scale, NUM_HEADS=num_heads, GROUP=num_heads // num_key_heads, PARTS=parts,
+            WITH_DK=with_dk, WITH_DV=with_dv,
+            **tiles, **score_arguments(q.dtype, max_seqlen, scale, window, softcap),
+        )  # fmt: skip
     if parts > 1:
         width = 2 * num_key_heads * head_dim
         attention_sum_parts_kernel[(tokens,)](

@@ -28,20 +28,21 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """The tiles of the three kernels: out; dq; dk and dv."""
+    """The tiles of the kernels: out; dq; dk and dv together, or of dk and of dv where they have a launch each."""
 
     forward: Tile
     query_gradient: Tile
     key_gradient: Tile
+    value_gradient: Tile | None = None
 
 
 # KiB of shared memory for one program -> largest head_dim -> tiles.
 TILES = {
     227: {
-        64: Tiles(Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(32, 64, 4, 3)),
-        96: Tiles(Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(32, 64, 4, 3)),
+        64: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 3), Tile(32, 64, 4, 3)),
+        96: Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 3), Tile(32, 64, 4, 3)),
         128: Tiles(Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(32, 64, 4, 3)),
-        256: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
+        256: Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(64, 64, 8, 2)),
     },
     163: {
         64: Tiles(Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
@@ -57,8 +58,10 @@ TILES = {
 # Where a soft cap, whose tanh takes registers and time from the products, wants others: (KiB, head_dim) -> tiles.
 SOFTCAP_TILES: dict[tuple[int, int], Tiles] = {}
 
-# Programs that share the keys of a block, over all key heads: with fewer, 8192 tokens leave multiprocessors empty.
-KEY_GRADIENT_PROGRAMS = 4
+# Programs that share the keys of a block, over all key heads: with fewer, 8192 tokens leave multiprocessors empty. With
+# fewer query heads in each, adding up what they found costs more than it brings (measured at 8/1 and 4/1 heads).
+KEY_GRADIENT_PROGRAMS = 2
+QUERY_HEADS_IN_A_PROGRAM = 4
 
 
 @cache
@@ -121,8 +124,8 @@ def key_gradient_parts(num_heads: int, num_key_heads: int) -> int:
     A function of the model alone: the order of a sum must not depend on the batch.
     """
     group = num_heads // num_key_heads
-    heads_each = ceil_div(group, min(group, ceil_div(KEY_GRADIENT_PROGRAMS, num_key_heads)))
-    return ceil_div(group, heads_each)
+    parts = min(ceil_div(KEY_GRADIENT_PROGRAMS, num_key_heads), max(1, group // QUERY_HEADS_IN_A_PROGRAM))
+    return ceil_div(group, ceil_div(group, parts))
 
 
 def score_arguments(

@@ -4,8 +4,8 @@ A token goes to k experts; its pair number token * k + choice names one of these
 expert, so that each expert's rows lie together:
     gather    rows[i] = x[order[i] // k]
     combine   y[t] = sum_j rows[position[t k + j]],   position the inverse of order
-Each is the other's backward. Every row and every token is written by one program, its sum in the order of the choices:
-nothing is atomic, and the result is the same every time.
+Each is the other's backward. Every element is written by one program, its sum in the order of the choices: nothing is
+atomic, and the result is the same every time.
 
 Shapes    x, y [T, H]; rows [T k, H]; order, position [T k] int64; offsets [E + 1] int32.
           T = tokens, k = experts of a token, H = hidden_size, E = experts.

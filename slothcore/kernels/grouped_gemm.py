@@ -37,8 +37,6 @@ from slothcore.kernels.nf4_experts import (
     expert_absmax_arguments,
     load_expert_absmax,
     nf4_experts_dequantize,
-    round_value,
-    value_dtype_argument,
 )
 from slothcore.kernels.nf4_tensor import BLOCK, nf4_code
 
@@ -50,6 +48,9 @@ SCRATCH_BYTES = 2**30
 
 # Neighbouring tiles share their operands in the second-level cache: walk this many row tiles before the next columns.
 ROW_TILES_TOGETHER = 8
+
+# Up to this size a tile of an outer product has registers for sums that lose nothing: those of LoRA factors.
+NARROW_OUTER = 64 * 128
 
 
 class ProductTile(NamedTuple):
@@ -144,7 +145,7 @@ def locate_rows(offsets_ptr, tile, EXPERTS: tl.constexpr, SEARCH: tl.constexpr, 
 @triton.jit
 def _decode_tile(
     packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, table_ptr, expert, row, first_block,
-    N, K, NESTED: tl.constexpr, VALUE_DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    N, K, NESTED: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """[ROWS, BLOCKS * 64] float32 values of one expert's weight, from rows that must lie in it; finite beyond K."""
     blocks = K // 64
@@ -159,7 +160,7 @@ def _decode_tile(
         row[:, None] * blocks + block[None, :], (block < blocks)[None, :], NESTED,
     )  # fmt: skip
     code = tl.reshape(tl.join(packed >> 4, packed & 15), [ROWS, BLOCKS, 64])
-    values = round_value(decode_nf4(code, table_ptr, "gather") * absmax[:, :, None], VALUE_DTYPE)
+    values = decode_nf4(code, table_ptr, "gather") * absmax[:, :, None]
     return tl.reshape(values, [ROWS, BLOCKS * 64])
 
 
@@ -169,10 +170,9 @@ def grouped_product_kernel(
     lora_left_ptr, lora_weight_ptr, offsets_ptr, out_ptr,
     stride_left_row, stride_lora_left_row, stride_out_row,
     M, N, K, R, row_tiles,
-    BACKWARD: tl.constexpr, NF4: tl.constexpr, NESTED: tl.constexpr, VALUE_DTYPE: tl.constexpr,
-    HAS_LORA: tl.constexpr, ADD: tl.constexpr, EXPERTS: tl.constexpr, SEARCH: tl.constexpr,
+    BACKWARD: tl.constexpr, NF4: tl.constexpr, NESTED: tl.constexpr, HAS_LORA: tl.constexpr, ADD: tl.constexpr,
+    EXPERTS: tl.constexpr, SEARCH: tl.constexpr, ROW_TILES: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
-    ROW_TILES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """This program computes BLOCK_C columns c of the output for BLOCK_M rows of one expert, summing over i.
 
@@ -203,12 +203,12 @@ def grouped_product_kernel(
             if NF4 and BACKWARD:
                 weight = tl.trans(_decode_tile(
                     weight_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, table_ptr, expert,
-                    tl.minimum(i, N - 1), first_column // 64, N, K, NESTED, VALUE_DTYPE, BLOCK_I, BLOCK_C // 64,
+                    tl.minimum(i, N - 1), first_column // 64, N, K, NESTED, BLOCK_I, BLOCK_C // 64,
                 ).to(left.dtype))  # fmt: skip
             elif NF4:
                 weight = _decode_tile(
                     weight_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, table_ptr, expert,
-                    tl.minimum(c, N - 1), start // 64, N, K, NESTED, VALUE_DTYPE, BLOCK_C, BLOCK_I // 64,
+                    tl.minimum(c, N - 1), start // 64, N, K, NESTED, BLOCK_C, BLOCK_I // 64,
                 ).to(left.dtype)  # fmt: skip
             elif BACKWARD:
                 index = expert * N * K + i[None, :].to(tl.int64) * K + c[:, None]
@@ -241,9 +241,12 @@ def grouped_product_kernel(
 @triton.jit
 def grouped_outer_kernel(
     left_ptr, right_ptr, offsets_ptr, out_ptr, stride_left_row, stride_right_row, scaling, P, Q,
-    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """This program sums a [BLOCK_P, BLOCK_Q] tile of one expert's result over all of the expert's rows."""
+    """This program sums a [BLOCK_P, BLOCK_Q] tile of one expert's result over all of the expert's rows.
+
+    EXACT keeps what each addition loses and adds it to the next (Kahan), so that the error does not grow with the rows.
+    """
     tiles_q = tl.cdiv(Q, BLOCK_Q)
     tiles = tl.cdiv(P, BLOCK_P) * tiles_q
     expert = tl.program_id(0) // tiles
@@ -252,6 +255,7 @@ def grouped_outer_kernel(
     first = tl.load(offsets_ptr + expert)
     end = tl.load(offsets_ptr + expert + 1)
     sums = tl.zeros([BLOCK_P, BLOCK_Q], dtype=tl.float32)
+    lost = tl.zeros([BLOCK_P, BLOCK_Q], dtype=tl.float32)
     for start in tl.range(first, end, BLOCK_M, num_stages=STAGES):
         row = start + tl.arange(0, BLOCK_M)
         # Both are masked: a neighbour's infinity times zero would be NaN.
@@ -259,7 +263,13 @@ def grouped_outer_kernel(
         row = row[:, None].to(tl.int64)
         left = tl.load(left_ptr + row * stride_left_row + p[None, :], mask=inside & (p < P)[None, :], other=0.0)
         right = tl.load(right_ptr + row * stride_right_row + q[None, :], mask=inside & (q < Q)[None, :], other=0.0)
-        sums = tl.dot(tl.trans(left), right, sums, input_precision="ieee")
+        if EXACT:
+            summand = tl.dot(tl.trans(left), right, input_precision="ieee") - lost
+            longer = sums + summand
+            lost = (longer - sums) - summand
+            sums = longer
+        else:
+            sums = tl.dot(tl.trans(left), right, sums, input_precision="ieee")
     out = out_ptr + (expert.to(tl.int64) * P + p[:, None]) * Q + q[None, :]
     tl.store(out, (sums * scaling).to(out_ptr.dtype.element_ty), mask=(p < P)[:, None] & (q < Q)[None, :])
 
@@ -336,7 +346,8 @@ def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor, *, dtype: torch.
     out = torch.empty((experts, width_p, width_q), dtype=dtype, device=left.device)
     grouped_outer_kernel[(experts * ceil_div(width_p, tile.left) * ceil_div(width_q, tile.right),)](
         left, right, offsets, out, left.stride(0), right.stride(0), scaling, width_p, width_q,
-        BLOCK_P=tile.left, BLOCK_Q=tile.right, BLOCK_M=tile.rows, STAGES=tile.stages, num_warps=tile.warps,
+        BLOCK_P=tile.left, BLOCK_Q=tile.right, BLOCK_M=tile.rows, STAGES=tile.stages,
+        EXACT=tile.left * tile.right <= NARROW_OUTER, num_warps=tile.warps,
     )  # fmt: skip
     return out
 
@@ -362,10 +373,10 @@ def _product(
     is_nf4 = isinstance(weight, Nf4Experts)
     if isinstance(weight, Nf4Experts):
         weight_arguments = (weight.packed, *expert_absmax_arguments(weight), nf4_code(left.device))
-        nested, value_dtype = weight.is_nested, value_dtype_argument(weight, left.dtype)
+        nested = weight.is_nested
     else:
         weight_arguments = (weight.contiguous(), None, None, None, None, None)
-        nested, value_dtype = False, None
+        nested = False
     left = with_contiguous_rows(left)
     lora_left = None if lora_left is None else with_contiguous_rows(lora_left)
     lora_weight = None if lora_weight is None else lora_weight.contiguous()
@@ -380,9 +391,8 @@ def _product(
         left, *weight_arguments, lora_left, lora_weight, offsets, out,
         left.stride(0), 0 if lora_left is None else lora_left.stride(0), out.stride(0),
         rows, out_features, in_features, rank, row_tiles,
-        BACKWARD=backward, NF4=is_nf4, NESTED=nested, VALUE_DTYPE=value_dtype, HAS_LORA=rank > 0, ADD=add,
-        EXPERTS=experts, SEARCH=next_power_of_2(experts),
-        BLOCK_M=tile.rows, BLOCK_C=tile.columns, BLOCK_I=tile.inner,
+        BACKWARD=backward, NF4=is_nf4, NESTED=nested, HAS_LORA=rank > 0, ADD=add, EXPERTS=experts,
+        SEARCH=next_power_of_2(experts), BLOCK_M=tile.rows, BLOCK_C=tile.columns, BLOCK_I=tile.inner,
         BLOCK_R=max(16, min(64, next_power_of_2(max(1, rank)))), ROW_TILES=ROW_TILES_TOGETHER, STAGES=tile.stages,
         num_warps=tile.warps, enable_fp_fusion=not is_nf4,
     )  # fmt: skip

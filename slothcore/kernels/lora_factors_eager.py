@@ -67,10 +67,12 @@ def single_pair(
 ) -> tuple[Tensor, Tensor] | None:
     """The factors of one projection whose rank needs no padding, each by one of torch's operations or by none.
 
-    None for everything else, also for factors of another 16-bit dtype, where torch would round twice.
+    None for everything else, also for factors that are not as wide as `dtype`, where torch would round twice.
     """
     A, B = lora_A[0], lora_B[0]
-    if len(lora_A) > 1 or A is None or B is None or A.shape[0] % RANK_MULTIPLE or B.dtype not in (dtype, torch.float32):
+    if len(lora_A) > 1 or A is None or B is None or A.shape[0] % RANK_MULTIPLE:
+        return None
+    if torch.promote_types(B.dtype, dtype) != B.dtype:
         return None
     if scalings[0] == 1.0:
         return A.to(dtype), B.to(dtype)

@@ -7,16 +7,18 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+# What is left of log2(e) beyond float32.
+LOG2_E_REST = tl.constexpr(1.925963033500645e-08)
 
 
 @triton.jit
 def exponential(x, NATURAL: tl.constexpr):
     """e^x to float32 precision, or 2^x for an x in units of base two."""
     if NATURAL:
-        # e^x = 2^t with t = x log2(e); what rounding t loses, relative to e^x, grows with |x| and is put back.
+        # e^x = 2^t with t = x log2(e); what rounding t and log2(e) loses, relative to e^x, grows with |x|: put it back.
         t = x * LOG2_E
         y = tl.exp2(t)
-        y += y * (tl.fma(x, LOG2_E, -t) / LOG2_E)
+        y += y * ((tl.fma(x, LOG2_E, -t) + x * LOG2_E_REST) / LOG2_E)
     else:
         y = tl.exp2(x)
     return y

@@ -349,8 +349,6 @@ def nf4_dequantize(
     Raises: ValueError if `out` does not fit or `dtype` is not one of these.
     """
     out = check_dequantize_output(weight, dtype, out)
-    if weight.rounds_before(dtype):
-        return out.copy_(nf4_dequantize(weight, dtype=weight.value_dtype, _config=_config))
     config = _config or DEFAULT_CONFIG
     total = out.numel()
     _nf4_dequantize_kernel[(ceil_div(total, BLOCK * config.blocks),)](
@@ -373,7 +371,7 @@ def nf4_dequantize_group(weights: Sequence[Nf4Tensor], *, dtype: torch.dtype, ou
     """
     out = check_group_output(weights, dtype, out)
     totals = [weight.shape[0] * weight.shape[1] for weight in weights]
-    mixed = any(weight.is_nested != weights[0].is_nested or weight.rounds_before(dtype) for weight in weights)
+    mixed = any(weight.is_nested != weights[0].is_nested for weight in weights)
     if mixed or not 1 < len(weights) <= LARGEST_GROUP:
         for weight, rows in zip(weights, out.split([weight.shape[0] for weight in weights]), strict=True):
             nf4_dequantize(weight, dtype=dtype, out=rows)

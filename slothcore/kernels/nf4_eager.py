@@ -99,8 +99,6 @@ def nf4_dequantize(weight: Nf4Tensor, *, dtype: torch.dtype, out: Tensor | None 
         values[: rows * BLOCK].view(rows, BLOCK).mul_(scales[:rows, None])
         # Whatever is left belongs to the partial last block; for full chunks this is empty.
         values[rows * BLOCK :].mul_(scales[-1])
-        if weight.rounds_before(dtype):
-            values = values.to(weight.value_dtype)
         flat[begin:end] = values[: end - begin]
     return out
 

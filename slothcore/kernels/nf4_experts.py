@@ -1,9 +1,10 @@
 """The NF4 weights of all experts of one projection, stacked, and their expansion to dense in one launch.
 
-Every expert is quantised as a tensor of its own (blocks never cross from one to the next, each has its own offset), so
-that experts move to and from checkpoints bit for bit. Layout and equations of one of them are in nf4_tensor.py.
+Every expert is quantised as a tensor of its own (blocks never cross from one to the next, each has its own offset and
+8-bit map), so that experts move to and from checkpoints bit for bit. Layout and equations of one are in nf4_tensor.py.
 
-Shapes    W [E, N, K]; packed [E, ceil(N K / 2)]; absmax [E, B]; nested_absmax [E, ceil(B / 256)]; nested_offset [E].
+Shapes    W [E, N, K]; packed [E, ceil(N K / 2)]; absmax [E, B]; nested_absmax [E, ceil(B / 256)]; nested_offset [E];
+          nested_code [E, 256].
           E = experts, N = out_features, K = in_features, B = ceil(N K / 64), the blocks of one expert.
 Rounding  as nf4.py: launches forbid the compiler to fuse a product with a sum (enable_fp_fusion=False).
 """
@@ -20,8 +21,6 @@ from slothcore.kernels.launch import ceil_div
 from slothcore.kernels.nf4 import DEFAULT_CONFIG, decode_nf4, load_absmax
 from slothcore.kernels.nf4_tensor import BLOCK, WEIGHT_DTYPES, Nf4Tensor, block_count, nf4_code
 
-TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
 
 @dataclass(frozen=True)
 class Nf4Experts:
@@ -32,9 +31,8 @@ class Nf4Experts:
         absmax: [E, blocks] uint8 with double quantisation, else float32; blocks = ceil(N * K / 64).
         nested_absmax: [E, ceil(blocks / 256)] float32, or None without double quantisation.
         nested_offset: [E] float32, or None.
-        nested_code: [256] float32, the same for all experts, or None.
+        nested_code: [E, 256] float32, or None.
         shape: (E, N, K).
-        value_dtype: as `Nf4Tensor.value_dtype`, the same for all experts.
     """
 
     packed: Tensor
@@ -43,7 +41,6 @@ class Nf4Experts:
     nested_offset: Tensor | None
     nested_code: Tensor | None
     shape: tuple[int, int, int]
-    value_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         experts, out_features, in_features = self.shape
@@ -55,7 +52,7 @@ class Nf4Experts:
         if self.nested_absmax is not None and self.nested_offset is not None and self.nested_code is not None:
             parts.append(("nested_absmax", self.nested_absmax, (experts, -(-blocks // 256))))
             parts.append(("nested_offset", self.nested_offset, (experts,)))
-            parts.append(("nested_code", self.nested_code, (256,)))
+            parts.append(("nested_code", self.nested_code, (experts, 256)))
         elif not (self.nested_absmax is None and self.nested_offset is None and self.nested_code is None):
             raise ValueError("NF4 double quantisation needs nested_absmax, nested_offset and nested_code together")
         for name, part, shape in parts:
@@ -69,29 +66,24 @@ class Nf4Experts:
     def stack(cls, experts: Sequence[Nf4Tensor]) -> "Nf4Experts":
         """Copy the parts of one projection's experts into one stack.
 
-        Raises: ValueError unless there is at least one and all agree in shape, double quantisation, code and
-            value_dtype.
+        Raises: ValueError unless there is at least one and all agree in shape and double quantisation.
         """
         if not experts:
             raise ValueError("a stack needs at least one expert; got none")
         first = experts[0]
         for number, expert in enumerate(experts):
-            ours = (expert.shape, expert.is_nested, expert.value_dtype)
-            if ours != (first.shape, first.is_nested, first.value_dtype):
+            if (expert.shape, expert.is_nested) != (first.shape, first.is_nested):
                 raise ValueError(
-                    f"experts of one projection must agree in shape, double quantisation and value dtype; expert 0 has "
-                    f"{first.shape}, {first.is_nested}, {first.value_dtype}, expert {number} has {ours}"
+                    "experts of one projection must agree in shape and double quantisation; expert 0 has "
+                    f"{first.shape}, {first.is_nested}, expert {number} has {expert.shape}, {expert.is_nested}"
                 )
-            if not _equal_codes(first.nested_code, expert.nested_code):
-                raise ValueError(f"expert {number} has another nested_code than expert 0; quantise it again")
         return cls(
             packed=torch.stack([e.packed for e in experts]),
             absmax=torch.stack([e.absmax for e in experts]),
             nested_absmax=_stacked([e.nested_absmax for e in experts]),
             nested_offset=_stacked([e.nested_offset for e in experts]),
-            nested_code=first.nested_code,
+            nested_code=_stacked([e.nested_code for e in experts]),
             shape=(len(experts), *first.shape),
-            value_dtype=first.value_dtype,
         )
 
     def expert(self, index: int) -> Nf4Tensor:
@@ -101,9 +93,8 @@ class Nf4Experts:
             absmax=self.absmax[index],
             nested_absmax=None if self.nested_absmax is None else self.nested_absmax[index],
             nested_offset=None if self.nested_offset is None else self.nested_offset[index],
-            nested_code=self.nested_code,
+            nested_code=None if self.nested_code is None else self.nested_code[index],
             shape=self.shape[1:],
-            value_dtype=self.value_dtype,
         )
 
     @property
@@ -126,8 +117,7 @@ class Nf4Experts:
 def nf4_experts_dequantize_kernel(
     packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, table_ptr, out_ptr,
     total, expert_bytes, expert_blocks,
-    NESTED: tl.constexpr, VALUE_DTYPE: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
-    DECODE: tl.constexpr,
+    NESTED: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr, DECODE: tl.constexpr,
 ):  # fmt: skip
     """This program expands BLOCKS blocks of one expert, whose `total` values lie in `expert_bytes` bytes."""
     programs = tl.cdiv(expert_blocks, BLOCKS)
@@ -146,7 +136,7 @@ def nf4_experts_dequantize_kernel(
         NESTED,
     )  # fmt: skip
     code = tl.reshape(tl.join(packed >> 4, packed & 15), [BLOCKS, 64])
-    values = round_value(decode_nf4(code, table_ptr, DECODE) * absmax[:, None], VALUE_DTYPE)
+    values = decode_nf4(code, table_ptr, DECODE) * absmax[:, None]
     tl.store(out_ptr + expert * total + index, values.to(out_ptr.dtype.element_ty), mask=value_mask)
 
 
@@ -160,16 +150,8 @@ def load_expert_absmax(
     if NESTED:
         nested_absmax_ptr += expert * tl.cdiv(expert_blocks, 256)
         nested_offset_ptr += expert
+        nested_code_ptr += expert * 256
     return load_absmax(absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, block, mask, NESTED)
-
-
-@triton.jit
-def round_value(value, VALUE_DTYPE: tl.constexpr):
-    """A float32 value as the quantised file's own dtype would hold it; VALUE_DTYPE None: as it is."""
-    if VALUE_DTYPE is None:
-        return value
-    else:
-        return value.to(VALUE_DTYPE).to(tl.float32)
 
 
 def nf4_experts_dequantize(experts: Nf4Experts, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -188,7 +170,7 @@ def nf4_experts_dequantize(experts: Nf4Experts, *, dtype: torch.dtype, out: Tens
     nf4_experts_dequantize_kernel[(number * ceil_div(blocks, config.blocks),)](
         experts.packed, *expert_absmax_arguments(experts), nf4_code(out.device), out,
         total, experts.packed.shape[1], blocks,
-        NESTED=experts.is_nested, VALUE_DTYPE=value_dtype_argument(experts, dtype), WHOLE_BLOCKS=total % BLOCK == 0,
+        NESTED=experts.is_nested, WHOLE_BLOCKS=total % BLOCK == 0,
         BLOCKS=config.blocks, DECODE=config.decode, num_warps=config.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
     return out
@@ -218,17 +200,6 @@ def expert_absmax_arguments(experts: Nf4Experts) -> tuple[Tensor, Tensor | None,
     return experts.absmax, experts.nested_absmax, experts.nested_offset, experts.nested_code
 
 
-def value_dtype_argument(experts: Nf4Experts, dtype: torch.dtype) -> tl.dtype | None:
-    """What `round_value` rounds to before `dtype`: None where that rounding would change nothing."""
-    if experts.value_dtype in (None, dtype, torch.float32):
-        return None
-    return TRITON_DTYPES[experts.value_dtype]
-
-
 def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
     present = [part for part in parts if part is not None]
     return torch.stack(present) if present else None
-
-
-def _equal_codes(left: Tensor | None, right: Tensor | None) -> bool:
-    return left is right or (left is not None and right is not None and torch.equal(left, right))

@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slothcore.kernels import nf4_gemm_eager
 from slothcore.kernels.nf4 import Decode, absmax_arguments, decode_nf4, load_absmax
 from slothcore.kernels.nf4_tensor import BLOCK, Nf4Tensor, check_linear, nf4_code
 
@@ -287,9 +286,6 @@ def nf4_linear(
     rows, (out_features, in_features) = x.shape[0], weight.shape
     if rows == 0:
         return out
-    if weight.rounds_before(x.dtype):
-        # Nothing that is loaded comes here, so the kernel knows one rounding only.
-        return nf4_gemm_eager.nf4_linear(x, weight, lora_x=lora_x, lora_B=lora_B, bias=bias, out=out)
     x = _with_dense_rows(x)
     lora_x = None if lora_x is None else _with_dense_rows(lora_x)
     lora_B = None if lora_B is None else lora_B.contiguous()

@@ -57,8 +57,6 @@ class Nf4Tensor:
         nested_offset: [] float32, the mean of the float32 absmax, or None.
         nested_code: [256] float32, what each uint8 in absmax stands for, or None.
         shape: (N, K), out_features and in_features.
-        value_dtype: to which code * absmax is rounded before the dtype that is asked for, or None. What is loaded has
-            None: bitsandbytes' products round to the dtype of their input alone.
     """
 
     packed: Tensor
@@ -67,7 +65,6 @@ class Nf4Tensor:
     nested_offset: Tensor | None
     nested_code: Tensor | None
     shape: tuple[int, int]
-    value_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         blocks = block_count(self.shape)
@@ -87,10 +84,6 @@ class Nf4Tensor:
     def is_nested(self) -> bool:
         """Whether absmax is itself quantised (double quantisation)."""
         return self.nested_absmax is not None
-
-    def rounds_before(self, dtype: torch.dtype) -> bool:
-        """Whether values in `dtype` have been rounded to `value_dtype` first, and that may have changed them."""
-        return self.value_dtype not in (None, torch.float32, dtype)
 
     @property
     def device(self) -> torch.device:

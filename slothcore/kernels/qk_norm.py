@@ -89,7 +89,7 @@ def qk_norm_forward_kernel(
         exists = (head < TOTAL_HEADS)[:, None] & pair_exists[None, :]
         is_query = (head < NUM_HEADS)[:, None]
         is_normed = (head < NUM_NORMED)[:, None]
-        x_row = qkv_ptr + token * stride_qkv_token + head[:, None] * stride_qkv_head
+        x_row = qkv_ptr + token * stride_qkv_token + head[:, None].to(tl.int64) * stride_qkv_head
         y_row = out_ptr + token * TOTAL_HEADS * HEAD_DIM + head[:, None] * HEAD_DIM
         x_a = tl.load(x_row + first[None, :], mask=exists, other=0.0).to(tl.float32)
         x_b = tl.load(x_row + second[None, :], mask=exists, other=0.0).to(tl.float32)
@@ -165,8 +165,8 @@ def qk_norm_backward_kernel(
             head_exists = (head < NUM_NORMED) & (token < num_tokens)
             exists = head_exists[:, None] & pair_exists[None, :]
             is_query = (head < NUM_HEADS)[:, None]
-            grad_row = grad_ptr + token * stride_grad_token + head[:, None] * stride_grad_head
-            x_row = qkv_ptr + token * stride_qkv_token + head[:, None] * stride_qkv_head
+            grad_row = grad_ptr + token * stride_grad_token + head[:, None].to(tl.int64) * stride_grad_head
+            x_row = qkv_ptr + token * stride_qkv_token + head[:, None].to(tl.int64) * stride_qkv_head
             dy_a = tl.load(grad_row + first[None, :], mask=exists, other=0.0).to(tl.float32)
             dy_b = tl.load(grad_row + second[None, :], mask=exists, other=0.0).to(tl.float32)
             rstd = tl.load(rstd_ptr + token * NUM_NORMED + head, mask=head_exists, other=0.0)[:, None]

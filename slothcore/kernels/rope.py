@@ -43,7 +43,7 @@ def rope_rotate_kernel(
     for first_head in range(0, NUM_HEADS, BLOCK_HEADS):
         head = first_head + tl.arange(0, BLOCK_HEADS)
         exists = (head < NUM_HEADS)[:, None] & pair_exists[None, :]
-        a_ptr = x_ptr + token * stride_x_token + head[:, None] * stride_x_head + pair[None, :]
+        a_ptr = x_ptr + token * stride_x_token + head[:, None].to(tl.int64) * stride_x_head + pair[None, :]
         b_ptr = a_ptr + HALF_DIM
         a = tl.load(a_ptr, mask=exists, other=0.0).to(tl.float32)
         b = tl.load(b_ptr, mask=exists, other=0.0).to(tl.float32)

@@ -19,9 +19,6 @@ from slothcore.kernels.nf4_experts import Nf4Experts
 from slothcore.kernels.nf4_tensor import Nf4Tensor
 from slothcore.layers.linear import NF4_BUFFERS, move_without_cast, nf4_parts
 
-SHARED_BUFFERS = ("weight_nested_code",)
-"""NF4 parts of which the experts have one together."""
-
 
 class ExpertLinear(nn.Module):
     """y_e = x_e W_e^T + lora_scaling * dropout(x_e) lora_A_e^T lora_B_e^T, for the rows x_e of each expert e.
@@ -32,7 +29,6 @@ class ExpertLinear(nn.Module):
         lora_A, lora_B: [E, r, in] and [E, out, r] parameters, or None.
         lora_scaling: factor of the LoRA terms.
         lora_dropout: probability that a LoRA term does not see an element of its input, in training mode.
-        value_dtype: the dtype to which NF4 values are rounded first, as in `Nf4Tensor`.
     """
 
     weight: Tensor
@@ -62,7 +58,6 @@ class ExpertLinear(nn.Module):
         self.register_parameter("lora_B", None)
         self.lora_scaling = 1.0
         self.lora_dropout = 0.0
-        self.value_dtype: torch.dtype | None = None
         self._nf4: Nf4Experts | None = None
 
     @property
@@ -89,7 +84,6 @@ class ExpertLinear(nn.Module):
                 nested_offset=self.weight_nested_offset,
                 nested_code=self.weight_nested_code,
                 shape=(self.num_experts, self.out_features, self.in_features),
-                value_dtype=self.value_dtype,
             )
         return self._nf4
 
@@ -127,20 +121,15 @@ class ExpertLinear(nn.Module):
         parts = dict(zip(NF4_BUFFERS, nf4_parts(weight), strict=True))
         if not self.is_nf4:
             self._clear_weight()
-            self.value_dtype = weight.value_dtype
             for name, part in parts.items():
-                if part is not None and name not in SHARED_BUFFERS:
-                    part = part.new_empty(self.num_experts, *part.shape)
-                self.register_buffer(name, part)
-        if weight.value_dtype != self.value_dtype or not all(
-            _fits(part, self._buffers[name], shared=name in SHARED_BUFFERS) for name, part in parts.items()
-        ):
+                self.register_buffer(name, None if part is None else part.new_empty(self.num_experts, *part.shape))
+        if not all(_fits(part, self._buffers[name]) for name, part in parts.items()):
             raise ValueError(
                 f"expert {index} is quantised in another way than the experts before it; quantise all of them alike"
             )
         for name, part in parts.items():
             place = self._buffers[name]
-            if part is not None and place is not None and name not in SHARED_BUFFERS:
+            if part is not None and place is not None:
                 place[index].copy_(part)
 
     def attach_lora(self, lora_A: Tensor, lora_B: Tensor, *, scaling: float, dropout: float = 0.0) -> None:
@@ -255,14 +244,13 @@ class ExpertLinear(nn.Module):
             for name, stack in (*self._parameters.items(), *self._buffers.items()):
                 if stack is not None:
                     tensor = stack if keep_vars else stack.detach()
-                    yield name, index, tensor if name in SHARED_BUFFERS else tensor[index]
+                    yield name, index, tensor[index]
 
     def _clear_weight(self) -> None:
         for name in NF4_BUFFERS:
             self._buffers.pop(name, None)
         self._parameters.pop("weight", None)
         self._nf4 = None
-        self.value_dtype = None
 
 
 def expert_path(stack: str, index: int | str) -> str:
@@ -280,8 +268,8 @@ def stack_path(path: str) -> tuple[str, int] | None:
     return f"{parent}.{name}", int(index)
 
 
-def _fits(part: Tensor | None, stack: Tensor | None, *, shared: bool) -> bool:
-    """Whether one expert's part of an NF4 weight can go into the stack, or is the one that all share."""
+def _fits(part: Tensor | None, stack: Tensor | None) -> bool:
+    """Whether one expert's part of an NF4 weight can go into the stack."""
     if part is None or stack is None:
         return part is stack
-    return torch.equal(part, stack) if shared else part.dtype == stack.dtype and part.shape == stack.shape[1:]
+    return part.dtype == stack.dtype and part.shape == stack.shape[1:]

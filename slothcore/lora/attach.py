@@ -57,14 +57,12 @@ def add_lora(
         init_lora_weights=init_lora_weights,
         modules_to_save=(modules_to_save,) if isinstance(modules_to_save, str) else tuple(modules_to_save),
         base_model_name_or_path=base_model_name(model),
+        revision=model.revision,
     )
     require_no_adapter(model)
     plan = AdapterPlan.of(model, config)
     paths = [name for path, layer in lora_layers(model).items() for name in stored_paths(path, layer)]
-    unmatched = config.unmatched_targets(paths)
-    if unmatched:
-        known = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in paths))
-        raise ValueError(f"target_modules {', '.join(map(repr, unmatched))} match no linear layer; known are {known}")
+    config.require_all_match(paths)
     dtype = resolve_lora_dtype(lora_dtype, model)
     factors = {}
     for path, target in plan.targets.items():
@@ -225,11 +223,11 @@ def _target(layer: LoraLayer, names: tuple[str, ...], taken: Collection[str], co
 
 def resolve_lora_dtype(lora_dtype: LoraDtype, model: Decoder) -> torch.dtype:
     """Raises: ValueError if it is neither float32 nor the compute dtype, the two in which factors may be kept."""
-    dtype = (
-        {"float32": torch.float32, "auto": model.dtype}.get(lora_dtype) if isinstance(lora_dtype, str) else lora_dtype
-    )
-    if dtype not in (torch.float32, model.dtype):
-        raise ValueError(f"lora_dtype must be 'float32', 'auto' or {model.dtype}, got {lora_dtype!r}")
+    allowed = {"float32": torch.float32, "auto": model.dtype, str(model.dtype).removeprefix("torch."): model.dtype}
+    dtype = allowed.get(lora_dtype.removeprefix("torch.")) if isinstance(lora_dtype, str) else lora_dtype
+    if dtype not in allowed.values():
+        raise ValueError(f"lora_dtype must be one of {', '.join(allowed)}, got {lora_dtype!r}")
+    assert dtype is not None
     return dtype
 
 

@@ -19,6 +19,7 @@ TUPLES = (
 )
 Bias = Literal["none", "all", "lora_only"]
 ALL_LINEAR = "all-linear"
+EMBEDDING = "embed_tokens"
 
 # What PEFT writes and slothcore has no option for, with the only value under which an adapter means the same here.
 # Written so that every reader of the format, old or new, finds what it expects.
@@ -31,7 +32,6 @@ FIXED_FIELDS: dict[str, Any] = {
     "megatron_config": None,
     "megatron_core": "megatron.core",
     "peft_type": "LORA",
-    "revision": None,
     "task_type": "CAUSAL_LM",
     "use_dora": False,
 }
@@ -44,7 +44,6 @@ HARMLESS_FIELDS = frozenset(
         "megatron_core",
         "peft_version",
         "qalora_group_size",
-        "revision",
         "runtime_config",
     }
 )
@@ -76,6 +75,7 @@ class LoraConfig:
         layers_pattern: names of the list of layers that these indices count in; None: any.
         rank_pattern, alpha_pattern: r and lora_alpha of the targets whose path ends with a regular expression.
         base_model_name_or_path: what the adapter belongs to.
+        revision: branch, tag or commit of that on the Hub; None: main.
     Raises: ValueError if a value is out of its range.
     Source: Hu et al. 2021, arXiv:2106.09685.
     """
@@ -95,6 +95,7 @@ class LoraConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     base_model_name_or_path: str | None = None
+    revision: str | None = None
 
     def __post_init__(self) -> None:
         for name in TUPLES:
@@ -146,15 +147,17 @@ class LoraConfig:
         """
         chosen = [path for path in linears if self._is_target(path, head)]
         if not chosen:
-            known = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in linears))
-            raise ValueError(f"target_modules {self._said_targets()} match no linear layer; known are {known}")
+            said = (self.target_modules,) if isinstance(self.target_modules, str) else self.target_modules
+            raise ValueError(_unmatched(said, linears))
         return chosen
 
-    def unmatched_targets(self, linears: Iterable[str]) -> list[str]:
-        """Names in `target_modules` that stand for no path in `linears`."""
+    def require_all_match(self, linears: Sequence[str]) -> None:
+        """Raises: ValueError, listing the known names, if one in `target_modules` stands for no path in `linears`."""
         if isinstance(self.target_modules, str):
-            return []
-        return [name for name in self.target_modules if not any(_ends_with(path, name) for path in linears)]
+            return
+        unmatched = [name for name in self.target_modules if not any(_ends_with(path, name) for path in linears)]
+        if unmatched:
+            raise ValueError(_unmatched(unmatched, linears))
 
     def _is_target(self, path: str, head: str) -> bool:
         # A module trains either as a whole or through its LoRA term.
@@ -176,11 +179,6 @@ class LoraConfig:
             if found:
                 return int(found[1]) in self.layers_to_transform
         return False
-
-    def _said_targets(self) -> str:
-        if isinstance(self.target_modules, str):
-            return repr(self.target_modules)
-        return ", ".join(map(repr, self.target_modules))
 
     def with_names(self, targets: Sequence[str]) -> "LoraConfig":
         """The same with "all-linear" written out as names, which every reader understands alike."""
@@ -269,6 +267,19 @@ def _as_tuple(value: Any, name: str) -> Any:
 
 def _ends_with(path: str, name: str) -> bool:
     return path == name or path.endswith(f".{name}")
+
+
+def _unmatched(names: Iterable[str], linears: Iterable[str]) -> str:
+    """What to say of names in `target_modules` that no linear layer has."""
+    names = list(names)
+    known = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in linears))
+    message = (
+        f"target_modules {', '.join(map(repr, names))} match no linear layer; known are {known}, "
+        f"and {ALL_LINEAR!r} takes all but the head"
+    )
+    if EMBEDDING in names:
+        message += f"; {EMBEDDING} has no LoRA, and trains as a whole in modules_to_save"
+    return message
 
 
 def _matches(names: tuple[str, ...] | str, path: str) -> bool:

@@ -23,6 +23,7 @@ from slothcore.lora.config import LoraConfig, by_pattern
 from slothcore.models.decoder import Decoder
 
 PARAMETERS = ("gate_up_proj", "down_proj")
+ROUTER = "gate.weight"
 ADAPTED = re.compile(
     r"(?P<prefix>(base_model\.model\.)?)(?P<layer>model\.layers\.\d+)\.mlp\.experts\."
     r"(?P<inner>base_layer\.)?(?P<factor>lora_[AB])(\.default)?\.weight"
@@ -77,10 +78,13 @@ def _adapted_parameters(config: LoraConfig, layers: list[str], source: str) -> l
         if hits == {True}:
             adapted.append(parameter)
     if unused:
-        raise ValueError(
-            f"{source}: target_parameters {', '.join(map(repr, sorted(unused)))} are no fused experts of this model; "
-            "other parameters cannot be adapted"
-        )
+        said = f"{source}: target_parameters {', '.join(map(repr, sorted(unused)))} are no fused experts of this model"
+        if any(name.endswith(ROUTER) for name in unused):
+            raise ValueError(
+                f"{said} but its routers, which cannot have LoRA, though PEFT's 'all-linear' takes them; train the "
+                "adapter again with target_modules and target_parameters by name, without the routers"
+            )
+        raise ValueError(f"{said}; other parameters cannot be adapted")
     return adapted
 
 

@@ -31,10 +31,12 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every weight of a model folder by name.
+    """Every weight of a model folder by name; of a single file and an index the file counts, as in transformers.
 
     Raises: ValueError if the folder has no safetensors, or a shard is missing, damaged or lacks a weight.
     """
+    if (folder / SINGLE_FILE).is_file():
+        return read_header(folder / SINGLE_FILE)
     if (folder / INDEX_FILE).is_file():
         weight_map = read_json(folder / INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -46,8 +48,6 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
                     f"{folder / INDEX_FILE}: {name} must lie in a .safetensors file of this folder, got {file!r}"
                 )
         return _stored_in_shards(folder, weight_map)
-    if (folder / SINGLE_FILE).is_file():
-        return read_header(folder / SINGLE_FILE)
     pickled = any(folder.glob("pytorch_model*.bin"))
     hint = "; its weights are pickled, which slothcore does not open: convert them to safetensors" if pickled else ""
     raise ValueError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")

@@ -140,6 +140,20 @@ class DecoderConfig:
         """Factor of the attention scores."""
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
+    @property
+    def longest_document(self) -> int:
+        """How many positions the model is meant for.
+
+        Files with the types dynamic and yarn may keep in max_position_embeddings what the model was trained for; Qwen
+        tells users to add yarn to config.json and to change nothing else.
+        """
+        rope = self.rope
+        if rope.rope_type == "dynamic":
+            return round(self.max_position_embeddings * rope.factor)
+        if rope.rope_type == "yarn":
+            return max(self.max_position_embeddings, round(rope.original_max_position_embeddings * rope.factor))
+        return self.max_position_embeddings
+
     def window(self, layer: int) -> int | None:
         """How many tokens a token of this layer sees, itself included; None: its whole document."""
         return None if self.layer_windows is None else self.layer_windows[layer]
@@ -212,8 +226,10 @@ def fields_without_rope(hf: HfConfig, **defaults: Any) -> dict[str, Any]:
 
 def refuse_other_architectures(hf: HfConfig) -> None:
     """Take the keys that say "this is no plain causal decoder" where they are set."""
-    for key, neutral in (("is_encoder_decoder", False), ("add_cross_attention", False), ("chunk_size_feed_forward", 0)):
-        hf.require(key, neutral)
+    for key in ("is_encoder_decoder", "add_cross_attention", "tie_encoder_decoder"):
+        hf.require(key, False)
+    hf.require("chunk_size_feed_forward", 0)
+    hf.require("pruned_heads", {})
 
 
 def take_layer_windows(

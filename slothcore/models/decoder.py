@@ -109,6 +109,7 @@ class Decoder(Generates, nn.Module):
         dtype: in which it computes.
         max_seq_length: the longest document it is meant for.
         name_or_path: what it was loaded as, which an adapter names as its base; None for random weights.
+        revision: branch, tag or commit of that on the Hub, if one was asked for.
         lora_config: the `slothcore.lora` configuration of its adapter; None without one.
     """
 
@@ -126,10 +127,11 @@ class Decoder(Generates, nn.Module):
         self.hf_config = hf_config or {}
         self.generation_config: dict[str, Any] = {}
         self.name_or_path: str | None = None
+        self.revision: str | None = None
         self.lora_config: Any = None
         self.dtype = dtype
         self.bits = bits if bits is not None else torch.finfo(dtype).bits
-        self.max_seq_length = config.max_position_embeddings
+        self.max_seq_length = config.longest_document
         self.model = DecoderBody(config, dtype=dtype, device=device)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype=dtype, device=device)
         self.tie_weights()

@@ -70,12 +70,14 @@ def text_values(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     for key in ("mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index"):
         hf.take(key, int, None)
     hf.take("initializer_range", float, None)  # of the vision part; the text part has its own
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype", "quantization_config"):
+    for key in ("pad_token_id", "torch_dtype", "dtype", "quantization_config"):
         value = hf.values.pop(key, None)
         if value is not None and text.get(key) is None:
             text[key] = value
-    tied = hf.take("tie_word_embeddings", bool, None)
-    if tied is not None:
-        text["tie_word_embeddings"] = tied
+    # Outside stands what the model goes by. When transformers 5 saves, it fills in the text part's with defaults.
+    for key in ("bos_token_id", "eos_token_id", "tie_word_embeddings"):
+        value = hf.values.pop(key, None)
+        if value is not None:
+            text[key] = value
     hf.finish()
     return {**text, "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}

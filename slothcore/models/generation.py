@@ -11,7 +11,6 @@ from torch import Tensor
 
 from slothcore.layers.kv_cache import KvCache
 from slothcore.layers.packed import Documents, PackedInputs
-from slothcore.models.rope_scaling import longest_document
 from slothcore.models.sampling import Sampling, choose
 
 if TYPE_CHECKING:
@@ -42,8 +41,7 @@ class Generates:
         A greedy row is what it would be alone. With longrope, a row is read again when it outgrows the short factors,
         as by transformers' Phi-3; with the other types, keys in the cache stay as they were turned. A row ends with an
         end-of-sequence token, and is filled with `pad_token_id` while other rows go on. LoRA dropout is off meanwhile.
-        Beyond max_position_embeddings (with the RoPE type dynamic, `factor` times that) a warning says that the model
-        was not trained for such positions.
+        Beyond `DecoderConfig.longest_document` a warning says that the model was not made for such positions.
 
         Args:
             input_ids: [B, S] prompts, or [S] for one.
@@ -107,7 +105,7 @@ def _generate(
     cache = empty_cache(model, rows, capacity=documents.max_seqlen + max_new_tokens)
     cache.begin_prompt(documents, len(prompts.input_ids))
     outgrowing = _rows_that_outgrow_short_factors(model, documents)
-    limit, warned = longest_document(model.config), False
+    limit, warned = model.config.longest_document, False
     hidden = model.model(prompts.input_ids, prompts.position_ids, documents, cache)
     hidden = hidden[documents.cu_seqlens[1:].long() - 1]
     for step in range(max_new_tokens):

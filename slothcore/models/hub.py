@@ -17,7 +17,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 
 from slothcore.models.checkpoint import INDEX_FILE, SINGLE_FILE
 from slothcore.models.hf_config import read_json
-from slothcore.models.hub_errors import HUB_NAME, explain, without_network
+from slothcore.models.hub_errors import HUB_ADDRESS, HUB_NAME, explain, without_network
 from slothcore.version import __version__
 
 CONFIG_FILE = "config.json"
@@ -71,8 +71,10 @@ def model_folder(
         return folder
     if folder.exists():
         raise ValueError(f"{name} is a file; give the folder that holds config.json")
+    if address := HUB_ADDRESS.match(name):
+        raise ValueError(f"{name} is an address; give the repository's name, {address[1]}")
     if not HUB_NAME.fullmatch(name):
-        raise ValueError(f"the folder {name} does not exist")
+        raise ValueError(f"the folder {name} does not exist; a model on the Hub is named owner/name")
 
     api = HfApi(token=token, library_name="slothcore", library_version=__version__)
 

@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
 )
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_ADDRESS = re.compile(r"https?://[^/]+/([^/]+/[^/]+)")
 SIGN_IN = "run `hf auth login`, set HF_TOKEN or pass token="
 
 

@@ -27,7 +27,7 @@ from slothcore.models.prequantized import (
     require_readable,
 )
 from slothcore.models.reading import read_tensors
-from slothcore.models.rope_scaling import longest_document, scaled_config
+from slothcore.models.rope_scaling import scaled_config
 
 BITS = (4, 16, 32)
 QUANTIZED = (Linear, ExpertLinear)
@@ -78,7 +78,7 @@ def load_model(
     _read_weights(model, folder, family, device=device, progress=progress)
     model.tie_weights()
     model.generation_config = generation_config
-    model.max_seq_length = longest_document(config) if max_seq_length is None else max_seq_length
+    model.max_seq_length = config.longest_document if max_seq_length is None else max_seq_length
     return model.eval()
 
 
@@ -168,7 +168,7 @@ def from_config(
         device = surrounding
     device = resolve_device(device)
     if bits is None:
-        named = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+        named = _named_dtype(dtype)
         bits = 32 if named == torch.float32 or (named is None and device.type in ("cpu", "meta")) else 16
     dtype = resolve_dtype(bits, dtype, device)
     if bits == 4 and device.type == "meta":
@@ -276,12 +276,17 @@ def resolve_dtype(bits: int, dtype: torch.dtype | str | None, device: torch.devi
             return torch.float32
         has_bfloat16 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if has_bfloat16 else torch.float16
-    known = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    known = _named_dtype(dtype)
     if known is None or known not in DTYPES.values():
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
     if bits != 4 and torch.finfo(known).bits != bits:
         raise ValueError(f"dtype {str(known).removeprefix('torch.')} does not go with bits={bits}")
     return known
+
+
+def _named_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype that a name such as "bfloat16" or "torch.bfloat16" stands for; None if there is none."""
+    return DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
 
 
 def _initializer(model: Decoder, name: str, config: DecoderConfig) -> Callable[[Tensor], Tensor]:

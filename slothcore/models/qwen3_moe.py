@@ -3,6 +3,7 @@
 from slothcore.models.config import DecoderConfig, MoeConfig, common_fields
 from slothcore.models.hf_config import HfConfig
 from slothcore.models.mixtral import take_num_experts
+from slothcore.models.qwen import trained_length
 
 
 def config_from_hf(hf: HfConfig) -> DecoderConfig:
@@ -10,8 +11,11 @@ def config_from_hf(hf: HfConfig) -> DecoderConfig:
 
     A layer is sparse unless `mlp_only_layers` names it or `decoder_sparse_step` passes it over.
     """
+    for key, only in (("qkv_bias", False), ("use_qk_norm", True), ("shared_expert_intermediate_size", 0)):
+        hf.require(key, only)  # Qwen3-Coder's files say them
     attention_bias = hf.take("attention_bias", bool, False)
     common = common_fields(hf, num_key_value_heads=4, max_position_embeddings=32768)
+    common["max_position_embeddings"] = trained_length(hf, common)
     layers: int = common["num_hidden_layers"]
     return DecoderConfig(
         **common,

@@ -114,6 +114,12 @@ def _read(
             if value:  # zero counts as absent, as in transformers
                 fields[key] = float(value)
         fields["truncate"] = hf.take("truncate", bool, True)
+        hf.take("finetuned", bool, None)  # of the first files with yarn; only their "dynamic-yarn" went by it
+        # The authors' own factor on top, by which DeepSeek-R1-0528-Qwen3-8B undoes the growth of cosines and sines.
+        # vLLM multiplies by it, transformers passes it over.
+        own_factor = hf.take("attn_factor", float, None)
+        if own_factor:
+            fields["attention_factor"] = own_factor * RopeParameters(**fields).attention_scaling
     if rope_type == "longrope":
         for key in ("short_factor", "long_factor"):
             fields[key] = _numbers(hf.source, key, hf.take(key, list))

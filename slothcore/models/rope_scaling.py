@@ -8,17 +8,9 @@ from copy import deepcopy
 from typing import Any
 
 from slothcore.layers.rope import RopeParameters
-from slothcore.models.config import DecoderConfig
 from slothcore.models.families import decoder_config
 
 SCALINGS = ("linear", "dynamic", "yarn", "llama3")  # those that a name and a factor define
-
-
-def longest_document(config: DecoderConfig) -> int:
-    """How many positions a model is meant for; the type dynamic reaches beyond max_position_embeddings."""
-    if config.rope.rope_type == "dynamic":
-        return round(config.max_position_embeddings * config.rope.factor)
-    return config.max_position_embeddings
 
 
 def scaled_config(
@@ -47,7 +39,7 @@ def scaled_config(
     config = decoder_config(hf_config, source)
     if max_seq_length is not None and (isinstance(max_seq_length, bool) or max_seq_length < 1):
         raise ValueError(f"max_seq_length must be at least 1, got {max_seq_length!r}")
-    reach = longest_document(config)
+    reach = config.longest_document
     is_too_long = max_seq_length is not None and max_seq_length > reach
     result = deepcopy(dict(hf_config))
     if rope_scaling is None and not is_too_long:

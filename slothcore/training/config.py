@@ -5,13 +5,15 @@ the documentation and the checks cannot drift apart.
 """
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import yaml
 
+from slothcore.data.formats import LAYOUTS
 from slothcore.training.options import check_names, coerce, option, read_yaml
 
 # At least 1 where they are given.
@@ -26,6 +28,8 @@ COUNTS = (
     "eval_steps",
 )
 
+# Names in one word, q_proj,v_proj; a regular expression may have commas of its own.
+NAMES = re.compile(r"[\w.-]+(\s*,\s*[\w.-]+)+")
 
 # Never written into a file, and not shown.
 SECRETS = ("token",)
@@ -53,7 +57,10 @@ class TrainConfig:
     )
     device: str | None = option(None, "cpu, cuda or cuda:N; null: a GPU if there is one", group="Model")
     max_seq_length: int | None = option(
-        None, "tokens of the longest row, and of a packed row; null: 2048, or the model's limit if less", group="Model"
+        None,
+        "tokens of the longest row, and of a packed row; beyond the model's limit see rope_scaling; "
+        "null: 2048, or that limit if it is less",
+        group="Model",
     )
     rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | Mapping[str, Any] | None = option(
         None,
@@ -65,7 +72,9 @@ class TrainConfig:
     )
 
     data: str | tuple[str, ...] | None = option(None, "training files: .json, .jsonl, .csv, .txt", group="Data")
-    format: str = option("auto", "layout of the records; auto recognises it from the field names", group="Data")
+    format: str = option(
+        "auto", f"layout of the records: {', '.join(LAYOUTS)}, or auto: told from the field names", group="Data"
+    )
     text_field: str = option("text", "field that holds the text of a plain-text record", group="Data")
     eval_data: str | tuple[str, ...] | None = option(None, "files to evaluate on", group="Data")
     eval_fraction: float = option(0.0, "share of the training records held out instead of eval_data", group="Data")
@@ -131,8 +140,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, annotation in field_types().items():
             object.__setattr__(self, name, coerce(name, getattr(self, name), annotation))
-        if isinstance(self.target_modules, str) and "," in self.target_modules:
-            object.__setattr__(self, "target_modules", tuple(n.strip() for n in self.target_modules.split(",")))
+        if isinstance(self.target_modules, str) and NAMES.fullmatch(self.target_modules):
+            object.__setattr__(self, "target_modules", _split([self.target_modules]))
+        object.__setattr__(self, "modules_to_save", _split(self.modules_to_save))
         if isinstance(self.resume_from_checkpoint, bool):
             object.__setattr__(self, "resume_from_checkpoint", "latest" if self.resume_from_checkpoint else None)
         self._check_ranges()
@@ -220,6 +230,11 @@ def field_types() -> dict[str, Any]:
     """The type of each option, in the order in which they are declared."""
     hints = get_type_hints(TrainConfig)
     return {item.name: hints[item.name] for item in fields(TrainConfig)}
+
+
+def _split(words: Iterable[str]) -> tuple[str, ...]:
+    """The names in words that may hold several of them, with commas between."""
+    return tuple(name.strip() for word in words for name in word.split(","))
 
 
 def _require(holds: bool, message: str) -> None:

@@ -23,27 +23,51 @@ OTHER_NAMES = {
     "load_in_8bit": "bits",
     "fp16": "dtype",
     "bf16": "dtype",
+    "torch_dtype": "dtype",
+    "model_name": "model",
+    "base_model": "model",
     "rank": "r",
     "lora_r": "r",
     "lora_rank": "r",
+    "lora_target": "target_modules",
     "lora_target_linear": "target_modules",
+    "lora_bias": "bias",
     "full_finetune": "full_finetuning",
     "dataset": "data",
     "datasets": "data",
     "dataset_name": "data",
+    "dataset_path": "data",
+    "data_path": "data",
+    "train_data": "data",
+    "train_dataset": "data",
     "train_file": "data",
     "eval_dataset": "eval_data",
     "val_set_size": "eval_fraction",
+    "val_data": "eval_data",
     "train_on_inputs": "completion_only_loss",
+    "assistant_only_loss": "completion_only_loss",
     "batch_size": "per_device_train_batch_size",
+    "micro_batch_size": "per_device_train_batch_size",
+    "cutoff_len": "max_seq_length",
     "max_length": "max_seq_length",
+    "model_max_length": "max_seq_length",
     "sequence_len": "max_seq_length",
+    "epochs": "num_train_epochs",
     "lr": "learning_rate",
     "max_norm": "max_grad_norm",
     "grad_clip": "max_grad_norm",
+    "gradient_clipping": "max_grad_norm",
     "random_state": "seed",
     "resume": "resume_from_checkpoint",
 }
+# What those have and slothcore has not, where the spelling alone would suggest something else.
+WITHOUT_COUNTERPART = frozenset(
+    {
+        *("attn_implementation", "chat_template", "deepspeed", "eval_strategy", "evaluation_strategy", "fsdp"),
+        *("logging_dir", "logging_strategy", "loftq_config", "neftune_noise_alpha", "push_to_hub", "report_to"),
+        *("run_name", "save_strategy", "trust_remote_code", "use_dora", "wandb_project"),
+    }
+)
 
 
 def option(default: Any, text: str, *, group: str, shown: bool = True) -> Any:
@@ -61,10 +85,14 @@ def check_names(given: Iterable[str], known: Iterable[str], *, source: str) -> N
     for name in given:
         if name in known:
             continue
+        if name in WITHOUT_COUNTERPART:
+            raise ValueError(f"unknown option {name!r} in {source}; slothcore has nothing like it: leave it out")
         meant = OTHER_NAMES.get(str(name))
-        nearest = [meant] if meant in known else difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"unknown option {name!r} in {source}{hint}")
+        near = [meant] if meant in known else difflib.get_close_matches(str(name), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "--help lists the options"
+        if not near and (far := difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)):
+            hint += f", of which {far[0]!r} is spelled most like it"
+        raise ValueError(f"unknown option {name!r} in {source}; {hint}")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

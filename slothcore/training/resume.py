@@ -119,8 +119,9 @@ def _check_same_run(trainer: "SFTTrainer", fresh: RunState, saved: RunState, che
             f"and optim is {fresh.config['optim']}; set it back, or start a new run"
         )
     if saved.step >= trainer.total_steps:
+        length = "max_steps" if trainer.config.max_steps > 0 else "num_train_epochs"
         raise ValueError(
-            f"{checkpoint} has already done {saved.step} of {trainer.total_steps} steps; raise max_steps to go on"
+            f"{checkpoint} has already done {saved.step} of {trainer.total_steps} steps; raise {length} to go on"
         )
     for name, value in fresh.config.items():
         if name not in WITHOUT_INFLUENCE and saved.config.get(name) != value:

@@ -2,6 +2,8 @@
 
 import shlex
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +48,19 @@ def train_from_config(config: TrainConfig) -> TrainResult:
     if config.optim == "adamw_8bit":
         check_8bit(torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu")))
     train_records, eval_records = read_records(config)
-    model, tokenizer = load_both(
-        config.model,
-        bits=config.bits,
-        dtype=config.dtype,
-        device=config.device,
-        max_seq_length=config.max_seq_length,
-        rope_scaling=config.rope_scaling,
-        revision=config.revision,
-        token=config.token,
-        local_files_only=config.local_files_only,
-        progress=not config.disable_tqdm,
-    )
+    with notices(say):
+        model, tokenizer = load_both(
+            config.model,
+            bits=config.bits,
+            dtype=config.dtype,
+            device=config.device,
+            max_seq_length=config.max_seq_length,
+            rope_scaling=config.rope_scaling,
+            revision=config.revision,
+            token=config.token,
+            local_files_only=config.local_files_only,
+            progress=not config.disable_tqdm,
+        )
     if lora_config_of(model) is not None:
         check_continued(model, config)
     elif not config.full_finetuning:
@@ -79,13 +82,25 @@ def train_from_config(config: TrainConfig) -> TrainResult:
     return result
 
 
+@contextmanager
+def notices(tell: Callable[[str], None]) -> Iterator[None]:
+    """Warnings as lines for the user, without their place in the code, each once; `tell` takes them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = lambda message, *place, **_: tell(f"note: {' '.join(str(message).split())}")
+        yield
+
+
 def load_both(name: str, **options: Any) -> tuple[Decoder, Tokenizer]:
     """`slothcore.load` for callers that need the tokenizer too. Raises ValueError if there is none."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*has no tokenizer.json")
         model, tokenizer = load(name, **options)
     if tokenizer is None:
-        raise ValueError(f"{name} has no tokenizer.json; put the tokenizer's files into that folder")
+        raise ValueError(
+            f"{name} has no tokenizer.json; put the tokenizer's files into that folder, or make one with "
+            "transformers: AutoTokenizer.from_pretrained(..).save_pretrained(..)"
+        )
     return model, tokenizer
 
 

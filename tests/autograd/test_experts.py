@@ -177,6 +177,20 @@ def test_masks_of_gate_up_and_down_differ(monkeypatch: pytest.MonkeyPatch) -> No
     assert set(backward) == set(forward)
 
 
+@pytest.mark.parametrize("factor_dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scaling", [1.0, 0.7])
+def test_a_scaled_factor_is_rounded_once(scaling: float, dtype: torch.dtype, factor_dtype: torch.dtype) -> None:
+    """But for the rounding of the arithmetic itself, which is the wider dtype's."""
+    factor = torch.randn(3, 40, 7).to(factor_dtype)
+    scaled = expert_projection.scaled_factor(factor, scaling, dtype)
+    exact = factor.double() * scaling
+    wide = torch.promote_types(torch.promote_types(dtype, factor_dtype), torch.float32)
+    once = torch.finfo(dtype).eps / 2 + torch.finfo(wide).eps
+    assert scaled.dtype == dtype
+    assert ((scaled.double() - exact).abs() <= once * exact.abs() + torch.finfo(dtype).smallest_normal).all()
+
+
 def test_overwriting_refuses_a_second_backward() -> None:
     y = expert_mlp(*routed(ROUTES["mixed"]), *mlp(4, HIDDEN, WIDTH), activation="silu").sum()
     y.backward(retain_graph=True)

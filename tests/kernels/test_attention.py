@@ -57,7 +57,8 @@ class Problem(NamedTuple):
 SMALL_PROBLEMS = {
     "grouped, equal lengths": Problem((33, 33), 4, 2, 16),
     "unequal lengths, some empty": Problem((0, 40, 1, 0, 7, 2, 1, 1, 1, 3, 0), 2, 1, 16),
-    "one head for all, odd width": Problem((50, 3), 3, 1, 24),
+    "two programs for one key head, odd width": Problem((50, 3), 8, 1, 24),
+    "one program for an odd group": Problem((35, 3), 6, 2, 24, {"window": 18}),
     "window": Problem((70, 5), 2, 1, 16, {"window": 20}),
     "window of two keys": Problem((18,), 1, 1, 16, {"window": 2}),
     "window as long as a block": Problem((49,), 1, 1, 16, {"window": 32}),
@@ -66,7 +67,7 @@ SMALL_PROBLEMS = {
     "two pieces of a head": Problem((37, 5), 2, 2, 48, {"window": 20}),
     "second piece wider than what is left": Problem((34,), 2, 1, 83, {"softcap": 2.0}),
     "enough key heads for one program each": Problem((33, 4), 8, 4, 16),
-    "programs with unequal shares of a group": Problem((35, 3), 10, 2, 24, {"window": 18}),
+    "programs with unequal shares of a group": Problem((35, 3), 9, 1, 48, {"window": 18}),
 }
 
 
@@ -97,6 +98,27 @@ def test_any_number_of_programs_shares_a_group(
     Problem((40, 0, 9), 5, 1, 16).check(kernel_device, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_dk_and_dv_in_a_launch_each(
+    parts: int, dtype: torch.dtype, kernel_device: str, nan_filled_empty, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit what one launch of the same tile gives, and as accurate with a tile of its own."""
+    problem = Problem((45, 0, 7), 4, 2, 48, {"window": 30, "softcap": 3.0})
+    qkv, dout = problem.inputs(kernel_device, dtype)
+    small, large = Tile(16, 16, 4, 1), Tile(16, 32, 4, 1)
+    monkeypatch.setattr(attention_backward, "key_gradient_parts", lambda *_: parts)
+    results = []
+    for value_tile in (None, small, large):
+        tiles = Tiles(small, small, small, value_tile)
+        monkeypatch.setattr(attention_backward, "attention_tiles", lambda *_, tiles=tiles, **__: tiles)
+        results.append(problem.run(FUSED, qkv, dout))
+    together, apart, _ = results
+    for name in ("dk", "dv"):
+        assert torch.equal(apart[name], together[name]), name
+    problem.check(kernel_device, dtype)
+
+
 def test_pieces_of_a_head_give_what_padding_gives(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem((45, 3), 4, 2, 96, {"window": 30})
     qkv, dout = problem.inputs(kernel_device, torch.float32)
@@ -113,7 +135,7 @@ def test_blocks_outside_the_window_are_never_read(window: int, kernel_device: st
     """NaNs in what a window hides reach nothing that is further away than the window and a block on either side."""
     problem = Problem((300,), 2, 1, 16, {"window": window})
     tiles = attention_tiles(16, torch.float32, device_capability(torch.device(kernel_device)))
-    reach = window + max(max(tile.block_q, tile.block_k) for tile in tiles) * 2
+    reach = window + max(max(tile.block_q, tile.block_k) for tile in tiles if tile) * 2
     qkv, dout = problem.inputs(kernel_device, torch.float32)
     before = problem.run(FUSED, qkv, dout)
     qkv[:10], dout[:10] = float("nan"), float("nan")
@@ -137,7 +159,7 @@ def test_pieces_of_a_head(head_dim: int, pieces: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "parts"), [((32, 8), 1), ((16, 4), 1), ((8, 1), 4), ((4, 1), 4), ((14, 2), 2), ((2, 1), 2), ((2, 2), 1)]
+    ("heads", "parts"), [((32, 8), 1), ((16, 4), 1), ((8, 1), 2), ((4, 1), 1), ((14, 2), 1), ((2, 1), 1), ((2, 2), 1)]
 )
 def test_programs_of_a_key_head(heads: tuple[int, int], parts: int) -> None:
     assert key_gradient_parts(*heads) == parts
@@ -153,7 +175,8 @@ def test_operands_of_every_tile_fit_the_device(dtype: torch.dtype, head_dim: int
     memory = shared_memory_kib(capability)
     assert tiles.forward.num_stages * 2 * tiles.forward.block_k * kib <= memory
     assert tiles.query_gradient.num_stages * 2 * tiles.query_gradient.block_k * kib <= memory
-    assert tiles.key_gradient.num_stages * 2 * tiles.key_gradient.block_q * kib <= memory
+    for tile in filter(None, (tiles.key_gradient, tiles.value_gradient)):
+        assert tile.num_stages * 2 * tile.block_q * kib <= memory
 
 
 def test_strided_inputs(kernel_device: str, nan_filled_empty) -> None:
@@ -171,7 +194,7 @@ def test_strided_inputs(kernel_device: str, nan_filled_empty) -> None:
 @pytest.mark.parametrize("functions", [FUSED, EAGER], ids=["fused", "eager"])
 def test_documents_are_apart(functions, kernel_device: str) -> None:
     """Even a document of NaNs leaves its neighbours' outputs and gradients alone, to the last bit."""
-    problem = Problem((19, 23, 5), 2, 1, 16, {"window": 9})
+    problem = Problem((19, 23, 5), 8, 1, 16, {"window": 9})
     qkv, dout = problem.inputs(kernel_device, torch.float32)
     before = problem.run(functions, qkv, dout)
     qkv[19:42], dout[19:42] = float("nan"), float("nan")
@@ -250,12 +273,12 @@ REAL_PROBLEMS = {
     "head_dim 16": Problem((300,), 2, 2, 16),
     "groups of 8": Problem((511, 257), 16, 2, 128),
     "one key head": Problem((400, 31), 8, 1, 64),
-    "window": Problem((1000, 128, 700), 4, 1, 128, {"window": 256}),
-    "odd window, wide heads": Problem((300, 33), 2, 1, 256, {"window": 77}),
+    "window": Problem((1000, 128, 700), 8, 1, 128, {"window": 256}),
+    "odd window, wide heads": Problem((300, 33), 8, 1, 256, {"window": 77}),
     "soft cap": Problem((600, 128), 4, 2, 128, {"softcap": 1.5}),
     "window and soft cap": Problem((700, 200), 4, 2, 256, {"window": 130, "softcap": 4.0}),
     "many unequal documents": Problem((*range(1, 60), 700, 0, 0, *range(120, 130)), 4, 2, 64),
-    "many equal documents": Problem((119,) * 40, 4, 1, 128),
+    "many equal documents": Problem((119,) * 40, 8, 1, 128),
 }
 
 
@@ -305,6 +328,21 @@ def test_same_bits_on_every_run(num_kv_heads: int) -> None:
     for _ in range(5):
         for name, result in problem.run(FUSED, qkv, dout).items():
             assert torch.equal(result, first[name]), name
+
+
+@pytest.mark.gpu
+def test_heads_further_apart_than_32_bits() -> None:
+    """The third query head starts at element 2^31 of q."""
+    problem = Problem((70, 3), 3, 1, 64)
+    qkv, dout = problem.inputs("cuda", torch.bfloat16)
+    q, k, v = qkv.split((3, 1, 1), dim=1)
+    far = torch.empty(2**31 + 73 * 64, dtype=q.dtype, device="cuda").as_strided(q.shape, (64, 2**30, 1)).copy_(q)
+    bounds = torch.tensor([0, 70, 73], device="cuda", dtype=torch.int32)
+    near = problem.run(FUSED, qkv, dout)
+    out, lse = attention.attention_forward(far, k, v, bounds, 70, scale=0.125)
+    dqkv = attention_backward.attention_backward(dout, far, k, v, out, lse, bounds, 70, scale=0.125)
+    assert torch.equal(out, near["out"])
+    assert torch.equal(dqkv, torch.cat([near[name] for name in ("dq", "dk", "dv")], dim=1))
 
 
 @pytest.mark.gpu

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
 
 import pytest
 import torch
@@ -135,16 +134,6 @@ def test_other_tiles_change_nothing(kernel_device, nan_filled_empty, tile, is_nf
     options = {"_tile": ProductTile(*tile, warps=4, stages=1)}
     for product, left in ((grouped_gemm.grouped_linear, x), (grouped_gemm.grouped_input_grad, dy)):
         assert (product(left, weight, offsets, **options) - product(left, weight, offsets)).abs().max() < 1e-5
-
-
-def test_kernel_rounds_values_to_their_own_dtype_first(kernel_device) -> None:
-    weight = quantized(torch.randn(2, 64, 64, device=kernel_device))
-    half = replace(weight, value_dtype=torch.float16)
-    eye = torch.eye(64, device=kernel_device).repeat(2, 1)
-    offsets = offsets_of((64, 64), kernel_device)
-    dense = decoded(weight, torch.float16).float()
-    assert torch.equal(grouped_gemm.grouped_linear(eye, half, offsets).view(2, 64, 64), dense.mT)
-    assert torch.equal(grouped_gemm.grouped_input_grad(eye, half, offsets).view(2, 64, 64), dense)
 
 
 @OPS

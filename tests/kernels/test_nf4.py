@@ -317,18 +317,6 @@ def test_bad_groups_are_refused(ops) -> None:
         ops.nf4_dequantize_group([weight, weight], dtype=torch.int32)
 
 
-@pytest.mark.parametrize("ops", [nf4, nf4_eager], ids=["kernel", "eager"])
-def test_values_are_rounded_to_their_own_dtype_first(kernel_device, nan_filled_empty, ops) -> None:
-    weight = nf4_eager.nf4_quantize(random_weight((70, 65), torch.float32).to(kernel_device))
-    rounded = replace(weight, value_dtype=torch.float16)
-    halves = nf4_eager.nf4_dequantize(weight, dtype=torch.float16)
-    assert_same_bits(ops.nf4_dequantize(rounded, dtype=torch.float32), halves.float(), "alone")
-    assert_same_bits(ops.nf4_dequantize(rounded, dtype=torch.float16), halves, "the dtype itself")
-    both = torch.cat([halves.float(), nf4_eager.nf4_dequantize(weight, dtype=torch.float32)])
-    assert_same_bits(ops.nf4_dequantize_group([rounded, weight], dtype=torch.float32), both, "in a group")
-    assert not torch.equal(both[:70], both[70:])
-
-
 def test_eager_expands_to_float64_without_rounding() -> None:
     weight = nf4_eager.nf4_quantize(random_weight((4, 64), torch.float32))
     exact = nf4_eager.nf4_dequantize(weight, dtype=torch.float64)

@@ -52,14 +52,15 @@ def test_expansion_is_that_of_each_expert(nan_filled_empty, ops, shape, double_q
 
 
 @OPS
-def test_values_round_to_their_own_dtype_first(ops) -> None:
+def test_each_expert_has_its_own_8_bit_map(ops) -> None:
+    """Published files hold one with every weight, and nothing makes them equal."""
     device = "cuda" if torch.cuda.is_available() and ops is nf4_experts else "cpu"
-    experts = moved(quantized((2, 150, 128)), device)
-    rounded = replace(experts, value_dtype=torch.float16)
-    assert rounded.expert(1).value_dtype == torch.float16
-    dense = ops.nf4_experts_dequantize(rounded, dtype=torch.float32)
-    assert torch.equal(dense, ops.nf4_experts_dequantize(experts, dtype=torch.float16).float())
-    assert not torch.equal(dense, ops.nf4_experts_dequantize(experts, dtype=torch.float32))
+    first, second = (nf4_eager.nf4_quantize(weight) for weight in torch.randn(2, 150, 128))
+    second = replace(second, nested_code=second.nested_code * 0.5)
+    experts = moved(Nf4Experts.stack([first, second]), device)
+    dense = ops.nf4_experts_dequantize(experts, dtype=torch.float32).cpu()
+    for index, weight in enumerate((first, second)):
+        assert torch.equal(dense[index], nf4_eager.nf4_dequantize(weight, dtype=torch.float32))
 
 
 def moved(experts: Nf4Experts, device: str) -> Nf4Experts:
@@ -83,9 +84,9 @@ def test_bad_input_is_refused() -> None:
     flat = nf4_eager.nf4_quantize(torch.ones(8, 64), double_quant=False)
     with pytest.raises(ValueError, match="at least one expert"):
         Nf4Experts.stack([])
-    with pytest.raises(ValueError, match=r"agree in shape.*\(8, 64\).*expert 1 has.*\(8, 128\)"):
+    with pytest.raises(ValueError, match=r"agree in shape and double.*\(8, 64\).*expert 1 has.*\(8, 128\)"):
         Nf4Experts.stack([one, other])
-    with pytest.raises(ValueError, match="agree in shape, double quantisation"):
+    with pytest.raises(ValueError, match="agree in shape and double quantisation"):
         Nf4Experts.stack([one, flat])
     experts = Nf4Experts.stack([one, one])
     with pytest.raises(ValueError, match=r"NF4 packed of experts.*\(2, 256\)"):

@@ -205,14 +205,15 @@ def test_matches_eager_at_real_sizes(shape: tuple, rule: dict, dtype: torch.dtyp
 
 
 @pytest.mark.gpu
-def test_offsets_beyond_32_bits() -> None:
-    """The last of four tokens starts at element 3 * 2^30."""
+@pytest.mark.parametrize("strides", [(2**30, 64, 1), (64, 2**30, 1)], ids=["tokens", "heads"])
+def test_offsets_beyond_32_bits(strides: tuple[int, int, int]) -> None:
+    """The last of four tokens, or of four heads, starts at element 3 * 2^30."""
     t = make_inputs((4, 2, 1, 64, 64), torch.float16, "cuda")
     expected = forward(qk_norm, t, QWEN, 2, 1) | backward(qk_norm, t, QWEN, 2, 1)
 
     def far(x: Tensor) -> Tensor:
         memory = torch.empty(3 * 2**30 + 256, dtype=x.dtype, device="cuda")
-        return memory.as_strided(x.shape, (2**30, 64, 1)).copy_(x)
+        return memory.as_strided(x.shape, strides).copy_(x)
 
     actual = forward(qk_norm, t | {"qkv": far(t["qkv"])}, QWEN, 2, 1)
     actual |= backward(qk_norm, t | {"qkv": far(t["qkv"])}, QWEN, 2, 1)

@@ -161,10 +161,11 @@ def test_partial_rotation_at_real_sizes(head_dim: int, rotary_dim: int, dtype: t
 
 
 @pytest.mark.gpu
-def test_offsets_beyond_32_bits() -> None:
-    """The last of four tokens starts at element 3 * 2^30."""
-    near = torch.randn(4, 3, 64, device="cuda").half()
-    far = torch.empty(3 * 2**30 + 192, dtype=torch.float16, device="cuda").as_strided((4, 3, 64), (2**30, 64, 1))
+@pytest.mark.parametrize("strides", [(2**30, 64, 1), (64, 2**30, 1)], ids=["tokens", "heads"])
+def test_offsets_beyond_32_bits(strides: tuple[int, int, int]) -> None:
+    """The last of four tokens, or of four heads, starts at element 3 * 2^30."""
+    near = torch.randn(4, 4, 64, device="cuda").half()
+    far = torch.empty(3 * 2**30 + 256, dtype=torch.float16, device="cuda").as_strided((4, 4, 64), strides)
     far.copy_(near)
     cos, sin = make_angles(4, 64, "cuda")
-    assert torch.equal(rope.rope_rotate_(far, cos, sin, num_heads=2), rope.rope_rotate_(near, cos, sin, num_heads=2))
+    assert torch.equal(rope.rope_rotate_(far, cos, sin, num_heads=4), rope.rope_rotate_(near, cos, sin, num_heads=4))

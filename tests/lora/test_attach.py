@@ -103,10 +103,12 @@ def test_factors_are_float32_unless_asked() -> None:
         ("float32", torch.float32),
         ("auto", torch.bfloat16),
         (torch.bfloat16, torch.bfloat16),
+        ("bfloat16", torch.bfloat16),
+        ("torch.bfloat16", torch.bfloat16),
     ):
         model = add_lora(tiny(dtype=torch.bfloat16), r=2, lora_dtype=lora_dtype)
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {expected}
-    with pytest.raises(ValueError, match=r"lora_dtype must be 'float32', 'auto' or torch.bfloat16, got torch.float16"):
+    with pytest.raises(ValueError, match=r"lora_dtype must be one of float32, auto, bfloat16, got torch.float16"):
         add_lora(tiny(dtype=torch.bfloat16), lora_dtype=torch.float16)
 
 
@@ -131,10 +133,13 @@ def test_on_the_meta_device_nothing_is_allocated() -> None:
         ({"target_modules": []}, "target_modules is empty"),
         (
             {"target_modules": ["query"]},
-            "'query' match no linear layer; known are q_proj, k_proj, v_proj, o_proj, gate",
+            "'query' match no linear layer; known are q_proj, .*, lm_head, and 'all-linear' takes all but the head$",
         ),
         ({"target_modules": ["q_proj", "query"]}, "'query' match no linear layer"),
-        ({"target_modules": ["embed_tokens"]}, "'embed_tokens' match no linear layer"),
+        (
+            {"target_modules": ["q_proj", "embed_tokens"]},
+            "'embed_tokens' match no linear layer; .*; embed_tokens has no LoRA, and trains as a whole in modules_to_",
+        ),
         ({"target_modules": "(q_proj"}, "is not a regular expression"),
         ({"target_modules": ["lm_head"], "modules_to_save": ["lm_head"]}, "match no linear layer"),
         ({"modules_to_save": ["head"], "target_modules": ["qkv"]}, "match no linear layer"),

@@ -326,7 +326,10 @@ def test_adapters_of_fused_experts(variant: Variant, options: dict[str, Any], tm
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target_parameters": ["gate.weight"]}, "target_parameters 'gate.weight' are no fused experts of this model"),
+        (
+            {"target_parameters": ["gate.weight"]},
+            "'gate.weight' are no fused experts of this model but its routers, which cannot have LoRA",
+        ),
         ({"target_parameters": ["layers.1.mlp.experts.down_proj"]}, "adapt down_proj in some layers only"),
         (
             {"target_parameters": ["down_proj"], "rank_pattern": {"layers.0.mlp.experts.down_proj": 2}},

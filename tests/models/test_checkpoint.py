@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import slothcore.models.load as loading
-from slothcore.models.checkpoint import save_pretrained
+from slothcore.models.checkpoint import save_pretrained, stored_tensors
 from slothcore.models.decoder import Decoder
 from slothcore.models.families import FAMILIES
 from slothcore.models.load import load_model
@@ -213,6 +213,13 @@ def test_missing_shard(shards: Path) -> None:
     (shards / "model-00002-of-00005.safetensors").unlink()
     with pytest.raises(ValueError, match=r"model-00002-of-00005\.safetensors is missing, though .*index"):
         load(shards)
+
+
+def test_a_single_file_counts_before_an_index(shards: Path, folder: Path) -> None:
+    """A folder of shards into which somebody saved the model again, whole: transformers reads that file as well."""
+    shutil.copy(folder / "model.safetensors", shards)
+    (shards / "model-00002-of-00005.safetensors").unlink()
+    assert stored_tensors(shards).keys() == stored_tensors(folder).keys()
 
 
 def test_truncated_shard(shards: Path) -> None:

@@ -160,7 +160,7 @@ def test_random_weights_in_4_bits() -> None:
     assert model(token_ids(1, 9)).logits.isfinite().all()
 
 
-@pytest.mark.parametrize(("dtype", "bits"), [(None, 32), (torch.bfloat16, 16), ("float16", 16)])
+@pytest.mark.parametrize(("dtype", "bits"), [(None, 32), (torch.bfloat16, 16), ("float16", 16), ("torch.bfloat16", 16)])
 def test_bits_follow_the_dtype(dtype: torch.dtype | str | None, bits: int) -> None:
     model = from_config(TINY, dtype=dtype, device="cpu")
     assert model.bits == bits

@@ -218,3 +218,11 @@ def test_what_is_not_understood_is_refused_by_name(base: dict[str, Any], rope: d
         decoder_config({**base, "rope_parameters": rope}, "here/config.json")
     assert str(caught.value).startswith("here/config.json")
     assert "\n" not in str(caught.value)
+
+
+def test_the_factor_by_which_authors_undo_the_growth_of_yarn() -> None:
+    """As in DeepSeek-R1-0528-Qwen3-8B: 0.878 times what a factor of 4 gives is one."""
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    own = decoder_config({**TINY, "rope_scaling": {**scaling, "attn_factor": 0.8782488562869419}}).rope
+    assert own.attention_scaling == pytest.approx(1.0)
+    assert decoder_config({**TINY, "rope_scaling": scaling}).rope.attention_scaling == pytest.approx(1.1386294)

@@ -15,7 +15,7 @@ from slothcore.layers.rope import RopeParameters, inverse_frequencies
 from slothcore.models.config import DecoderConfig
 from slothcore.models.families import decoder_config
 from slothcore.models.load import load_model
-from slothcore.models.rope_scaling import SCALINGS, longest_document, scaled_config
+from slothcore.models.rope_scaling import SCALINGS, scaled_config
 from tests.models.test_config import TINY
 from tests.models.test_rope_config import FACTORS, GEMMA3, HEAD_DIM, PHI3
 from tests.models.test_rope_config import SCALINGS as ROPES
@@ -81,7 +81,7 @@ def test_the_default_length_of_a_file_without_one_is_the_families() -> None:
 def test_no_length_is_lost_to_rounding(name: str) -> None:
     for length in (*range(2049, 4100, 41), 10**6 + 1):
         result, message = scaled_config(TINY, length, name)
-        assert longest_document(decoder_config(result)) == length
+        assert decoder_config(result).longest_document == length
         assert str(message).endswith(f"to {length}")
         assert scaled_config(result, length) == (result, None)
 
@@ -97,7 +97,7 @@ def test_no_length_is_lost_to_rounding(name: str) -> None:
 def test_a_type_by_name(name: str, expected: RopeParameters) -> None:
     result, config, message = scaled(TINY, 8192, name)
     assert config.rope == expected
-    assert config.max_position_embeddings == longest_document(config) == 8192
+    assert config.max_position_embeddings == config.longest_document == 8192
     assert message == f"RoPE scaling ({name}, factor 4) takes the model from 2048 positions to 8192"
     assert scaled(result, 8192, name)[0] == result, "asked again of the result, it stays"
     assert scaled(result, None)[0] == result
@@ -107,7 +107,7 @@ def test_dynamic_scales_from_max_position_embeddings_which_therefore_stays() -> 
     result, config, message = scaled(TINY, 8192, "dynamic")
     assert config.rope == RopeParameters(rope_type="dynamic", factor=4.0, max_position_embeddings=2048)
     assert config.max_position_embeddings == 2048
-    assert longest_document(config) == 8192
+    assert config.longest_document == 8192
     assert message == "RoPE scaling (dynamic, factor 4) takes the model from 2048 positions to 8192"
     assert scaled(result, 8192, "dynamic")[0] == scaled(result, 5000)[0] == result
     with pytest.raises(ValueError, match=r"max_seq_length 8193 cannot be had: .* 'dynamic'"):

@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest
 
 from slothcore.training.config import TrainConfig, field_types
-from slothcore.training.options import OTHER_NAMES, describe
+from slothcore.training.options import OTHER_NAMES, WITHOUT_COUNTERPART, describe
 
 
 def test_flags_stand_on_top_of_the_file(tmp_path) -> None:
@@ -70,6 +70,11 @@ def test_every_option_explains_itself() -> None:
         ({"lora_r": 8}, "unknown option 'lora_r'.*did you mean 'r'"),
         ({"load_in_4bit": True}, "unknown option 'load_in_4bit'.*did you mean 'bits'"),
         ({"lr": 1}, "unknown option 'lr'.*did you mean 'learning_rate'"),
+        ({"torch_dtype": "auto"}, "unknown option 'torch_dtype'.*did you mean 'dtype'"),
+        ({"train_data": "a"}, "unknown option 'train_data'.*did you mean 'data'"),
+        ({"gradient_clipping": 1.0}, "unknown option 'gradient_clipping'.*did you mean 'max_grad_norm'"),
+        ({"report_to": "wandb"}, "unknown option 'report_to' .*; slothcore has nothing like it: leave it out"),
+        ({"shampoo": 1}, "'shampoo' .*; --help lists the options, of which 'warmup_ratio' is spelled most like it"),
         ({"data": ""}, "data must not be empty"),
         ({"data": []}, "data must not be empty"),
         ({"output_dir": ""}, "output_dir must not be empty"),
@@ -128,9 +133,23 @@ def test_a_key_that_stands_twice_is_refused(tmp_path) -> None:
         TrainConfig.from_yaml(path)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("q_proj, v_proj", ("q_proj", "v_proj")),
+        ("all-linear", "all-linear"),
+        (r".*layers\.\d{1,2}\..*q_proj", r".*layers\.\d{1,2}\..*q_proj"),
+    ],
+)
+def test_commas_part_names_and_leave_expressions_whole(text, expected) -> None:
+    assert TrainConfig(target_modules=text).target_modules == expected
+    assert TrainConfig(modules_to_save=["lm_head,embed_tokens"]).modules_to_save == ("lm_head", "embed_tokens")
+
+
 def test_every_other_name_leads_to_an_option() -> None:
     assert set(OTHER_NAMES.values()) <= field_types().keys()
     assert not OTHER_NAMES.keys() & field_types().keys()
+    assert not WITHOUT_COUNTERPART & (OTHER_NAMES.keys() | field_types().keys())
 
 
 def test_none_and_true_in_words() -> None:

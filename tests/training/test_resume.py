@@ -190,7 +190,8 @@ def test_a_finished_run_goes_on_when_max_steps_is_raised(folder, short_run) -> N
         ({"model": "other"}, "is of another model"),
         ({"completion_only_loss": False}, "was trained on other data"),
         ({"packing": True}, "was trained on other data"),
-        ({"max_steps": 4}, "has already done 4 of 4 steps; raise max_steps"),
+        ({"max_steps": 4}, "has already done 4 of 4 steps; raise max_steps to go on"),
+        ({"max_steps": -1, "num_train_epochs": 0.01}, "has already done 4 of 1 steps; raise num_train_epochs to go on"),
         ({"resume_from_checkpoint": "nowhere"}, "the checkpoint folder nowhere does not exist"),
     ],
 )
