@@ -76,6 +76,8 @@ class ChatTemplate:
             `continue_final_message` if the last message has no text, the template changes it, or it stands beside
             `add_generation_prompt`.
         """
+        if not messages:
+            raise ValueError("the conversation has no message; give it at least one")
         conversation = [_with_reasoning(message) for message in messages]
         if continue_final_message:
             if add_generation_prompt:

@@ -67,7 +67,7 @@ def _files(paths: Sequence[str | Path]) -> Iterator[Path]:
         elif path.is_file():
             yield path
         else:
-            raise FileNotFoundError(f"the data file {path} does not exist")
+            raise FileNotFoundError(f"the data file {path} does not exist; data are local files, so download it first")
 
 
 def _reader(path: Path) -> Callable[[Path, str], list[Located]]:

@@ -56,7 +56,9 @@ TILES = {
     },
 }
 # Where a soft cap, whose tanh takes registers and time from the products, wants others: (KiB, head_dim) -> tiles.
-SOFTCAP_TILES: dict[tuple[int, int], Tiles] = {}
+SOFTCAP_TILES: dict[tuple[int, int], Tiles] = {
+    (227, 256): Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(32, 128, 8, 3), Tile(64, 128, 8, 2)),
+}
 
 # Programs that share the keys of a block, over all key heads: with fewer, 8192 tokens leave multiprocessors empty. With
 # fewer query heads in each, adding up what they found costs more than it brings (measured at 8/1 and 4/1 heads).

@@ -61,7 +61,7 @@ def _stored_in_shards(folder: Path, weight_map: Mapping[str, str]) -> dict[str, 
     found: dict[str, StoredTensor] = {}
     for file in sorted(names):
         if not (folder / file).is_file():
-            raise ValueError(f"{folder / file} is missing, though {INDEX_FILE} names it")
+            raise ValueError(f"{folder / file} is missing, though {INDEX_FILE} names it; download or copy it")
         present = read_header(folder / file)
         for name in names[file]:
             if name not in present:

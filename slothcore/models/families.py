@@ -82,7 +82,7 @@ def family_of(values: Mapping[str, Any], source: str = "config.json") -> Family:
     """The family of the contents of a `config.json`. Raises: ValueError if slothcore has no such family."""
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        near = difflib.get_close_matches(str(model_type), FAMILIES, n=1)
+        near = difflib.get_close_matches(str(model_type), FAMILIES, n=1, cutoff=0.85)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(
             f"{source}: model_type {model_type!r} is not supported{hint}; supported are {', '.join(FAMILIES)}"

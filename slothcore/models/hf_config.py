@@ -116,7 +116,7 @@ class HfConfig:
         left = [key for key, value in self.values.items() if key not in HARMLESS_KEYS and value is not None]
         if left:
             key = left[0]
-            near = difflib.get_close_matches(key, [*self.known, *HARMLESS_KEYS], n=1)
+            near = difflib.get_close_matches(key, [*self.known, *HARMLESS_KEYS], n=1, cutoff=0.85)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{self.source}: the key {key!r} (= {self.values[key]!r}) is not supported{hint}")
 

@@ -70,7 +70,7 @@ def load_model(
     _make_current(device)
     family, hf_config, config, message = read_config(folder, max_seq_length=max_seq_length, rope_scaling=rope_scaling)
     if message is not None:
-        warnings.warn(message, stacklevel=2)
+        warnings.warn(message, stacklevel=3)
     generation_file = folder / "generation_config.json"
     generation_config = read_json(generation_file) if generation_file.is_file() else {}
 
@@ -118,7 +118,7 @@ def _read_weights(model: Decoder, folder: Path, family: Family, *, device: torch
     quantized = quantized_weights(stored)
     check_against(as_if_dense(stored, quantized), expected, folder)
     if ignored:
-        warnings.warn(f"{folder}: {ignored} weights that belong to no text model were not loaded", stacklevel=3)
+        warnings.warn(f"{folder}: {ignored} weights that belong to no text model were not loaded", stacklevel=4)
 
     # Each tensor on disk: the weight that it belongs to, and as what.
     owners = {name: (name, "weight") for name in expected if name not in quantized}

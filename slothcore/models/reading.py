@@ -31,6 +31,8 @@ THREADS = 8
 LARGEST_HEADER = 100_000_000
 """What safetensors itself allows."""
 
+# How the file begins that stands for another in a checkout without git-lfs.
+GIT_LFS_POINTER = b"version https://git-lfs"
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -269,4 +271,11 @@ def _fill(handle: int, piece: _Piece, buffer: memoryview, fetched: torch.cuda.Ev
 
 
 def _damaged(file: Path, reason: object) -> ValueError:
+    try:
+        with file.open("rb") as stream:
+            is_pointer = stream.read(len(GIT_LFS_POINTER)) == GIT_LFS_POINTER
+    except OSError:
+        is_pointer = False
+    if is_pointer:
+        return ValueError(f"{file} is only git-lfs's pointer to the weights; run `git lfs pull` in that folder")
     return ValueError(f"{file} is truncated or damaged ({reason}); download or copy it again")

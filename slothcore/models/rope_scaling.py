@@ -76,7 +76,14 @@ def scaled_config(
     if rope_type == "llama3":
         scaling = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, **scaling}
     _set_rope(result, scaling, reach if rope_type == "dynamic" else positions)
-    decoder_config(result, f"{source} with rope_scaling")
+    try:
+        decoder_config(result, f"{source} with rope_scaling")
+    except ValueError as error:
+        if isinstance(rope_scaling, Mapping):
+            raise  # the dict is what is wrong
+        raise ValueError(
+            f"this model cannot be stretched with RoPE type {rope_type!r} ({error}); use max_seq_length up to {reach}"
+        ) from None
     message = f"RoPE scaling ({rope_type}, factor {factor:g}) takes the model from {trained} positions to {positions}"
     if rope_scaling is None:
         message += f", because max_seq_length is {max_seq_length}; rope_scaling chooses another type"
@@ -96,10 +103,14 @@ def _as_dict(rope_scaling: str | Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"rope_scaling must be one of {', '.join(SCALINGS)}, or a dict, got {rope_scaling!r}")
     scaling = deepcopy(dict(rope_scaling))
     oldest = scaling.pop("type", None)  # as older files name it
-    rope_type = scaling.setdefault("rope_type", oldest)
+    rope_type = scaling.pop("rope_type", oldest)
+    if rope_type is None:
+        raise ValueError(
+            f"rope_scaling needs a rope_type beside {', '.join(map(repr, scaling))}: {', '.join(SCALINGS)}"
+        )
     if rope_type not in (*SCALINGS, "longrope"):
         raise ValueError(f"rope_scaling's rope_type must be one of {', '.join(SCALINGS)}, longrope, got {rope_type!r}")
-    return scaling
+    return {"rope_type": rope_type, **scaling}
 
 
 def _agrees(rope: RopeParameters, scaling: Mapping[str, Any]) -> bool:

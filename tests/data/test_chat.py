@@ -58,7 +58,9 @@ def test_the_last_message_may_be_continued() -> None:
     blocks = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "look"}]}]
     template = ChatTemplate("{% for b in messages[0].content %}{{ b.text if b.text else '<image>' }}{% endfor %}.")
     assert template.render(blocks, continue_final_message=True) == "<image>look"
-    for wrong in ([], [{"role": "assistant"}], [{"role": "assistant", "content": [{"type": "image"}]}]):
+    with pytest.raises(ValueError, match="has no message"):
+        plain.render([])
+    for wrong in ([{"role": "assistant"}], [{"role": "assistant", "content": [{"type": "image"}]}]):
         with pytest.raises(ValueError, match="needs a last message with text"):
             plain.render(wrong, continue_final_message=True)
     with pytest.raises(ValueError, match="leaves out the end of the last message"):

@@ -372,3 +372,9 @@ def test_nothing_to_save(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no weights to save"):
         save_pretrained([], tmp_path, hf_config={})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_pointer_of_git_lfs_is_told_from_a_damaged_file(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ValueError, match="only git-lfs's pointer to the weights; run `git lfs pull`"):
+        stored_tensors(tmp_path)

@@ -213,7 +213,7 @@ def test_a_scaling_that_is_not_needed_is_left_out_and_said_so() -> None:
         ({}, None, "yarn", r"rope_scaling 'yarn' has no factor; give max_seq_length \(above 2048\), or a dict"),
         ({}, 4096, "yarm", "rope_scaling must be one of linear, dynamic, yarn, llama3, or a dict .*, got 'yarm'"),
         ({}, 4096, 2.0, "rope_scaling must be one of .*, got 2.0"),
-        ({}, 4096, {"factor": 2.0}, "rope_type must be one of linear, dynamic, yarn, llama3, longrope, got None"),
+        ({}, 4096, {"factor": 2.0}, "rope_scaling needs a rope_type beside 'factor': linear, dynamic, yarn, llama3"),
         ({}, 4096, {"rope_type": "default"}, "rope_type must be one of .*, got 'default'"),
         ({}, 4096, {"rope_type": "linear", "factor": 1.5}, r"factor 1.5 reaches 3072 .* max_seq_length 4096; .* 2$"),
         ({}, 4096, {"rope_type": "linear", "factor": "2"}, "factor must be a number above 1, got '2'"),
@@ -246,3 +246,10 @@ def test_scaling_that_cannot_be_had(
     with pytest.raises(ValueError, match=message) as caught:
         scaled_config({**TINY, **change}, max_seq_length, rope_scaling)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rope_scaling", [None, "dynamic"])
+def test_a_family_that_knows_no_such_scaling_says_how_far_it_goes(rope_scaling: str | None) -> None:
+    values = {**PHI3, "max_position_embeddings": 32}
+    with pytest.raises(ValueError, match=r"cannot be stretched with RoPE type '\w+' \(.*; use max_seq_length up to 32"):
+        scaled_config(values, 64, rope_scaling)
