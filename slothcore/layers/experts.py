@@ -7,7 +7,7 @@ name of its own, and so it has in `state_dict`: the stack at `...experts.gate_pr
 `...experts.3.gate_proj.weight`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,10 +17,10 @@ from slothcore.autograd.experts import ExpertProjection
 from slothcore.kernels import nf4, nf4_eager
 from slothcore.kernels.nf4_experts import Nf4Experts
 from slothcore.kernels.nf4_tensor import Nf4Tensor
-from slothcore.layers.linear import NF4_BUFFERS, move_without_cast, nf4_parts
+from slothcore.layers.adapted_weight import NF4_BUFFERS, AdaptedWeight, nf4_parts
 
 
-class ExpertLinear(nn.Module):
+class ExpertLinear(AdaptedWeight[Nf4Experts]):
     """y_e = x_e W_e^T + lora_scaling * dropout(x_e) lora_A_e^T lora_B_e^T, for the rows x_e of each expert e.
 
     Attributes:
@@ -31,13 +31,7 @@ class ExpertLinear(nn.Module):
         lora_dropout: probability that a LoRA term does not see an element of its input, in training mode.
     """
 
-    weight: Tensor
-    weight_absmax: Tensor
-    weight_nested_absmax: Tensor | None
-    weight_nested_offset: Tensor | None
-    weight_nested_code: Tensor | None
-    lora_A: nn.Parameter | None
-    lora_B: nn.Parameter | None
+    nf4_kind = Nf4Experts
 
     def __init__(
         self,
@@ -49,43 +43,10 @@ class ExpertLinear(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         """The weight is uninitialised: a checkpoint or the model's initialisation fills it."""
-        super().__init__()
+        super().__init__(torch.empty(num_experts, out_features, in_features, dtype=dtype, device=device))
         self.num_experts = num_experts
         self.in_features = in_features
         self.out_features = out_features
-        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, dtype=dtype, device=device))
-        self.register_parameter("lora_A", None)
-        self.register_parameter("lora_B", None)
-        self.lora_scaling = 1.0
-        self.lora_dropout = 0.0
-        self._nf4: Nf4Experts | None = None
-
-    @property
-    def is_nf4(self) -> bool:
-        return "weight" in self._buffers
-
-    @property
-    def is_frozen(self) -> bool:
-        """Whether the base weights get no gradient."""
-        return self.is_nf4 or not self.weight.requires_grad
-
-    def base_weight(self) -> Tensor | Nf4Experts:
-        """The weights [E, out, in] without LoRA: the dense parameter or the NF4 parts."""
-        if not self.is_nf4:
-            return self.weight
-        if self._nf4 is None or any(
-            part is not self._buffers[name] for part, name in zip(nf4_parts(self._nf4), NF4_BUFFERS, strict=True)
-        ):
-            # Moving the module replaced buffers since the last call.
-            self._nf4 = Nf4Experts(
-                packed=self.weight,
-                absmax=self.weight_absmax,
-                nested_absmax=self.weight_nested_absmax,
-                nested_offset=self.weight_nested_offset,
-                nested_code=self.weight_nested_code,
-                shape=(self.num_experts, self.out_features, self.in_features),
-            )
-        return self._nf4
 
     def dequantized_expert(self, index: int, dtype: torch.dtype) -> Tensor:
         """The base weight of one expert as a dense [out, in] in `dtype`, without LoRA and outside autograd."""
@@ -148,21 +109,11 @@ class ExpertLinear(nn.Module):
                 f"lora_A and lora_B must have shapes {shape_A} and {shape_B} in this layer, "
                 f"got {tuple(lora_A.shape)} and {tuple(lora_B.shape)}"
             )
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"LoRA dropout must be at least 0 and below 1, got {dropout}")
-        self.lora_A = lora_A if isinstance(lora_A, nn.Parameter) else nn.Parameter(lora_A)
-        self.lora_B = lora_B if isinstance(lora_B, nn.Parameter) else nn.Parameter(lora_B)
-        self.lora_scaling = float(scaling)
-        self.lora_dropout = float(dropout)
+        self._set_lora(lora_A, lora_B, scaling, dropout)
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of lora_A and lora_B of all experts."""
         return (self.num_experts, rank, self.in_features), (self.num_experts, self.out_features, rank)
-
-    def detach_lora(self) -> None:
-        """Remove the LoRA terms; the base weights stay as they are."""
-        self.lora_A = self.lora_B = None
-        self.lora_scaling, self.lora_dropout = 1.0, 0.0
 
     def delta_expert(self, index: int) -> Tensor:
         """What LoRA adds to one expert's weight: lora_scaling * lora_B lora_A, [out, in] float32, outside autograd.
@@ -191,20 +142,6 @@ class ExpertLinear(nn.Module):
         rank = None if self.lora_A is None else self.lora_A.shape[1]
         kind = "nf4" if self.is_nf4 else str(self.weight.dtype).removeprefix("torch.")
         return f"{self.num_experts} x ({self.in_features}, {self.out_features}), {kind}, lora_rank={rank}"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ExpertLinear":
-        """Move or cast as any module does, but never cast an NF4 weight's statistics: float32 is their format."""
-        if not self.is_nf4:
-            return super()._apply(fn, recurse)
-        # It would keep the parts in memory that are replaced below.
-        self._nf4 = None
-        statistics = {name: self._buffers.pop(name) for name in NF4_BUFFERS[1:]}
-        try:
-            super()._apply(fn, recurse)
-        finally:
-            for name, value in statistics.items():
-                self._buffers[name] = None if value is None else move_without_cast(fn, value)
-        return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for name, index, tensor in self._entries(keep_vars=keep_vars):
@@ -245,12 +182,6 @@ class ExpertLinear(nn.Module):
                 if stack is not None:
                     tensor = stack if keep_vars else stack.detach()
                     yield name, index, tensor[index]
-
-    def _clear_weight(self) -> None:
-        for name in NF4_BUFFERS:
-            self._buffers.pop(name, None)
-        self._parameters.pop("weight", None)
-        self._nf4 = None
 
 
 def expert_path(stack: str, index: int | str) -> str:

@@ -7,7 +7,7 @@ Functions of `autograd.lora` for a frozen weight with LoRA or in NF4, and plain 
 trains too.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,11 @@ from slothcore.autograd.glu import glu
 from slothcore.autograd.lora import Projection, lora_fused, lora_linear, lora_mlp
 from slothcore.kernels import nf4, nf4_eager
 from slothcore.kernels.glu import Activation
-from slothcore.kernels.nf4_experts import Nf4Experts
 from slothcore.kernels.nf4_tensor import Nf4Tensor
-
-NF4_BUFFERS = ("weight", "weight_absmax", "weight_nested_absmax", "weight_nested_offset", "weight_nested_code")
-"""Where an NF4 weight lies in a layer: its packed codes and what `Nf4Tensor` calls absmax, nested_absmax, ..."""
+from slothcore.layers.adapted_weight import NF4_BUFFERS, AdaptedWeight, nf4_parts
 
 
-class Linear(nn.Module):
+class Linear(AdaptedWeight[Nf4Tensor]):
     """y = x W^T + bias, with an optional LoRA term.
 
     Attributes:
@@ -35,13 +32,7 @@ class Linear(nn.Module):
         lora_dropout: probability that the LoRA term does not see an element of x, in training mode.
     """
 
-    weight: Tensor
-    weight_absmax: Tensor
-    weight_nested_absmax: Tensor | None
-    weight_nested_offset: Tensor | None
-    weight_nested_code: Tensor | None
-    lora_A: nn.Parameter | None
-    lora_B: nn.Parameter | None
+    nf4_kind = Nf4Tensor
 
     def __init__(
         self,
@@ -53,43 +44,10 @@ class Linear(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         """The weight and the bias are uninitialised: a checkpoint or the model's initialisation fills them."""
-        super().__init__()
+        super().__init__(torch.empty(out_features, in_features, dtype=dtype, device=device))
         self.in_features = in_features
         self.out_features = out_features
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
-        self.register_parameter("lora_A", None)
-        self.register_parameter("lora_B", None)
-        self.lora_scaling = 1.0
-        self.lora_dropout = 0.0
-        self._nf4: Nf4Tensor | None = None
-
-    @property
-    def is_nf4(self) -> bool:
-        return "weight" in self._buffers
-
-    @property
-    def is_frozen(self) -> bool:
-        """Whether the base weight gets no gradient."""
-        return self.is_nf4 or not self.weight.requires_grad
-
-    def base_weight(self) -> Tensor | Nf4Tensor:
-        """The weight [out, in] without LoRA: the dense parameter or the NF4 parts."""
-        if not self.is_nf4:
-            return self.weight
-        if self._nf4 is None or any(
-            part is not self._buffers[name] for part, name in zip(nf4_parts(self._nf4), NF4_BUFFERS, strict=True)
-        ):
-            # Moving the module or loading a state dict replaced buffers since the last call.
-            self._nf4 = Nf4Tensor(
-                packed=self.weight,
-                absmax=self.weight_absmax,
-                nested_absmax=self.weight_nested_absmax,
-                nested_offset=self.weight_nested_offset,
-                nested_code=self.weight_nested_code,
-                shape=(self.out_features, self.in_features),
-            )
-        return self._nf4
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The base weight as a dense [out, in] in `dtype`, without LoRA and outside autograd."""
@@ -131,17 +89,7 @@ class Linear(nn.Module):
         rank = lora_A.shape[0]
         self._require_shape("lora_A", lora_A.shape, (rank, self.in_features))
         self._require_shape("lora_B", lora_B.shape, (self.out_features, rank))
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"LoRA dropout must be at least 0 and below 1, got {dropout}")
-        self.lora_A = lora_A if isinstance(lora_A, nn.Parameter) else nn.Parameter(lora_A)
-        self.lora_B = lora_B if isinstance(lora_B, nn.Parameter) else nn.Parameter(lora_B)
-        self.lora_scaling = float(scaling)
-        self.lora_dropout = float(dropout)
-
-    def detach_lora(self) -> None:
-        """Remove the LoRA term; the base weight stays as it is."""
-        self.lora_A = self.lora_B = None
-        self.lora_scaling, self.lora_dropout = 1.0, 0.0
+        self._set_lora(lora_A, lora_B, scaling, dropout)
 
     def projection(self) -> Projection:
         """What the fused Functions need of this layer, with the dropout of the current mode."""
@@ -183,26 +131,6 @@ class Linear(nn.Module):
         kind = "nf4" if self.is_nf4 else str(self.weight.dtype).removeprefix("torch.")
         return f"{self.in_features}, {self.out_features}, {kind}, bias={self.bias is not None}, lora_rank={rank}"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Linear":
-        """Move or cast as any module does, but never cast an NF4 weight's statistics: float32 is their format."""
-        if not self.is_nf4:
-            return super()._apply(fn, recurse)
-        # It would keep the parts in memory that are replaced below.
-        self._nf4 = None
-        statistics = {name: self._buffers.pop(name) for name in NF4_BUFFERS[1:]}
-        try:
-            super()._apply(fn, recurse)
-        finally:
-            for name, value in statistics.items():
-                self._buffers[name] = None if value is None else move_without_cast(fn, value)
-        return self
-
-    def _clear_weight(self) -> None:
-        self._parameters.pop("weight", None)
-        for name in NF4_BUFFERS:
-            self._buffers.pop(name, None)
-        self._nf4 = None
-
     def _require_shape(self, what: str, actual: Sequence[int], expected: tuple[int, int]) -> None:
         if tuple(actual) != expected:
             raise ValueError(f"{what} must have shape {expected} in this layer, got {tuple(actual)}")
@@ -233,14 +161,3 @@ def gated_mlp(x: Tensor, gate_up: Sequence[Linear], down: Linear, *, activation:
         projections = [linear.projection() for linear in gate_up]
         return lora_mlp(x, projections, down.projection(), activation=activation)
     return down(glu(project_together(x, gate_up), activation=activation))
-
-
-def nf4_parts(weight: Nf4Tensor | Nf4Experts) -> tuple[Tensor | None, ...]:
-    """The tensors of an NF4 weight in the order of `NF4_BUFFERS`."""
-    return weight.packed, weight.absmax, weight.nested_absmax, weight.nested_offset, weight.nested_code
-
-
-def move_without_cast(fn: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
-    """`fn(value)` if that keeps the dtype, else the value itself on the device that `fn` chose."""
-    moved = fn(value)
-    return moved if moved.dtype == value.dtype else value.to(moved.device)

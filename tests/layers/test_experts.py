@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from slothcore.kernels.nf4_eager import nf4_dequantize, nf4_quantize
+from slothcore.layers.adapted_weight import NF4_BUFFERS
 from slothcore.layers.experts import ExpertLinear, expert_path, stack_path
-from slothcore.layers.linear import NF4_BUFFERS
 from slothcore.layers.moe import Experts
 
 NAMES = ("w1", "w3", "w2")

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from slothcore.kernels import nf4_eager
-from slothcore.layers.linear import NF4_BUFFERS, Linear, gated_mlp, project_together
+from slothcore.layers.adapted_weight import NF4_BUFFERS
+from slothcore.layers.linear import Linear, gated_mlp, project_together
 
 IN, OUT, RANK = 64, 96, 8
 
