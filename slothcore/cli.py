@@ -15,9 +15,9 @@ from slothcore.data.tokenizer import Tokenizer
 from slothcore.export.merged import save_merged
 from slothcore.inference.generate import generate
 from slothcore.models.decoder import Decoder
+from slothcore.run import notices, open_result, train_from_config
 from slothcore.training.config import TrainConfig, field_types
 from slothcore.training.options import check_names, coerce, describe
-from slothcore.training.run import notices, open_result, train_from_config
 from slothcore.training.run_folder import check_writable
 from slothcore.version import __version__
 

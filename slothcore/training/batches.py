@@ -84,6 +84,18 @@ class RowSet:
         for start in range(0, len(rows), size):
             yield self.micro_batch(rows[start : start + size])
 
+    def merged(self, rows: Sequence[int], token_budget: int) -> list[list[int]]:
+        """`rows` in groups of at most `token_budget` tokens, as few as first-fit decreasing finds.
+
+        No row is divided: one of more tokens is a group of its own. Deterministic; rows and groups keep their order.
+        """
+        alone = [[row] for row in rows if self.row_tokens[row] > token_budget]
+        others = [row for row in rows if self.row_tokens[row] <= token_budget]
+        packed = pack_first_fit_decreasing([self.row_tokens[row] for row in others], token_budget)
+        groups = [[others[i] for i in sorted(group)] for group in packed]
+        place = {row: i for i, row in enumerate(rows)}
+        return sorted(alone + groups, key=lambda group: place[group[0]])
+
     def fingerprint(self) -> str:
         """A hash of every token, label and boundary: equal only for the same data in the same order."""
         digest = hashlib.sha256()

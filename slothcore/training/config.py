@@ -108,6 +108,13 @@ class TrainConfig:
     num_train_epochs: float = option(1.0, "passes over the data when max_steps is not given", group="Optimization")
     per_device_train_batch_size: int = option(2, "rows of one forward and backward pass", group="Optimization")
     gradient_accumulation_steps: int = option(4, "passes of one optimizer step", group="Optimization")
+    memory_budget: Literal["auto"] | float | None = option(
+        None,
+        "GiB that the tensors of a run may take on the GPU, or auto: what is free at its start; rows of a step then "
+        "go through in as few passes as fit by prediction, with the same result; "
+        "null: per_device_train_batch_size rows a pass",
+        group="Optimization",
+    )
     learning_rate: float = option(2e-4, "highest learning rate", group="Optimization")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = option(
         "linear", "how the learning rate falls after the warm-up", group="Optimization"
@@ -164,6 +171,11 @@ class TrainConfig:
             _require(getattr(self, name) > 0, f"{name} must be greater than 0, got {getattr(self, name)}")
         for name in "eval_fraction lora_dropout adam_beta1 adam_beta2".split():
             _require(0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        budget = self.memory_budget
+        _require(
+            budget is None or isinstance(budget, str) or budget > 0,
+            f"memory_budget must be greater than 0 GiB, got {budget}",
+        )
         _require(self.seed < 2**63, f"seed must be below 2**63, got {self.seed}")
         _require(0 <= self.warmup_ratio <= 1, f"warmup_ratio must lie in [0, 1], got {self.warmup_ratio}")
         _require(

@@ -48,6 +48,7 @@ OTHER_NAMES = {
     "assistant_only_loss": "completion_only_loss",
     "batch_size": "per_device_train_batch_size",
     "micro_batch_size": "per_device_train_batch_size",
+    "auto_find_batch_size": "memory_budget",
     "cutoff_len": "max_seq_length",
     "max_length": "max_seq_length",
     "model_max_length": "max_seq_length",

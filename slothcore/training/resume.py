@@ -66,6 +66,7 @@ def write_checkpoint(trainer: "SFTTrainer", state: RunState, meter: Meter) -> Pa
 def restore(trainer: "SFTTrainer", fresh: RunState) -> RunState:
     """Put the trainer into the state of the checkpoint that its configuration names.
 
+    Steps are cut into passes as before, so that they round alike, unless `memory_budget` is another now.
     The log is cut at the checkpoint's step and later checkpoints are deleted: the run is rewound, not forked.
 
     Args:
@@ -97,6 +98,8 @@ def restore(trainer: "SFTTrainer", fresh: RunState) -> RunState:
             remove_folder(later)
             say(f"deleted {later}, which came after the checkpoint that training goes on from")
     say(f"resumed from {checkpoint}: step {saved.step} of {trainer.total_steps}")
+    if saved.config.get("memory_budget") != fresh.config["memory_budget"]:
+        saved.token_budget = None
     saved.config = fresh.config
     return saved
 

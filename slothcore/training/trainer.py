@@ -21,6 +21,8 @@ from slothcore.training.batches import RowSet, StepPlan, StepSchedule
 from slothcore.training.config import TrainConfig
 from slothcore.training.evaluation import EvalResult, evaluate
 from slothcore.training.interruption import Interruption
+from slothcore.training.memory import memory_of
+from slothcore.training.micro_batches import StepCut, check_memory_budget, choose_token_budget, compare, describe
 from slothcore.training.optimizer import create_optimizer, trainable_parameters
 from slothcore.training.preparation import check_evaluation, choose_trainable, prepare_rows, resolve_max_seq_length
 from slothcore.training.report import Meter, Report, draw_loss, say
@@ -70,6 +72,7 @@ class SFTTrainer:
         config = config or TrainConfig()
         check_output_dir(config)
         check_evaluation(config, has_data=eval_dataset is not None)
+        check_memory_budget(config.memory_budget, model.device)
         self.model, self.tokenizer = model, tokenizer
         self.config = config = replace(config, max_seq_length=resolve_max_seq_length(config, model))
         choose_trainable(model, config)
@@ -90,6 +93,10 @@ class SFTTrainer:
             num_train_epochs=config.num_train_epochs,
         )
         self.total_steps = self.schedule.total_steps
+        self.cut = StepCut(self.train_rows, config.per_device_train_batch_size, token_budget=None)
+        self.memory = memory_of(model, optim=config.optim)
+        self._most_tokens = self._most_passes = 0  # of a pass, and of a step, so far
+        self._foreign_bytes = 0  # on the GPU, but not this run's
         self.warmup_steps = resolve_warmup_steps(
             warmup_steps=config.warmup_steps, warmup_ratio=config.warmup_ratio, total_steps=self.total_steps
         )
@@ -104,6 +111,7 @@ class SFTTrainer:
         """
         config = self.config
         state = self._begin()
+        self._plan_passes(state)
         output_dir = Path(config.output_dir)
         meter = Meter(
             self.model.device,
@@ -149,6 +157,9 @@ class SFTTrainer:
         else:
             path = save_result(self.model, self.tokenizer, output_dir)
             say(f"saved {path}")
+        if self.model.device.type == "cuda" and self._most_passes:
+            actual = torch.cuda.max_memory_allocated(self.model.device) - self._foreign_bytes
+            say(compare(self.memory, tokens=self._most_tokens, passes=self._most_passes, actual=actual))
         if config.plot:
             say(draw_loss(output_dir))
         return TrainResult(
@@ -185,10 +196,28 @@ class SFTTrainer:
         )
         return state
 
+    def _plan_passes(self, state: RunState) -> None:
+        """Decide how steps are cut, unless the checkpoint has decided, and say what that is predicted to take."""
+        budget, device = self.config.memory_budget, self.model.device
+        allocated = self.memory.weights + self.memory.trained + (self.memory.optimizer if self.optimizer.state else 0)
+        if budget is not None and state.token_budget is None:
+            state.token_budget = choose_token_budget(self.memory, budget, self.train_rows, device, allocated=allocated)
+        self.cut = replace(self.cut, token_budget=state.token_budget)
+        if budget is not None or device.type == "cuda":
+            say(describe(self.memory, self.cut, self.schedule, first_step=state.step))
+        if device.type == "cuda":
+            # Loading may have taken more than training will, and the caller may have tensors of their own.
+            torch.cuda.reset_peak_memory_stats(device)
+            self._foreign_bytes = torch.cuda.memory_allocated(device) - allocated
+
     def _optimizer_step(self, plan: StepPlan, learning_rate: float) -> tuple[Tensor, Tensor]:
         """One update. Gives its loss and the norm of its gradient before clipping, both still on the device."""
         loss = torch.zeros((), dtype=torch.float32, device=self.model.device)
-        for batch in self.train_rows.micro_batches(plan.rows, self.config.per_device_train_batch_size):
+        passes = self.cut.passes(plan.rows)
+        self._most_passes = max(self._most_passes, len(passes))
+        for rows in passes:
+            self._most_tokens = max(self._most_tokens, self.cut.tokens(rows))
+            batch = self.train_rows.micro_batch(rows)
             part = self.model(
                 batch.input_ids, labels=batch.labels, cu_seqlens=batch.cu_seqlens, num_items=plan.num_targets
             ).loss

@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from slothcore.run import train_from_config
 from slothcore.training.config import TrainConfig
 from slothcore.training.report import read_log
-from slothcore.training.run import train_from_config
 from slothcore.training.run_state import checkpoints
 from tests.training.tiny import write_model, write_records
 

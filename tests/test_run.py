@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from slothcore import run as run_module
 from slothcore.loading import load
 from slothcore.lora.adapter_io import save_adapter
 from slothcore.lora.attach import add_lora
-from slothcore.training import run as run_module
+from slothcore.run import train_from_config
 from slothcore.training.config import TrainConfig
-from slothcore.training.run import train_from_config
 from slothcore.training.trainer import SFTTrainer
 from tests.training.tiny import write_model, write_records
 

@@ -15,7 +15,9 @@ from slothcore.data.tokenizer import Tokenizer
 from slothcore.loading import load
 from slothcore.lora.attach import add_lora, lora_config_of
 from slothcore.models.decoder import Decoder
+from slothcore.models.load import resolve_device
 from slothcore.training.config import TrainConfig
+from slothcore.training.micro_batches import check_memory_budget
 from slothcore.training.optimizer import check_8bit
 from slothcore.training.preparation import check_continued, check_evaluation
 from slothcore.training.report import say
@@ -45,8 +47,10 @@ def train_from_config(config: TrainConfig) -> TrainResult:
     check_evaluation(config, has_data=bool(config.eval_data or config.eval_fraction))
     if config.resume_from_checkpoint is not None:
         find_checkpoint(str(config.resume_from_checkpoint), Path(config.output_dir))
+    device = resolve_device(config.device)
+    check_memory_budget(config.memory_budget, device)
     if config.optim == "adamw_8bit":
-        check_8bit(torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu")))
+        check_8bit(device)
     train_records, eval_records = read_records(config)
     with notices(say):
         model, tokenizer = load_both(

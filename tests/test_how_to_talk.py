@@ -4,8 +4,8 @@ import shlex
 
 import pytest
 
+from slothcore.run import how_to_talk
 from slothcore.training.config import TrainConfig
-from slothcore.training.run import how_to_talk
 
 LONG = "word " * 100
 

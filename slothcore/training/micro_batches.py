@@ -1,0 +1,111 @@
+"""The passes of an optimizer step: how its rows are divided, and the memory that this is predicted to take.
+
+The loss of a step is a sum over its target tokens, so the division changes memory and time, and of the result only the
+rounding. (Dropout draws other numbers, and so does a load-balancing loss, which is taken over the tokens of a pass.)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from slothcore.training.batches import RowSet, StepSchedule
+from slothcore.training.memory import MemoryPlan
+from slothcore.training.report import say
+
+GIB = 2**30
+# Share of a GPU that `auto` leaves to the CUDA context, to gaps between tensors and to errors of the prediction.
+RESERVE = 0.08
+# Steps from which the report tells how many passes one takes.
+SAMPLE_STEPS = 64
+
+
+@dataclass(frozen=True)
+class StepCut:
+    """How the rows of a step are divided into passes.
+
+    Attributes:
+        rows: all rows.
+        size: rows of a pass, without a token budget.
+        token_budget: rows are merged up to as many tokens; None: `size` of them go together, whatever their length.
+    """
+
+    rows: RowSet
+    size: int
+    token_budget: int | None
+
+    def passes(self, rows: Sequence[int]) -> list[list[int]]:
+        """The rows of each pass."""
+        if self.token_budget is not None:
+            return self.rows.merged(rows, self.token_budget)
+        return [list(rows[start : start + self.size]) for start in range(0, len(rows), self.size)]
+
+    def tokens(self, rows: Sequence[int]) -> int:
+        """Tokens of a pass over these rows."""
+        return sum(self.rows.row_tokens[row] for row in rows)
+
+
+def check_memory_budget(memory_budget: str | float | None, device: torch.device) -> None:
+    """Raises ValueError if the budget has to be asked of a GPU, and there is none."""
+    if memory_budget == "auto" and device.type != "cuda":
+        raise ValueError(f"memory_budget auto asks the GPU what is free, and the model is on {device.type}; give GiB")
+
+
+def choose_token_budget(
+    plan: MemoryPlan, memory_budget: str | float, rows: RowSet, device: torch.device, *, allocated: int
+) -> int:
+    """The most tokens of a pass that are predicted to fit; 0 if not even one is, and rows then run one by one.
+
+    Args:
+        memory_budget: GiB, or "auto".
+        allocated: bytes of what the plan counts that are there already.
+    """
+    limit = _available(device, allocated) if isinstance(memory_budget, str) else memory_budget * GIB
+    token_budget = plan.largest_pass(limit, at_most=sum(rows.row_tokens))
+    longest = max(rows.row_tokens)
+    if token_budget < longest:
+        say(
+            f"note: a row of {longest} tokens is predicted to take {plan.peak(longest, passes=2) / GIB:.1f} GiB, more "
+            f"than the {limit / GIB:.1f} of memory_budget; it runs alone. Less memory: gradient_checkpointing, a lower "
+            "max_seq_length"
+        )
+    return token_budget
+
+
+def _available(device: torch.device, allocated: int) -> float:
+    """Bytes that a run can have, with the `allocated` ones that it has, less the reserve."""
+    free, total = torch.cuda.mem_get_info(device)
+    # What torch holds and nothing uses is not free to the GPU, but it is to this process.
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + unused + allocated - RESERVE * total
+
+
+def describe(plan: MemoryPlan, cut: StepCut, schedule: StepSchedule, *, first_step: int) -> str:
+    """What the steps from `first_step` on are predicted to take, in one line."""
+    steps = range(first_step, min(schedule.total_steps, first_step + SAMPLE_STEPS))
+    every = [cut.passes(schedule.plan(step).rows) for step in steps]
+    tokens = max(cut.tokens(rows) for passes in every for rows in passes)
+    numbers = sorted({len(passes) for passes in every})
+    passes = f"{numbers[0]} to {numbers[-1]} passes" if len(numbers) > 1 else _count(numbers[0])
+    parts = {
+        "weights": plan.weights + plan.trained,
+        "gradients": plan.gradients,
+        "optimizer": plan.optimizer,
+        "activations": plan.activations(tokens),
+    }
+    listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    peak = plan.peak(tokens, passes=numbers[-1]) / GIB
+    return f"memory: {peak:.2f} GiB predicted ({listed}); a step takes {passes} of at most {tokens:,} tokens"
+
+
+def compare(plan: MemoryPlan, *, tokens: int, passes: int, actual: int) -> str:
+    """Prediction and outcome of a run whose largest pass had `tokens` tokens, in one line."""
+    predicted = plan.peak(tokens, passes=passes)
+    return (
+        f"memory: {predicted / GIB:.2f} GiB predicted, {actual / GIB:.2f} at the peak ({actual / predicted - 1:+.1%}), "
+        f"passes of up to {tokens:,} tokens"
+    )
+
+
+def _count(passes: int) -> str:
+    return "1 pass" if passes == 1 else f"{passes} passes"
