@@ -1,22 +1,19 @@
 """Time an optimizer step of slothcore beside its peers and print one table.
 
-    python benchmarks/run.py --systems slothcore,transformers,unsloth --cases 4x2048,2x256 --bits 4
+    python benchmarks/run.py --cases 4x2048,2x256,alpaca --recompute both --within 7.8,36 --compare
+    python benchmarks/run.py --bits 16 --cases 2x4096
+    python benchmarks/run.py --growth
 
 Every system loads the same random-weight checkpoint, gets the same LoRA factors and the same tokens, and steps with the
 same optimizer, each in a process of its own with a time limit. With --rounds they take turns, and each keeps its best
 round: other work on the machine only ever adds time, and most to small cases, which wait for the host. A figure is
 refused, and the exit status is 1, unless the first loss agrees with that of transformers and every gradient norm is
 finite and above zero. A case that runs out of memory is run once more with recomputation, in a row of its own.
+Beside slothcore's time stands the floor of the same step, measured in the same run (see floor.py).
 """
 
 import argparse
-import json
-import math
-import os
-import signal
-import subprocess
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,25 +22,45 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks import checkpoint, harness, shapes, worker
-from benchmarks.peers import MODULES, Settings
+from benchmarks import chart, checkpoint, compare, harness, report, shapes, worker
+from benchmarks.floor import Floor
+from benchmarks.peers import MODULES, Settings, installed, variants
+from benchmarks.processes import run_module
+from benchmarks.report import OWN, Row, believed
 
-REFERENCE = "transformers"
-LOSS_TOLERANCE = 1e-2
-# Only remarked upon: rounding alone moves a norm more than a loss.
-NORM_TOLERANCE = 5e-2
 # What worker.py calls it; the one problem that is no failure.
 OUT_OF_MEMORY = "out of memory"
-Row = dict[str, Any]
+RECOMPUTE = {"no": [False], "yes": [True], "both": [False, True]}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--systems", default="slothcore,transformers,unsloth", help=f"of {', '.join(MODULES)}")
-    parser.add_argument("--cases", default="4x2048,2x256", help="ROWSxLENGTH, comma-separated")
+    parser.add_argument("--systems", help=f"of {', '.join(MODULES)}, comma-separated; default: all installed")
+    parser.add_argument(
+        "--cases",
+        default="4x2048,2x256",
+        help="comma-separated: ROWSxLENGTH, or alpaca, 8 sequences of Alpaca's lengths; "
+        "with /N, N sequences of the step at a time",
+    )
     parser.add_argument("--bits", type=int, default=4, choices=(4, 16, 32))
     parser.add_argument("--lora-r", type=int, default=16, metavar="R")
-    parser.add_argument("--recompute", action="store_true", help="compute activations again in the backward pass")
+    parser.add_argument(
+        "--recompute",
+        nargs="?",
+        const="yes",
+        default="no",
+        choices=tuple(RECOMPUTE),
+        help="compute activations again in the backward pass; both: once with and once without",
+    )
+    parser.add_argument(
+        "--within", default="", metavar="GIB", help="memory limits, comma-separated: the fastest row within each"
+    )
+    parser.add_argument(
+        "--growth", action="store_true", help="instead of --cases: 1k to 64k tokens, 1 to 16 documents; slothcore alone"
+    )
+    parser.add_argument(
+        "--compare", action="store_true", help="print the change of each figure since it last landed on this GPU"
+    )
     parser.add_argument("--layers", type=int, help="fewer layers than the model has (32; tiny: 2)")
     parser.add_argument("--tiny", action="store_true", help="a very small model, to try the machinery")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
@@ -53,12 +70,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--time-limit", type=float, default=240, metavar="SECONDS", help="of one system's process")
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="where the random checkpoint is kept")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder of the CSV; default: benchmarks/results on a GPU, none on a CPU"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder of the CSV and the chart; default: benchmarks/results on a GPU, none on a CPU",
     )
     args = parser.parse_args(argv)
-    args.systems, args.cases = args.systems.split(","), args.cases.split(",")
+    args.series = shapes.growth_cases(16 if args.tiny else 1024) if args.growth else ()
+    if args.growth:
+        args.cases = ",".join(dict.fromkeys(case for cases in args.series for case in cases))
+    default_systems = [OWN] if args.growth else installed()
+    args.systems = args.systems.split(",") if args.systems else default_systems
+    args.cases = args.cases.split(",")
     try:
-        longest = max(shapes.StepCase.parse(case).length for case in args.cases)
+        args.within = [float(limit) for limit in args.within.split(",") if limit]
+        longest = max(shapes.parse_case(case)[0].longest for case in args.cases)
     except ValueError as error:
         parser.error(str(error))
     if unknown := set(args.systems) - MODULES.keys():
@@ -71,9 +97,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args.checkpoint = args.checkpoint or checkpoint.default_folder(args.config)
     if args.out is None and args.device == "cuda":
         args.out = harness.RESULTS
-    args.settings = Settings(
-        str(args.checkpoint), args.bits, args.recompute, args.lora_r, longest=longest, device=args.device
-    )
+    args.settings = Settings(str(args.checkpoint), args.bits, False, args.lora_r, longest=longest, device=args.device)
     return args
 
 
@@ -85,49 +109,53 @@ def main(argv: list[str] | None = None) -> int:
     for number in range(args.rounds):
         # Every other round backwards, so that nobody is always the first or the last.
         for system in args.systems if number % 2 == 0 else reversed(args.systems):
-            too_big = {r["case"] for r in rows if r["system"] == system and r.get("problem") == OUT_OF_MEMORY}
-            fitting = [case for case in args.cases if case not in too_big]
-            rows += run_system(system, fitting, args.settings, args) if fitting else []
-            too_big |= {r["case"] for r in rows if r["system"] == system and r.get("problem") == OUT_OF_MEMORY}
-            if too_big and not args.recompute:
-                rows += run_system(system, sorted(too_big), replace(args.settings, recompute=True), args)
-    judge(rows)
-    rows = best_rounds(rows)
+            run_round(system, rows, args)
+    floors, floor_problem = measure_floors(args) if OWN in args.systems else ({}, "")
+    report.judge(rows)
+    rows = report.best_rounds(rows)
+    report.add_floors(rows, floors)
+    report.mark_limits(rows, args.within)
     print(describe(args))
-    print(table(rows))
-    if args.out is not None:
-        settings = f"bits={args.bits} r={args.lora_r} layers={args.config['num_hidden_layers']} tiny={args.tiny}"
-        good = [csv_row(row, settings) for row in rows if "problem" not in row]
-        print(f"\nappended {len(good)} rows to {harness.append_csv(args.out, good)}")
+    print(report.table(rows))
+    if floor_text := report.floor_lines(floors, floor_problem):
+        print("\n" + floor_text)
+    if args.within:
+        print("\n" + report.limits_table(rows, args.within))
+    if args.growth:
+        print("\n" + report.growth_table([row for row in rows if row["system"] == OWN], args.series))
+    record(rows, args)
     return int(any(row.get("problem", OUT_OF_MEMORY) != OUT_OF_MEMORY for row in rows))
 
 
-def best_rounds(rows: list[Row]) -> list[Row]:
-    """One row a system, case and recomputation: its fastest, or the one with a problem, which is never passed over."""
-    best: dict[tuple[Any, ...], Row] = {}
-    for row in rows:
-        key = (row["system"], row["case"], row["recompute"])
-        other = best.get(key)
-        if other is None or "problem" in row or ("problem" not in other and row["median_ms"] < other["median_ms"]):
-            best[key] = row
-    return list(best.values())
+def run_round(system: str, rows: list[Row], args: argparse.Namespace) -> None:
+    """Append the rows of one system, all its cases in the ways that its users run them."""
+
+    def too_big() -> set[str]:
+        return {
+            row["case"]
+            for row in rows
+            if row["system"] == system and not row["recompute"] and row.get("problem") == OUT_OF_MEMORY
+        }
+
+    cases = list(dict.fromkeys(variant for case in args.cases for variant in variants(system, case)))
+    for recompute in RECOMPUTE[args.recompute]:
+        fitting = cases if recompute else [case for case in cases if case not in too_big()]
+        if fitting:
+            rows += run_system(system, fitting, replace(args.settings, recompute=recompute), args)
+    if args.recompute == "no" and (again := too_big()):
+        rows += run_system(
+            system, [case for case in cases if case in again], replace(args.settings, recompute=True), args
+        )
 
 
 def run_system(system: str, cases: list[str], settings: Settings, args: argparse.Namespace) -> list[Row]:
     """A row for each case; those that the process did not reach say why."""
     print(f"{system}{', recompute' if settings.recompute else ''}: {', '.join(cases)}", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        request, results, log = (Path(scratch) / name for name in ("request.json", "results.jsonl", "log"))
-        layers, vocab_size = args.config["num_hidden_layers"], args.config["vocab_size"]
-        checkpoint.write_json(
-            request,
-            worker.request(
-                system, settings, cases, layers=layers, vocab_size=vocab_size, warmup=args.warmup, steps=args.steps
-            ),
-        )
-        command = [sys.executable, "-m", "benchmarks.worker", str(request), str(results)]
-        problem = run_with_limit(command, log, args.time_limit)
-        rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    layers, vocab_size = args.config["num_hidden_layers"], args.config["vocab_size"]
+    request = worker.request(
+        system, settings, cases, layers=layers, vocab_size=vocab_size, warmup=args.warmup, steps=args.steps
+    )
+    rows, problem = run_module("benchmarks.worker", request, args.time_limit)
     done = {row["case"] for row in rows}
     missing = [case for case in cases if case not in done]
     return rows + [
@@ -135,56 +163,35 @@ def run_system(system: str, cases: list[str], settings: Settings, args: argparse
     ]
 
 
-def run_with_limit(command: list[str], log: Path, seconds: float) -> str:
-    """Run a command with its output in `log`. Returns: why it stopped early, and then the log is shown; or ""."""
-    offline = {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    # Unsloth writes a cache where it starts, so that is not the checkout, which therefore must be named.
-    paths = [str(harness.REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | offline | {"PYTHONPATH": os.pathsep.join(paths)}
-    with log.open("wb") as output:
-        # Its own session, so that processes which the system starts end with it.
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, env=environment, cwd=log.parent, start_new_session=True
-        )
-        try:
-            status = process.wait(seconds)
-            problem = f"failed: exit status {status}" if status else ""
-        except subprocess.TimeoutExpired:
-            problem = f"failed: over the limit of {seconds:g} s"
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    if problem:
-        lines = log.read_text(errors="replace").splitlines()
-        print("\n".join(lines[-40:]), file=sys.stderr, flush=True)
-        error = next((line for line in reversed(lines) if "Error" in line), "")
-        return f"{problem} {error}".strip()
-    return problem
+def measure_floors(args: argparse.Namespace) -> tuple[dict[str, Floor], str]:
+    """The floor of every step, and why some are missing, or ""."""
+    steps = list(dict.fromkeys(shapes.step_name(case) for case in args.cases))
+    print(f"floor: {', '.join(steps)}", file=sys.stderr, flush=True)
+    request: dict[str, Any] = {
+        "config": args.config,
+        "cases": steps,
+        "bits": args.bits,
+        "device": args.device,
+        "warmup": args.warmup,
+        "steps": args.steps,
+    }
+    found, problem = run_module("benchmarks.floor", request, args.time_limit)
+    return {row.pop("case"): Floor(**row) for row in found}, problem
 
 
-def judge(rows: list[Row]) -> None:
-    """Mark with a "problem" each row whose figures must not be believed, with a "note" what else is to be said."""
-    references = {row["case"]: row for row in rows if row["system"] == REFERENCE and "problem" not in row}
-    for row in rows:
-        if "problem" in row:
-            continue
-        loss, norm = row["first_loss"], row["gradient_norm"] = row["losses"][0], row["gradient_norms"][0]
-        reference = references.get(row["case"])
-        if not all(math.isfinite(norm) and norm > 0 for norm in row["gradient_norms"]):
-            row["problem"] = f"refused: gradient norms {row['gradient_norms']}"
-        elif not math.isfinite(loss):
-            row["problem"] = f"refused: first loss {loss}"
-        elif reference is None:
-            row["note"] = f"loss unverified without {REFERENCE}"
-        elif not relative_difference(loss, reference["losses"][0]) <= LOSS_TOLERANCE:
-            row["problem"] = f"refused: first loss {loss:.4f}, {REFERENCE} has {reference['losses'][0]:.4f}"
-        elif not relative_difference(norm, reference["gradient_norms"][0]) <= NORM_TOLERANCE:
-            row["note"] = f"gradient norm {norm:.4g}, {REFERENCE} has {reference['gradient_norms'][0]:.4g}"
-
-
-def relative_difference(value: float, expected: float) -> float:
-    return abs(value - expected) / abs(expected)
+def record(rows: list[Row], args: argparse.Namespace) -> None:
+    """Print what has changed, append the figures to the CSV, and draw them beside it."""
+    settings = f"bits={args.bits} r={args.lora_r} layers={args.config['num_hidden_layers']} tiny={args.tiny}"
+    good = [report.csv_row(row, settings) for row in believed(rows)]
+    figures = [harness.environment() | row for row in good]
+    if args.compare:
+        before = compare.landed(args.out or harness.RESULTS)
+        print("\n" + compare.table(compare.pairs(figures, before)))
+    if args.out is not None:
+        path = harness.append_csv(args.out, good)
+        print(f"\nappended {len(good)} rows to {path}")
+        if figures and not args.growth:
+            print(chart.draw(figures, chart.path_beside(path, args.bits), title=chart.title_of(figures[0])))
 
 
 def describe(args: argparse.Namespace) -> str:
@@ -195,43 +202,6 @@ def describe(args: argparse.Namespace) -> str:
         f"{name}, {args.config['num_hidden_layers']} layers, bits {args.bits}, LoRA r={args.lora_r}, "
         f"{about['gpu']}, torch {about['torch']}, triton {about['triton']}, {about['date']}, commit {about['commit']}\n"
     )
-
-
-def table(rows: list[Row]) -> str:
-    """One line a row, cases together, as Markdown, then what is to be said of single rows.
-
-    The last column is this row's time over slothcore's of the same case.
-    """
-    own = {row["case"]: row for row in reversed(rows) if row["system"] == "slothcore" and "problem" not in row}
-    header = ["system", "case", "recompute", "ms/step", "tokens/s", "peak GiB", "first loss", "gradient norm", "x time"]
-    cases = list(dict.fromkeys(row["case"] for row in rows))
-    lines, remarks = [], []
-    for row in sorted(rows, key=lambda row: cases.index(row["case"])):
-        cells = [row["system"], row["case"], "yes" if row["recompute"] else "no"]
-        remark = row.get("problem") or row.get("note")
-        if remark:
-            remarks.append(f"{' '.join(cells[:2])}: {remark}")
-        if "problem" in row:
-            lines.append([*cells, *["-"] * 5, row["problem"].partition(":")[0]])
-            continue
-        base = own.get(row["case"])
-        figures = [
-            f"{row['median_ms']:.1f}",
-            f"{row['tokens_per_second']:,.0f}",
-            "-" if row["peak_gib"] is None else f"{row['peak_gib']:.2f}",
-            f"{row['first_loss']:.4f}",
-            f"{row['gradient_norm']:.4g}",
-            "-" if base is None else f"{row['median_ms'] / base['median_ms']:.2f}",
-        ]
-        lines.append([*cells, *figures])
-    return "\n".join([harness.format_table(header, lines), *(["", *remarks] if remarks else [])])
-
-
-def csv_row(row: Row, settings: str) -> Row:
-    recompute = "yes" if row["recompute"] else "no"
-    kept = {name: value for name, value in row.items() if name in harness.CSV_FIELDS and value is not None}
-    rounded = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in kept.items()}
-    return {"benchmark": "step", "settings": f"{settings} recompute={recompute}", **rounded}
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from benchmarks.checkpoint import SPECIAL_TOKENS
 from benchmarks.peers import Peer, Settings, peer
-from benchmarks.shapes import LORA_TARGETS, StepCase
+from benchmarks.shapes import LORA_TARGETS, AlpacaCase, StepCase, parse_case
 
 LORA_B_STD = 0.01
 LEARNING_RATE = 2e-4
@@ -36,6 +36,7 @@ def main(request_path: str, results_path: str) -> None:
     model = system.load(settings)
     factors = lora_factors(model, layers=request["layers"])
     for text in request["cases"]:
+        case, micro_batch = parse_case(text)
         row: dict[str, Any] = {"system": request["system"], "case": text, "recompute": settings.recompute}
         try:
             row |= time_steps(
@@ -43,7 +44,8 @@ def main(request_path: str, results_path: str) -> None:
                 model,
                 factors,
                 settings,
-                StepCase.parse(text),
+                case,
+                micro_batch=micro_batch,
                 warmup=request["warmup"],
                 steps=request["steps"],
                 vocab_size=request["vocab_size"],
@@ -63,43 +65,64 @@ def time_steps(
     model: nn.Module,
     factors: dict[str, nn.Parameter],
     settings: Settings,
-    case: StepCase,
+    case: StepCase | AlpacaCase,
     *,
+    micro_batch: int,
     warmup: int,
     steps: int,
     vocab_size: int,
 ) -> dict[str, Any]:
-    """Optimizer steps on random tokens: forward, backward, clipping, AdamW. The first loss precedes any update."""
+    """Optimizer steps on random tokens: forward, backward, clipping, AdamW. The first loss precedes any update.
+
+    A step of several micro-batches of `micro_batch` sequences sums their gradients; its loss is the mean over all
+    targets of the step all the same.
+    """
     set_factors(factors)
     optimizer = make_optimizer(system, list(factors.values()), settings)
     synchronize = torch.cuda.synchronize if settings.device == "cuda" else lambda: None
     if settings.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    milliseconds, losses, norms = [], [], []
+    milliseconds, tokens, losses, norms = [], [], [], []
     for step in range(warmup + steps):
-        input_ids = random_batch(case, step, vocab_size)
+        lengths = case.lengths(step)
+        sequences = random_sequences(lengths, step, vocab_size)
+        micro_batches = [sequences[i : i + micro_batch] for i in range(0, len(sequences), micro_batch)]
+        num_items = sum(lengths) - len(lengths) if len(micro_batches) > 1 else None
+        parts = []
         synchronize()
         start = time.perf_counter()
-        loss = system.loss(model, input_ids, settings)
-        loss.backward()
+        for part in micro_batches:
+            loss = system.loss(model, part, settings, num_items)
+            loss.backward()
+            parts.append(loss.detach())
         norm = nn.utils.clip_grad_norm_(factors.values(), MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         synchronize()
         milliseconds.append(1e3 * (time.perf_counter() - start))
-        losses.append(loss.detach().item())
+        tokens.append(sum(lengths))
+        losses.append(sum(part.item() for part in parts))
         norms.append(norm.item())
     timed = sorted(milliseconds[warmup:])
-    median = statistics.median(timed)
     return {
-        "median_ms": median,
+        "median_ms": statistics.median(timed),
         "p20_ms": timed[len(timed) // 5],
         "p80_ms": timed[len(timed) * 4 // 5],
-        "tokens_per_second": 1e3 * case.tokens / median,
+        "tokens_per_second": tokens_per_second(tokens[warmup:], milliseconds[warmup:]),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if settings.device == "cuda" else None,
         "losses": losses,
         "gradient_norms": norms,
     }
+
+
+def tokens_per_second(tokens: list[int], milliseconds: list[float]) -> float:
+    """Real tokens, padding not counted: by the median step if all have as many.
+
+    If not, all tokens over all the time: a system that stops to prepare for a length it has not met is to pay for it.
+    """
+    if len(set(tokens)) == 1:
+        return 1e3 * tokens[0] / statistics.median(milliseconds)
+    return 1e3 * sum(tokens) / sum(milliseconds)
 
 
 def make_optimizer(system: Peer, parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
@@ -109,10 +132,16 @@ def make_optimizer(system: Peer, parameters: list[nn.Parameter], settings: Setti
     return system.adamw_8bit(parameters, LEARNING_RATE)
 
 
-def random_batch(case: StepCase, step: int, vocab_size: int) -> Tensor:
-    """The tokens of one step, [rows, length] int64 on the CPU; the same for every system."""
+def random_sequences(lengths: list[int], step: int, vocab_size: int) -> list[Tensor]:
+    """The tokens of one step, a vector of int64 on the CPU for each sequence; the same for every system."""
     generator = torch.Generator().manual_seed(step)
-    return torch.randint(len(SPECIAL_TOKENS), vocab_size, (case.rows, case.length), generator=generator)
+    ids = torch.randint(len(SPECIAL_TOKENS), vocab_size, (sum(lengths),), generator=generator)
+    return list(ids.split(lengths))
+
+
+def random_batch(case: StepCase, step: int, vocab_size: int) -> Tensor:
+    """The same tokens for sequences of one length, as [rows, length]."""
+    return torch.stack(random_sequences(case.lengths(step), step, vocab_size))
 
 
 def lora_factors(model: nn.Module, *, layers: int) -> dict[str, nn.Parameter]:

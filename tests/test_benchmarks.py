@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import harness, run, shapes, zoo
+from benchmarks import harness, processes, report, run, shapes, zoo
 from benchmarks.ops.bench_ops import wrong_result
 from benchmarks.ops.case import OpCase
 from benchmarks.ops.cases import all_cases
@@ -42,6 +42,7 @@ def run_canned(monkeypatch: pytest.MonkeyPatch, folder: Path, rows: list[dict[st
     monkeypatch.setattr(
         run, "run_system", lambda system, cases, settings, args: [r for r in rows if r["system"] == system]
     )
+    monkeypatch.setattr(run, "measure_floors", lambda args: ({}, ""))
     systems = ",".join(dict.fromkeys(r["system"] for r in rows))
     options = ["--tiny", "--device", "cpu", "--checkpoint", str(folder / "model"), "--out", str(folder / "csv")]
     status = run.main(["--systems", systems, "--cases", "2x64", *options])
@@ -49,7 +50,7 @@ def run_canned(monkeypatch: pytest.MonkeyPatch, folder: Path, rows: list[dict[st
 
 
 def recorded(folder: Path) -> list[dict[str, str]]:
-    (path,) = folder.iterdir()
+    (path,) = folder.glob("*.csv")
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
@@ -128,6 +129,7 @@ def test_out_of_memory_is_tried_again_with_recomputation(monkeypatch, tmp_path: 
         return [row(system, recompute=settings.recompute)]
 
     monkeypatch.setattr(run, "run_system", run_system)
+    monkeypatch.setattr(run, "measure_floors", lambda args: ({}, ""))
     options = ["--tiny", "--device", "cpu", "--checkpoint", str(tmp_path / "model")]
     assert run.main(["--systems", "slothcore,transformers", "--cases", "2x64", *options]) == 0
     assert calls == [
@@ -139,16 +141,23 @@ def test_out_of_memory_is_tried_again_with_recomputation(monkeypatch, tmp_path: 
 
 def test_a_failing_or_hanging_process_is_named(tmp_path: Path) -> None:
     command = [sys.executable, "-c"]
-    assert run.run_with_limit([*command, "pass"], tmp_path / "log", 60) == ""
-    failed = run.run_with_limit([*command, "raise OSError('no such GPU')"], tmp_path / "log", 60)
+    assert processes.run_with_limit([*command, "pass"], tmp_path / "log", 60) == ""
+    failed = processes.run_with_limit([*command, "raise OSError('no such GPU')"], tmp_path / "log", 60)
     assert failed == "failed: exit status 1 OSError: no such GPU"
-    hung = run.run_with_limit([*command, "import time; time.sleep(60)"], tmp_path / "log", 0.5)
+    hung = processes.run_with_limit([*command, "import time; time.sleep(60)"], tmp_path / "log", 0.5)
     assert hung == "failed: over the limit of 0.5 s"
 
 
 @pytest.mark.parametrize(
     ("option", "value", "message"),
-    [("--cases", "4x", "4x2048"), ("--cases", "2x1", "ROWSxLENGTH"), ("--systems", "slothcore,axolotl", "axolotl")],
+    [
+        ("--cases", "4x", "4x2048"),
+        ("--cases", "2x1", "ROWSxLENGTH"),
+        ("--systems", "slothcore,axolotl", "axolotl"),
+        ("--cases", "alpaca/3", "must divide the 8 sequences"),
+        ("--cases", "4x32/", "must divide the 4 sequences"),
+        ("--within", "7.8GiB", "7.8GiB"),
+    ],
 )
 def test_bad_arguments_are_refused(capsys: pytest.CaptureFixture[str], option: str, value: str, message: str) -> None:
     with pytest.raises(SystemExit) as exit_status:
@@ -194,7 +203,7 @@ def test_the_best_round_counts_and_no_problem_is_passed_over() -> None:
         return {"system": system, "case": "1x8", "recompute": False, "median_ms": median_ms, **more}
 
     rows = [row("a", 3.0), row("b", 1.0, problem="refused: loss"), row("b", 2.0), row("a", 2.5), row("a", 4.0)]
-    assert run.best_rounds(rows) == [row("a", 2.5), row("b", 1.0, problem="refused: loss")]
+    assert report.best_rounds(rows) == [row("a", 2.5), row("b", 1.0, problem="refused: loss")]
 
 
 @pytest.mark.parametrize("bits", ["32", "4"])

@@ -1,13 +1,24 @@
 """The systems compared. Each file is one of them and offers the functions of `Peer`."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 MODULES = {"slothcore": "slothcore_", "transformers": "hf", "liger": "liger", "unsloth": "unsloth"}
+# What must be installed for each.
+PACKAGES = {
+    "slothcore": (),
+    "transformers": ("transformers", "peft"),
+    "liger": ("transformers", "peft", "liger_kernel"),
+    "unsloth": ("unsloth",),
+}
+# Sequences of a micro-batch that users of padded training choose for short sequences.
+PADDED_MICRO_BATCH = 2
 
 
 @dataclass(frozen=True)
@@ -45,8 +56,28 @@ class Peer(Protocol):
     def adamw_8bit(self, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
         """bitsandbytes' 8-bit AdamW, as the system offers it."""
 
-    def loss(self, model: nn.Module, input_ids: Tensor, settings: Settings) -> Tensor:
-        """The loss of input_ids [B, S] (on the CPU) as their own labels."""
+    def loss(
+        self, model: nn.Module, sequences: Iterable[Tensor], settings: Settings, num_items: int | None = None
+    ) -> Tensor:
+        """The loss of sequences [S] each (on the CPU) as their own labels.
+
+        Its sum over all targets over num_items; None: over their number. Each system lays out the sequences as its
+        users do: padded to the longest, or end to end.
+        """
+
+
+def installed() -> list[str]:
+    """The systems that can run here."""
+    return [system for system, packages in PACKAGES.items() if all(find_spec(package) for package in packages)]
+
+
+def variants(system: str, case: str) -> list[str]:
+    """The ways in which the users of a system run a case.
+
+    Sequences of different lengths cost padding: whoever pads is measured in micro-batches of two, as in the peers'
+    notebooks, and in a single one, which pads more but dequantises the model once. slothcore packs them all.
+    """
+    return [f"alpaca/{PADDED_MICRO_BATCH}", "alpaca"] if case == "alpaca" and system != "slothcore" else [case]
 
 
 def peer(system: str) -> Peer:

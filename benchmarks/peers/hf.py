@@ -1,10 +1,14 @@
 """transformers + PEFT + bitsandbytes, set up as their documentation says."""
 
+from collections.abc import Iterable
+
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from benchmarks.checkpoint import SPECIAL_TOKENS
 from benchmarks.peers import Settings
 from benchmarks.shapes import LORA_TARGETS
 
@@ -45,7 +49,20 @@ def adamw_8bit(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimiz
     return AdamW8bit(parameters, lr=lr)
 
 
-def loss(model: nn.Module, input_ids: Tensor, settings: Settings) -> Tensor:
-    ids = input_ids.to(settings.device, non_blocking=True)
+def loss(model: nn.Module, sequences: Iterable[Tensor], settings: Settings, num_items: int | None = None) -> Tensor:
+    batch = padded(list(sequences))
+    if num_items is not None:
+        # As transformers' Trainer does: the losses of the micro-batches then add up to the mean over the whole step.
+        batch["num_items_in_batch"] = torch.tensor(num_items)
+    batch = {name: value.to(settings.device, non_blocking=True) for name, value in batch.items()}
     with torch.autocast(settings.device, torch.bfloat16, enabled=settings.dtype == torch.bfloat16):
-        return model(input_ids=ids, labels=ids).loss
+        return model(**batch).loss
+
+
+def padded(sequences: list[Tensor]) -> dict[str, Tensor]:
+    """Rows [B, S] padded on the right to the longest, as transformers' collators do; no mask where nothing is."""
+    ids = pad_sequence(sequences, batch_first=True, padding_value=SPECIAL_TOKENS.index("<pad>"))
+    mask = torch.arange(ids.shape[1]) < torch.tensor([len(sequence) for sequence in sequences])[:, None]
+    if mask.all():
+        return {"input_ids": ids, "labels": ids}
+    return {"input_ids": ids, "labels": ids.masked_fill(~mask, -100), "attention_mask": mask.long()}

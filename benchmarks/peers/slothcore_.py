@@ -1,5 +1,8 @@
 """slothcore through its public functions, as a user would call them."""
 
+from collections.abc import Iterable
+from itertools import accumulate
+
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +26,9 @@ def adamw_8bit(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimiz
     return AdamW8bit(parameters, lr=lr)
 
 
-def loss(model: nn.Module, input_ids: Tensor, settings: Settings) -> Tensor:
-    # The ids stay on the CPU: slothcore reads their layout there without waiting for the GPU.
-    return model(input_ids=input_ids, labels=input_ids).loss
+def loss(model: nn.Module, sequences: Iterable[Tensor], settings: Settings, num_items: int | None = None) -> Tensor:
+    # End to end, without padding. They stay on the CPU: slothcore reads their layout there without waiting for the GPU.
+    documents = list(sequences)
+    input_ids = torch.cat(documents)
+    cu_seqlens = torch.tensor([0, *accumulate(map(len, documents))], dtype=torch.int32)
+    return model(input_ids=input_ids, labels=input_ids, cu_seqlens=cu_seqlens, num_items=num_items).loss
