@@ -30,7 +30,7 @@ from slothcore.kernels.attention_tiles import (
     score_arguments,
     tile_arguments,
 )
-from slothcore.kernels.math import LOG2_E, exponential, tanh
+from slothcore.kernels.math import LN_2, exponential, tanh
 
 HIDDEN = tl.constexpr(-1e30)
 
@@ -268,7 +268,8 @@ def attention_forward_kernel(
     if q[0].dtype == tl.float32:
         lse = row_max + tl.log(row_sum)
     else:
-        lse = (row_max + tl.log2(row_sum)) / LOG2_E
+        # The maximum turns into natural units inside the addition, which rounds once for both.
+        lse = tl.fma(row_max, LN_2, tl.log(row_sum))
     tl.store(lse_ptr + head * tokens + start + queries, lse, mask=queries < length)
     store_rows(
         out_ptr + head * HEAD_DIM, scale_rows(acc, 1.0 / row_sum[:, None]), start, query, length, NUM_HEADS * HEAD_DIM,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 # What is left of log2(e) beyond float32.
 LOG2_E_REST = tl.constexpr(1.925963033500645e-08)
 

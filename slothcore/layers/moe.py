@@ -88,7 +88,7 @@ class SparseMoe(nn.Module):
     Attributes:
         gate: the router.
         experts: the experts.
-        keeps_router_logits: whether a forward pass keeps the router's logits for the auxiliary loss.
+        keeps_router_logits: whether a forward pass gives the router's logits too, for the auxiliary loss.
     Source: Fedus et al. 2021, arXiv:2101.03961; Jiang et al. 2024 (Mixtral), arXiv:2401.04088.
     """
 
@@ -116,7 +116,6 @@ class SparseMoe(nn.Module):
         self.experts_per_token = experts_per_token
         self.normalize_weights = normalize_weights
         self.keeps_router_logits = keeps_router_logits
-        self._router_logits: Tensor | None = None
         self.gate = Router(hidden_size, num_experts, dtype=dtype, device=device)
         self.experts = Experts(
             hidden_size,
@@ -128,24 +127,12 @@ class SparseMoe(nn.Module):
             device=device,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, H] to [T, H]."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[T, H] to [T, H], and the router's logits [T, E] if they are kept."""
         logits = self.gate(x)
         expert_ids, weights = route(logits, self.experts_per_token, normalize_weights=self.normalize_weights)
         y = self.experts(x, expert_ids, weights)
-        if self.keeps_router_logits:
-            # Not before: a recomputation ends inside the experts, and nobody would take what it left here.
-            self._router_logits = logits
-        return y
-
-    def take_router_logits(self) -> Tensor | None:
-        """The router's logits [T, E] of the last forward pass, once; None if they are not kept.
-
-        To be called right after `forward`, inside the same checkpointed function: what is left here holds its graph in
-        memory.
-        """
-        logits, self._router_logits = self._router_logits, None
-        return logits
+        return y, logits if self.keeps_router_logits else None
 
     def extra_repr(self) -> str:
         return f"experts_per_token={self.experts_per_token}, normalize_weights={self.normalize_weights}"

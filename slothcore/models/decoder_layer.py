@@ -86,9 +86,11 @@ class DecoderLayer(nn.Module):
             normed, hidden = norm_add_norm(branch, hidden, post=post, pre=pre)
         else:
             normed, hidden = self.post_attention_layernorm(branch, hidden)
-        feed_forward = self.feed_forward
-        branch = feed_forward(normed)
-        router_logits = feed_forward.take_router_logits() if isinstance(feed_forward, SparseMoe) else None
+        feed_forward, router_logits = self.feed_forward, None
+        if isinstance(feed_forward, SparseMoe):
+            branch, router_logits = feed_forward(normed)
+        else:
+            branch = feed_forward(normed)
         if self.has_sandwich_norms:
             branch = self.post_feedforward_layernorm(branch)
         return branch, hidden, router_logits
@@ -96,7 +98,9 @@ class DecoderLayer(nn.Module):
     @property
     def feed_forward(self) -> nn.Module:
         """The MLP or the block of experts, under whichever name the family gives it."""
-        return self.get_submodule(self._feed_forward_name)
+        module = self._modules[self._feed_forward_name]
+        assert module is not None
+        return module
 
     def draws_random_numbers(self) -> bool:
         """Whether a second run must draw the same numbers as the first; saving their state costs a copy."""

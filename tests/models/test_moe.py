@@ -207,13 +207,6 @@ def test_auxiliary_loss_of_a_padded_batch(tmp_path: Path) -> None:
     assert relative_error(ours.model.layers[0].block_sparse_moe.gate.weight.grad, router) < 1e-4
 
 
-def test_recomputation_leaves_no_router_logits_behind(tmp_path: Path) -> None:
-    ours = load_model(saved(tiny_model(VARIANTS[0]), tmp_path), bits=32, device="cpu")
-    ours.gradient_checkpointing = True
-    ours(token_ids(1, 20), labels=token_ids(1, 20)).loss.backward()
-    assert all(block.take_router_logits() is None for block in ours.modules() if isinstance(block, SparseMoe))
-
-
 def test_greedy_tokens_of_a_batch(variant: Variant, tmp_path: Path) -> None:
     """Prompts of different lengths, padded on the left, each answered as if it were alone."""
     reference = tiny_model(variant)
