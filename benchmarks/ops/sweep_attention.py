@@ -5,9 +5,10 @@
 For each case and each kernel (forward, dq, dk and dv) every candidate is checked against the eager twin in float32 and
 timed. First come all rates in TF/s of the products that a kernel does on the visible pairs; a candidate that fails to
 compile, does not fit or gives a wrong result shows why instead. Then a table: the candidate in use, the best one, and
-how much faster it is; the tables to edit are in `slothcore/kernels/attention_tiles.py`. Last come whole passes beside
-torch's, crediting the backward pass with five products. Processes compile all candidates into Triton's cache side by
-side before anything is timed.
+how much faster it is; the tables to edit are in `slothcore/kernels/attention_tiles.py`. "copied" marks blocks that the
+copy engine fetches. Last come whole passes beside torch's, crediting the backward pass with five products; ours take
+cuDNN's forward pass where the rule says so. Processes compile all candidates into Triton's cache side by side before
+anything is timed.
 """
 
 import argparse
@@ -68,6 +69,11 @@ SETTINGS = {
     "D64 32/8": Setting(32, 8, 64),
     "D96 32/32": Setting(32, 32, 96),
     "D128 32/8": Setting(32, 8, 128),
+    "D128 32/8 1x8192": Setting(32, 8, 128, (8192,)),
+    "D128 32/8 16x512": Setting(32, 8, 128, (512,) * 16),
+    "D128 32/8 32x256": Setting(32, 8, 128, (256,) * 32),
+    "D128 32/8 68x119": Setting(32, 8, 128, (119,) * 68),
+    "D128 32/8 w2048 1x8192": Setting(32, 8, 128, (8192,), 2048),
     "D256 16/8 cap": Setting(16, 8, 256, softcap=50.0),
     "D256 16/8 cap w4096 1x8192": Setting(16, 8, 256, (8192,), 4096, 50.0),
     "D256 8/1": Setting(8, 1, 256),
@@ -96,15 +102,20 @@ WIDE_PAIRS = [
 
 
 class Candidate(NamedTuple):
-    """A tile; for dk and dv also the tile of dv if it has its own launch, and how many programs share a key head."""
+    """A tile; for dk and dv also the tile of dv if it has its own launch, and how many programs share a key head.
+
+    copied: the copy engine fetches the blocks.
+    """
 
     tile: Tile
     value_tile: Tile | None = None
     parts: int = 1
+    copied: bool = False
 
     def __str__(self) -> str:
         text = " + ".join("x".join(map(str, tile[:4])) for tile in (self.tile, self.value_tile) if tile)
-        return text + (" padded" if self.tile.pad else "") + (f" /{self.parts}" if self.parts > 1 else "")
+        text += (" padded" if self.tile.pad else "") + (f" /{self.parts}" if self.parts > 1 else "")
+        return text + (" copied" if self.copied else "")
 
 
 class Job(NamedTuple):
@@ -118,10 +129,16 @@ def in_use(setting: Setting, kernel: str, dtype: torch.dtype) -> Candidate:
     tiles = attention_tiles.attention_tiles(
         setting.head_dim, dtype, capability, capped=setting.softcap is not None
     )  # fmt: skip
-    if kernel != "dkdv":
-        return Candidate(tiles.forward if kernel == "forward" else tiles.query_gradient)
+    copied = attention_tiles.copy_engine_from(setting.head_dim, dtype, capability)
+    if kernel == "forward":
+        return Candidate(tiles.forward, copied=copied is not None and max(setting.lengths) >= copied.forward)
+    if kernel == "dq":
+        return Candidate(
+            tiles.query_gradient, copied=copied is not None and max(setting.lengths) >= copied.query_gradient
+        )
     parts = attention_tiles.key_gradient_parts(setting.num_heads, setting.num_key_heads)
-    return Candidate(tiles.key_gradient, tiles.value_gradient, parts)
+    by_engine = copied is not None and max(setting.lengths) >= copied.key_gradient
+    return Candidate(tiles.key_gradient, tiles.value_gradient, parts, by_engine)
 
 
 def candidates(setting: Setting, kernel: str, dtype: torch.dtype) -> list[Candidate]:
@@ -137,7 +154,9 @@ def candidates(setting: Setting, kernel: str, dtype: torch.dtype) -> list[Candid
     pairs: list[tuple[Tile, Tile | None]] = [(tile, None) for tile in tiles]
     if kernel == "dkdv" and table is WIDE_TILES:
         pairs += [(Tile(*dk), Tile(*dv)) for dk, dv in WIDE_PAIRS]
-    rest = [Candidate(*pair, n) for pair in pairs for n in parts]
+    engine = torch.cuda.get_device_capability() >= (9, 0) and not attention_tiles.head_columns(setting.head_dim)[1]
+    ways = (False, True) if engine else (False,)
+    rest = [Candidate(*pair, n, copied) for pair in pairs for n in parts for copied in ways]
     return list(dict.fromkeys([first, *rest]))
 
 
@@ -170,16 +189,18 @@ class Case:
 
     def launch(self, kernel: str, candidate: Candidate) -> Tensor:
         if kernel == "forward":
-            return attention._launch_forward(candidate.tile, self.q, self.k, self.v, *self.problem)[0]
+            return attention._launch_forward(
+                candidate.tile, self.q, self.k, self.v, *self.problem, copied=candidate.copied
+            )[0]
         if kernel == "dq":
             attention_backward._launch_query_gradient(
                 candidate.tile, self.dout, self.q, self.k, self.v, self.out, self.lse, self.stats, self.dqkv,
-                *self.problem,
+                *self.problem, copied=candidate.copied,
             )  # fmt: skip
             return self.dqkv[:, : self.setting.num_heads]
         attention_backward._launch_key_gradient(
             candidate.tile, candidate.value_tile, candidate.parts, self.dout, self.q, self.k, self.v, self.stats,
-            self.dqkv, *self.problem,
+            self.dqkv, *self.problem, copied=candidate.copied,
         )  # fmt: skip
         return self.dqkv[:, self.setting.num_heads :]
 

@@ -13,6 +13,7 @@ Shapes    q, out [T, Hq, D]; k, v [T, Hkv, D]; lse [Hq, T]; cu_seqlens [document
           T = tokens, Hq and Hkv = query and key heads, D = head_dim; query head h reads key head h // (Hq / Hkv).
 Columns   A tile's width is a power of two. A head of 96 is held as pieces of 64 and 32 rather than padded to 128: q . k
           is the sum over the pieces, and each piece of v gives its own piece of out. WIDE and TAIL are the widths.
+cuDNN     may compute the same where all documents are equally long: see `attention_cudnn.py`.
 Dtypes    q, k, v, out float32 or 16-bit; lse, softmax and sums float32.
 Rounding  exp(s - m) is rounded to v.dtype before the product with v, as in FlashAttention.
 Source    Dao 2023, arXiv:2307.08691; windows: Beltagy et al. 2020, arXiv:2004.05150; soft cap: arXiv:2408.00118.
@@ -23,176 +24,46 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slothcore.kernels.attention_blocks import (
+    HIDDEN,
+    add_weighted_rows,
+    dot_rows,
+    load_block,
+    load_rows,
+    locate_tile,
+    scale_rows,
+    store_rows,
+    visible,
+    zero_rows,
+)
+from slothcore.kernels.attention_cudnn import cudnn_fits, cudnn_forward
 from slothcore.kernels.attention_tiles import (
     Tile,
     attention_tiles,
+    copied_pair,
+    copy_engine_from,
     device_capability,
     score_arguments,
     tile_arguments,
 )
 from slothcore.kernels.math import LN_2, exponential, tanh
 
-HIDDEN = tl.constexpr(-1e30)
-
-
-@triton.jit
-def locate_tile(cu_seqlens_ptr, tile, documents, BLOCK: tl.constexpr, SEARCH: tl.constexpr):
-    """First row of the document that owns `tile` (int64), its length, and the tile's first row inside it.
-
-    SEARCH is off where documents are about equally long: tile numbers run over the documents first, so that blocks
-    of equal cost are neighbours. With SEARCH, document d owns the numbers from cu_seqlens[d] // BLOCK + d on: enough
-    for its blocks, at most one too many. A number too many gets a row beyond the length.
-    """
-    if SEARCH:
-        document = tl.full((), -1, tl.int32)
-        for first in range(0, documents, 256):
-            candidates = first + tl.arange(0, 256)
-            starts = tl.load(cu_seqlens_ptr + candidates, mask=candidates < documents, other=2**30)
-            document += tl.sum((starts // BLOCK + candidates <= tile).to(tl.int32), axis=0)
-        start = tl.load(cu_seqlens_ptr + document)
-        row = (tile - start // BLOCK - document) * BLOCK
-    else:
-        document = tile % documents
-        start = tl.load(cu_seqlens_ptr + document)
-        row = tile // documents * BLOCK
-    length = tl.load(cu_seqlens_ptr + document + 1) - start
-    return start.to(tl.int64), length, row
-
-
-@triton.jit
-def _load_piece(ptr, row, length, stride_row, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr,
-                WIDTH: tl.constexpr, CHECK_ROWS: tl.constexpr):  # fmt: skip
-    """[BLOCK, WIDTH] of the rows at `ptr`, from column FIRST on; see `load_rows`."""
-    rows = tl.arange(0, BLOCK)
-    columns = FIRST + tl.arange(0, WIDTH)
-    pointers = ptr + rows[:, None] * stride_row + columns[None, :]
-    if FIRST + WIDTH > HEAD_DIM:
-        if CHECK_ROWS:
-            piece = tl.load(pointers, mask=(row + rows < length)[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
-        else:
-            piece = tl.load(pointers, mask=(columns < HEAD_DIM)[None, :], other=0.0)
-    elif CHECK_ROWS:
-        piece = tl.load(pointers, mask=(row + rows < length)[:, None], other=0.0)
-    else:
-        piece = tl.load(pointers)
-    return piece
-
-
-@triton.jit
-def load_rows(
-    ptr, start, row, length, stride_row, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
-    TAIL: tl.constexpr, CHECK_ROWS: tl.constexpr
-):  # fmt: skip
-    """BLOCK rows of one head from `row` of the document at `start`, in pieces; zero outside document and head.
-
-    Without CHECK_ROWS all rows lie in the document. Reading a neighbour's rows, even to multiply them by zero, would
-    let its infinities and NaNs through.
-    """
-    ptr += (start + row) * stride_row
-    wide = _load_piece(ptr, row, length, stride_row, HEAD_DIM, BLOCK, 0, WIDE, CHECK_ROWS)
-    if TAIL == 0:
-        return (wide,)
-    else:
-        return (wide, _load_piece(ptr, row, length, stride_row, HEAD_DIM, BLOCK, WIDE, TAIL, CHECK_ROWS))
-
-
-@triton.jit
-def _store_piece(ptr, piece, row, length, stride_row, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
-                 FIRST: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    rows = tl.arange(0, BLOCK)
-    columns = FIRST + tl.arange(0, WIDTH)
-    mask = (row + rows < length)[:, None] & (columns < HEAD_DIM)[None, :]
-    tl.store(ptr + rows[:, None] * stride_row + columns[None, :], piece.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def store_rows(
-    ptr, pieces, start, row, length, stride_row, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
-    TAIL: tl.constexpr
-):  # fmt: skip
-    """Write what of `pieces` lies in document and head, rounded to the dtype of `ptr`."""
-    ptr += (start + row) * stride_row
-    _store_piece(ptr, pieces[0], row, length, stride_row, HEAD_DIM, BLOCK, 0, WIDE)
-    if TAIL > 0:
-        _store_piece(ptr, pieces[1], row, length, stride_row, HEAD_DIM, BLOCK, WIDE, TAIL)
-
-
-@triton.jit
-def zero_rows(BLOCK: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr):
-    """Pieces of [BLOCK, D] float32 sums."""
-    wide = tl.zeros([BLOCK, WIDE], dtype=tl.float32)
-    if TAIL == 0:
-        return (wide,)
-    else:
-        return (wide, tl.zeros([BLOCK, TAIL], dtype=tl.float32))
-
-
-@triton.jit
-def scale_rows(pieces, factor):
-    """Every piece times `factor`, a number or a column."""
-    if len(pieces) == 1:
-        return (pieces[0] * factor,)
-    else:
-        return (pieces[0] * factor, pieces[1] * factor)
-
-
-@triton.jit
-def add_rows(a, b):
-    """a + b."""
-    if len(a) == 1:
-        return (a[0] + b[0],)
-    else:
-        return (a[0] + b[0], a[1] + b[1])
-
-
-@triton.jit
-def row_products(a, b):
-    """[BLOCK] float32: each row of `a` with the same row of `b`."""
-    product = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), axis=1)
-    if len(a) == 2:
-        product += tl.sum(a[1].to(tl.float32) * b[1].to(tl.float32), axis=1)
-    return product
-
-
-@triton.jit
-def dot_rows(a, b):
-    """a b^T of two blocks of rows in pieces: each row of `a` with each of `b`."""
-    product = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
-    if len(a) == 2:
-        product = tl.dot(a[1], tl.trans(b[1]), product, input_precision="ieee")
-    return product
-
-
-@triton.jit
-def add_weighted_rows(sums, weights, rows):
-    """sums + weights rows, with `sums` and `rows` in pieces."""
-    wide = tl.dot(weights, rows[0], sums[0], input_precision="ieee")
-    if len(rows) == 1:
-        return (wide,)
-    else:
-        return (wide, tl.dot(weights, rows[1], sums[1], input_precision="ieee"))
-
-
-@triton.jit
-def visible(queries, keys, window, WINDOWED: tl.constexpr):
-    """Which keys each query sees; the two broadcast against each other. Keys past the end lie after every query."""
-    seen = keys <= queries
-    if WINDOWED:
-        seen = seen & (queries - keys < window)
-    return seen
-
 
 @triton.jit
 def _attend(
-    acc, row_sum, row_max, q, k_ptr, v_ptr, stride_k_row, stride_v_row, start, length, query, first_key, last_key,
-    score_scale, cap_scale, window,
+    acc, row_sum, row_max, q, k_ptr, v_ptr, k_desc, v_desc, k_column, v_column, stride_k_row, stride_v_row,
+    start, length, query, first_key, last_key, score_scale, cap_scale, window,
     MASKED: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
     HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr = None,
 ):  # fmt: skip
-    """Take the keys first_key ... last_key into the running output, sum and maximum of a query tile."""
+    """Take the keys first_key ... last_key into the running output, sum and maximum of a query tile.
+
+    STAGES: of the loop's pipeline, if not those of the launch.
+    """
     queries = query + tl.arange(0, BLOCK_Q)
-    for key in range(first_key, last_key, BLOCK_K):
-        k = load_rows(k_ptr, start, key, length, stride_k_row, HEAD_DIM, BLOCK_K, WIDE, TAIL, MASKED)
+    for key in tl.range(first_key, last_key, BLOCK_K, num_stages=STAGES):
+        k = load_block(k_ptr, k_desc, k_column, start, key, length, stride_k_row, HEAD_DIM, BLOCK_K, WIDE, TAIL, MASKED)
         scores = dot_rows(q, k)
         if CAPPED:
             scores = tanh(scores * cap_scale)
@@ -211,7 +82,7 @@ def _attend(
         shrink = exponential(row_max - new_max, q[0].dtype == tl.float32)
         row_sum = row_sum * shrink + tl.sum(p, axis=1)
         acc = scale_rows(acc, shrink[:, None])
-        v = load_rows(v_ptr, start, key, length, stride_v_row, HEAD_DIM, BLOCK_K, WIDE, TAIL, MASKED)
+        v = load_block(v_ptr, v_desc, v_column, start, key, length, stride_v_row, HEAD_DIM, BLOCK_K, WIDE, TAIL, MASKED)
         acc = add_weighted_rows(acc, p.to(v[0].dtype), v)
         row_max = new_max
     return acc, row_sum, row_max
@@ -219,14 +90,17 @@ def _attend(
 
 @triton.jit(do_not_specialize=["documents", "tiles", "tokens", "window"])
 def attention_forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_seqlens_ptr,
+    q_ptr, k_ptr, v_ptr, k_desc, v_desc, out_ptr, lse_ptr, cu_seqlens_ptr,
     stride_q_row, stride_q_head, stride_k_row, stride_k_head, stride_v_row, stride_v_head,
     documents, tiles, tokens, score_scale, cap_scale, window,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SEARCH: tl.constexpr,
 ):  # fmt: skip
-    """This program computes BLOCK_Q rows of `out` and of `lse` for one query head of one document."""
+    """This program computes BLOCK_Q rows of `out` and of `lse` for one query head of one document.
+
+    k_desc, v_desc: descriptors of k and v for the copy engine, or None for plain loads.
+    """
     # Heads that share keys run side by side, and late tiles, which see the most keys, run first.
     head = (tl.program_id(0) % NUM_HEADS).to(tl.int64)
     tile = tiles - 1 - tl.program_id(0) // NUM_HEADS
@@ -236,6 +110,8 @@ def attention_forward_kernel(
     key_head = head // GROUP
     k_ptr += key_head * stride_k_head
     v_ptr += key_head * stride_v_head
+    k_column = (key_head * stride_k_head).to(tl.int32)
+    v_column = (key_head * stride_v_head).to(tl.int32)
     q = load_rows(
         q_ptr + head * stride_q_head, start, query, length, stride_q_row, HEAD_DIM, BLOCK_Q, WIDE, TAIL, True
     )  # fmt: skip
@@ -249,19 +125,30 @@ def attention_forward_kernel(
         first_whole = tl.maximum(query + BLOCK_Q - window, 0)
         first_whole = tl.minimum((first_whole + BLOCK_K - 1) // BLOCK_K * BLOCK_K, last_whole)
         acc, row_sum, row_max = _attend(
-            acc, row_sum, row_max, q, k_ptr, v_ptr, stride_k_row, stride_v_row, start, length, query,
-            first_key, first_whole, score_scale, cap_scale, window,
+            acc, row_sum, row_max, q, k_ptr, v_ptr, k_desc, v_desc, k_column, v_column, stride_k_row, stride_v_row,
+            start, length, query, first_key, first_whole, score_scale, cap_scale, window,
             True, True, CAPPED, HEAD_DIM, WIDE, TAIL, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
     acc, row_sum, row_max = _attend(
-        acc, row_sum, row_max, q, k_ptr, v_ptr, stride_k_row, stride_v_row, start, length, query,
-        first_whole, last_whole, score_scale, cap_scale, window,
+        acc, row_sum, row_max, q, k_ptr, v_ptr, k_desc, v_desc, k_column, v_column, stride_k_row, stride_v_row,
+        start, length, query, first_whole, last_whole, score_scale, cap_scale, window,
         False, False, CAPPED, HEAD_DIM, WIDE, TAIL, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
+    last_key = tl.minimum(query + BLOCK_Q, length)
+    rest = last_whole
+    if k_desc is not None:
+        # The last block may stick out of the document, where the copy engine would fetch the neighbour's rows: masked
+        # loads, and with them no pipeline, which is code and registers for nothing around a single block.
+        rest = length // BLOCK_K * BLOCK_K
+        acc, row_sum, row_max = _attend(
+            acc, row_sum, row_max, q, k_ptr, v_ptr, k_desc, v_desc, k_column, v_column, stride_k_row, stride_v_row,
+            start, length, query, last_whole, tl.minimum(rest, last_key), score_scale, cap_scale, window,
+            True, WINDOWED, CAPPED, HEAD_DIM, WIDE, TAIL, BLOCK_Q, BLOCK_K,
+        )  # fmt: skip
     acc, row_sum, row_max = _attend(
-        acc, row_sum, row_max, q, k_ptr, v_ptr, stride_k_row, stride_v_row, start, length, query,
-        last_whole, tl.minimum(query + BLOCK_Q, length), score_scale, cap_scale, window,
-        True, WINDOWED, CAPPED, HEAD_DIM, WIDE, TAIL, BLOCK_Q, BLOCK_K,
+        acc, row_sum, row_max, q, k_ptr, v_ptr, None, None, k_column, v_column, stride_k_row, stride_v_row,
+        start, length, query, rest, last_key, score_scale, cap_scale, window,
+        True, WINDOWED, CAPPED, HEAD_DIM, WIDE, TAIL, BLOCK_Q, BLOCK_K, 1 if k_desc is not None else None,
     )  # fmt: skip
 
     queries = query + tl.arange(0, BLOCK_Q)
@@ -300,22 +187,30 @@ def attention_forward(
         softcap: positive bound on the magnitude of the scores; None for no bound.
     Returns: out [T, Hq, D] contiguous in q.dtype; lse [Hq, T] float32, the natural log of the softmax denominator.
     """
-    tiles = attention_tiles(q.shape[-1], q.dtype, device_capability(q.device), capped=softcap is not None)
-    return _launch_forward(tiles.forward, q, k, v, cu_seqlens, max_seqlen, scale, window, softcap)
+    documents = cu_seqlens.numel() - 1
+    if cudnn_fits(q, k, v, documents, max_seqlen, window=window, softcap=softcap):
+        return cudnn_forward(q, k, v, documents, scale=scale)
+    capability = device_capability(q.device)
+    tiles = attention_tiles(q.shape[-1], q.dtype, capability, capped=softcap is not None)
+    copies = copy_engine_from(q.shape[-1], q.dtype, capability)
+    copied = copies is not None and max_seqlen >= copies.forward
+    return _launch_forward(tiles.forward, q, k, v, cu_seqlens, max_seqlen, scale, window, softcap, copied=copied)
 
 
 def _launch_forward(
     tile: Tile, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float,
-    window: int | None, softcap: float | None,
+    window: int | None, softcap: float | None, *, copied: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`copied`: the copy engine fetches the blocks of k and v, if it can read both."""
     tokens, num_heads, head_dim = q.shape
     out = torch.empty((tokens, num_heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((num_heads, tokens), dtype=torch.float32, device=q.device)
     if tokens == 0:
         return out, lse
+    k_desc, v_desc = copied_pair(k, v, tile.block_k) if copied else (None, None)
     tiles = tile_arguments(tile, tile.block_q, cu_seqlens, max_seqlen, q)
     attention_forward_kernel[(tiles["tiles"] * num_heads,)](
-        q, k, v, out, lse, cu_seqlens,
+        q, k, v, k_desc, v_desc, out, lse, cu_seqlens,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         NUM_HEADS=num_heads, GROUP=num_heads // k.shape[1],
         **tiles, **score_arguments(q.dtype, max_seqlen, scale, window, softcap),

@@ -1,7 +1,12 @@
-"""How the attention kernels cut their work: a pure function of head_dim, dtype, soft cap and device.
+"""How the attention kernels cut their work: a pure function of head_dim, dtype, soft cap, longest document and device.
 
 The tables are the outcome of `benchmarks/ops/sweep_attention.py`; a row serves every head_dim up to its number that no
 earlier row serves. Every tile fits the shared memory of every device of its column.
+
+A program loads the rows that it owns once, and walks over the rows of the other side in blocks. Those blocks come by
+plain loads, for which every thread reckons addresses, or by the copy engine (TMA), which fetches a block by one
+coordinate and leaves the registers to the products. Two descriptors for each launch cost the host some 20 us: nothing
+beside a long document, and nothing in a captured graph.
 """
 
 from functools import cache
@@ -9,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from slothcore.kernels.launch import ceil_div, next_power_of_2
 from slothcore.kernels.math import LOG2_E
@@ -59,6 +65,23 @@ TILES = {
 SOFTCAP_TILES: dict[tuple[int, int], Tiles] = {
     (227, 256): Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(32, 128, 8, 3), Tile(64, 128, 8, 2)),
 }
+
+
+class CopyEngineFrom(NamedTuple):
+    """Length of the longest document from which on each kernel has its blocks fetched by the copy engine."""
+
+    forward: int
+    query_gradient: int
+    key_gradient: int
+
+
+# (KiB, head_dim) -> lengths; never where there is no row. TF/s by plain loads and by the copy engine, measured on an
+# H100 with 32/8 heads of bfloat16, 8192 tokens in documents of
+#             119         512         2048        8192
+# forward     64,  61     212, 238    398, 434    483, 529
+# dq          53,  48     210, 219    452, 470    596, 627
+# dk and dv   105, 126    290, 350    497, 506    558, 563
+COPY_ENGINE_FROM = {(227, 128): CopyEngineFrom(forward=512, query_gradient=512, key_gradient=1)}
 
 # Programs that share the keys of a block, over all key heads: with fewer, 8192 tokens leave multiprocessors empty. With
 # fewer query heads in each, adding up what they found costs more than it brings (measured at 8/1 and 4/1 heads).
@@ -117,6 +140,45 @@ def attention_tiles(
     row = min(width for width in TILES[memory] if width >= head_dim)
     tiles = TILES[memory][row]
     return SOFTCAP_TILES.get((memory, row), tiles) if capped else tiles
+
+
+@cache
+def copy_engine_from(head_dim: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> CopyEngineFrom | None:
+    """Where the copy engine is the faster way, on a device of that capability; None: nowhere."""
+    if capability is None or scalar_tile(head_dim, dtype, capability):
+        return None
+    return COPY_ENGINE_FROM.get((shared_memory_kib(capability), head_dim))
+
+
+def aligned_rows(x: Tensor) -> bool:
+    """Whether x [T, heads, D] can be read in units of 16 bytes, its rows in order and apart from each other."""
+    width = (x.shape[1] - 1) * x.stride(1) + x.shape[2]
+    steps = (x.stride(0), x.stride(1), x.shape[2])
+    return (
+        x.numel() > 0
+        and x.stride(2) == 1
+        and x.stride(0) >= width
+        and all(step * x.element_size() % 16 == 0 for step in steps)
+        and x.data_ptr() % 16 == 0
+    )
+
+
+def copied_pair(
+    first: Tensor, second: Tensor, rows: int
+) -> tuple[TensorDescriptor, TensorDescriptor] | tuple[None, None]:
+    """How the copy engine fetches blocks [rows, D] of two [T, heads, D]; two None where it cannot read both.
+
+    To the engine each is a matrix whose rows hold all heads; head h starts in column h * stride(1).
+    """
+    head_dim = first.shape[2]
+    if head_columns(head_dim) != (head_dim, 0) or not (aligned_rows(first) and aligned_rows(second)):
+        return None, None
+
+    def describe(x: Tensor) -> TensorDescriptor:
+        width = (x.shape[1] - 1) * x.stride(1) + head_dim
+        return TensorDescriptor(x, [x.shape[0], width], [x.stride(0), 1], [rows, head_dim])
+
+    return describe(first), describe(second)
 
 
 @cache

@@ -48,6 +48,9 @@ class Problem(NamedTuple):
 
     def check(self, device: str, dtype: torch.dtype) -> None:
         qkv, dout = self.inputs(device, dtype)
+        self.check_inputs(qkv, dout)
+
+    def check_inputs(self, qkv: Tensor, dout: Tensor) -> None:
         fused, eager = self.run(FUSED, qkv, dout), self.run(EAGER, qkv, dout)
         exact = self.run(EAGER, qkv.double(), dout.double())
         for name, result in fused.items():
@@ -279,6 +282,10 @@ REAL_PROBLEMS = {
     "window and soft cap": Problem((700, 200), 4, 2, 256, {"window": 130, "softcap": 4.0}),
     "many unequal documents": Problem((*range(1, 60), 700, 0, 0, *range(120, 130)), 4, 2, 64),
     "many equal documents": Problem((119,) * 40, 8, 1, 128),
+    "documents around 512": Problem((511, 512, 513, 1, 575), 8, 2, 128),
+    "whole and ragged blocks": Problem((2048, 2017, 31), 4, 1, 128),
+    "one long, many short": Problem((*range(1, 30), 2500), 4, 1, 128),
+    "window in long documents": Problem((1500, 1111), 4, 2, 128, {"window": 300}),
 }
 
 
@@ -320,9 +327,10 @@ def test_window_across_a_long_document() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [(1500, 900, 33), (2048, 2048)], ids=str)
 @pytest.mark.parametrize("num_kv_heads", [4, 1])
-def test_same_bits_on_every_run(num_kv_heads: int) -> None:
-    problem = Problem((1500, 900, 33), 8, num_kv_heads, 128)
+def test_same_bits_on_every_run(num_kv_heads: int, lengths: tuple[int, ...]) -> None:
+    problem = Problem(lengths, 8, num_kv_heads, 128)
     qkv, dout = problem.inputs("cuda", torch.bfloat16)
     first = problem.run(FUSED, qkv, dout)
     for _ in range(5):
