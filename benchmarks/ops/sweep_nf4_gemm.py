@@ -13,15 +13,16 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 from triton.testing import do_bench
 
 from slothcore.kernels import nf4
-from slothcore.kernels.nf4_gemm import LinearConfig, linear_config, nf4_linear
+from slothcore.kernels.nf4_gemm import LinearConfig, can_permute, linear_config, nf4_linear
 from slothcore.kernels.nf4_tensor import Nf4Tensor
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))  # (out_features, in_features)
-ROWS = (1, 16, 64, 256, 512)
+ROWS = (1, 16, 32, 64, 128, 256, 512)
 RANK = 16
 BANDWIDTH = 3.0e12
 SECONDS = 140.0
@@ -39,8 +40,54 @@ DEQUANTIZE_CONFIGS = [
 ]
 
 
-def linear_configs(rows: int) -> list[tuple[LinearConfig, tuple[int, ...]]]:
-    """Configurations worth a try for so many rows, each with the numbers of parts to cut the columns into."""
+REGISTERS_TILES = (  # (block_m, block_n, num_warps, num_stages, slices)
+    (1, 16, 16, 3, 16),
+    (2, 16, 8, 3, 8),
+    (4, 16, 4, 2, 4),
+    (4, 16, 4, 3, 4),
+    (4, 16, 4, 4, 4),
+    (4, 32, 8, 3, 4),
+    (8, 32, 4, 3, 2),
+    (8, 64, 8, 3, 2),
+    (16, 64, 4, 2, 1),
+    (16, 64, 4, 3, 1),
+    (16, 64, 4, 4, 1),
+    (16, 64, 4, 1, 1),
+    (16, 128, 8, 3, 1),
+    (32, 64, 4, 3, 1),
+    (32, 128, 8, 3, 1),
+)
+SHARED_TILES = (  # (block_m, block_n, step, num_warps, num_stages)
+    (64, 64, 2, 4, 3),
+    (64, 64, 2, 4, 2),
+    (64, 128, 2, 4, 3),
+    (64, 128, 2, 4, 2),
+    (128, 128, 2, 4, 2),
+    (128, 128, 2, 8, 2),
+    (128, 128, 2, 8, 3),
+    (128, 256, 2, 8, 2),
+    (256, 128, 2, 8, 2),
+    (256, 64, 2, 4, 2),
+)
+
+
+def permute_configs(rows: int) -> list[tuple[LinearConfig, tuple[int, ...]]]:
+    """Configurations of the kernels that decode by permutes, each with the numbers of parts to cut the columns into."""
+    configs: list[tuple[LinearConfig, tuple[int, ...]]] = []
+    tokens = max(16, triton.next_power_of_2(rows))
+    for m, n, warps, stages, slices in REGISTERS_TILES:
+        if m * slices == tokens and rows <= m:
+            tile = LinearConfig(m, n, 1, step=4, num_warps=warps, num_stages=stages, kernel="registers", slices=slices)
+            configs.append((tile, (1, 2, 4, 8) if slices == 1 else (1, 2)))
+    for m, n, step, warps, stages in SHARED_TILES:
+        if rows >= 16 and (m == max(64, min(tokens, 256)) or (rows > 128 and m == 128)):
+            tile = LinearConfig(m, n, 1, step, warps, stages, kernel="shared")
+            configs.append((tile, (1, 2, 4, 8) if rows <= 64 else (1, 2, 4) if rows <= 128 else (1, 2, 3)))
+    return configs
+
+
+def table_configs(rows: int) -> list[tuple[LinearConfig, tuple[int, ...]]]:
+    """Configurations of the kernels that decode by a table, each with the numbers of parts to cut the columns into."""
     if rows == 1:
         tiles = [
             (1, 16, 4, 4, 3),
@@ -108,9 +155,10 @@ def milliseconds(run: Callable[[], object]) -> float:
 
 
 def describe(config: LinearConfig) -> str:
+    kernel = config.decode if config.kernel == "table" else config.kernel
     return (
         f"m{config.block_m} n{config.block_n} parts{config.parts} step{config.step} "
-        f"w{config.num_warps} s{config.num_stages} {config.decode}"
+        f"w{config.num_warps} s{config.num_stages} {kernel} slices{config.slices}"
     )
 
 
@@ -165,10 +213,11 @@ def sweep_linear(rows: int, shape: tuple[int, int], tally: Tally) -> str:
     def time_config(config: LinearConfig) -> float | None:
         return tally.time(lambda: run(config), lambda result: bool((result - exact).abs().max() <= allowed))
 
-    default = linear_config(rows, out_features, in_features)
+    permute = can_permute(x, weight)
+    default = linear_config(rows, out_features, in_features, permute=permute)
     default_time = time_config(default)
     results = [] if default_time is None else [(default_time, describe(default))]
-    for config, part_counts in linear_configs(rows):
+    for config, part_counts in permute_configs(rows) if permute else table_configs(rows):
         for parts in part_counts:
             candidate = replace(config, parts=parts)
             elapsed = time_config(candidate)

@@ -1,6 +1,7 @@
 """The product with an NF4 weight decoded in the inner loop, against dequantise-then-multiply."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,19 @@ CONFIGS = {
     "three parts, two blocks a step": LinearConfig(block_m=16, block_n=32, parts=3, step=2),
     "more parts than blocks": LinearConfig(block_m=32, block_n=64, parts=16),
     "one part, step beyond the end": LinearConfig(block_m=16, block_n=64, parts=1, step=8),
+}
+# For 16-bit x: steps of whole parts and beyond their ends, two fragments a warp, tiles wider than the weight.
+PERMUTE_CONFIGS = {
+    "registers": LinearConfig(16, 64, parts=1, step=4, kernel="registers"),
+    "registers, two parts, two fragments": LinearConfig(16, 128, parts=2, step=4, kernel="registers"),
+    "registers, four slices": LinearConfig(4, 16, parts=1, step=4, kernel="registers", slices=4),
+    "registers, two slices of two parts": LinearConfig(
+        8, 64, parts=2, step=4, num_warps=8, kernel="registers", slices=2
+    ),
+    "registers, eight warps": LinearConfig(32, 128, parts=3, step=4, num_warps=8, kernel="registers"),
+    "shared": LinearConfig(64, 64, parts=1, step=2, kernel="shared"),
+    "shared, three parts": LinearConfig(64, 32, parts=3, step=1, kernel="shared"),
+    "shared, a step beyond the end": LinearConfig(128, 128, parts=2, step=4, kernel="shared"),
 }
 
 
@@ -58,12 +72,31 @@ def assert_accurate(actual: Tensor, x: Tensor, weight: Nf4Tensor, options: dict[
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("rank", [0, 1, 8, 24])
+@pytest.mark.parametrize("rank", [0, 1, 24])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernel_as_accurate_as_eager(kernel_device, nan_filled_empty, shape, dtype, rank, config) -> None:
     x, weight, options = operands(*shape, rank, dtype=dtype, device=kernel_device)
     assert_accurate(nf4_gemm.nf4_linear(x, weight, **options, _config=config), x, weight, options)
+
+
+@pytest.mark.parametrize("config", PERMUTE_CONFIGS.values(), ids=PERMUTE_CONFIGS)
+@pytest.mark.parametrize("rank", [0, 70])
+@pytest.mark.parametrize("shape", [(1, 100, 192), (3, 70, 64), (17, 130, 448), (2, 130, 512)])
+def test_permuting_kernel_as_accurate_as_eager(kernel_device, nan_filled_empty, shape, rank, config) -> None:
+    double_quant = rank != 70
+    x, weight, options = operands(*shape, rank, dtype=torch.float16, device=kernel_device, double_quant=double_quant)
+    assert_accurate(nf4_gemm.nf4_linear(x, weight, **options, _config=config), x, weight, options)
+
+
+@pytest.mark.parametrize("config", PERMUTE_CONFIGS.values(), ids=PERMUTE_CONFIGS)
+def test_permuting_kernel_decodes_the_exact_weight(kernel_device, nan_filled_empty, config) -> None:
+    """Rows of the identity pick single weights; 320 columns are one step of four blocks and a quarter."""
+    x, weight, _ = operands(320, 70, 320, 0, dtype=torch.float16, device=kernel_device)
+    # Some of each block, with both nibbles and both halves of a byte's word: every 7th column.
+    x = torch.eye(320, device=kernel_device, dtype=torch.float16)[::7]
+    dense = nf4_eager.nf4_dequantize(weight, dtype=torch.float16)
+    assert torch.equal(nf4_gemm.nf4_linear(x, weight, _config=config), dense.T[::7])
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -90,18 +123,24 @@ def test_kernel_decodes_the_exact_weight(kernel_device, nan_filled_empty) -> Non
         assert torch.equal(one_row[0], dense[:, 5])
 
 
+@pytest.mark.parametrize("kernel", ["table", "registers", "shared"])
 @pytest.mark.parametrize("rows", [1, 6])
 @pytest.mark.parametrize("parts", [1, 2])
-def test_kernel_reads_and_writes_strided_rows(kernel_device, nan_filled_empty, rows, parts) -> None:
-    x, weight, options = operands(rows, 40, 128, 8, dtype=torch.float32, device=kernel_device)
-    config = LinearConfig(block_m=1 if rows == 1 else 16, block_n=32, parts=parts)
+def test_kernel_reads_and_writes_strided_rows(kernel_device, nan_filled_empty, rows, parts, kernel) -> None:
+    dtype = torch.float32 if kernel == "table" else torch.float16
+    x, weight, options = operands(rows, 40, 128, 8, dtype=dtype, device=kernel_device)
+    config = {
+        "table": LinearConfig(block_m=1 if rows == 1 else 16, block_n=32, parts=parts),
+        "registers": LinearConfig(16, 64, parts, step=4, kernel="registers"),
+        "shared": LinearConfig(64, 64, parts, step=1, kernel="shared"),
+    }[kernel]
     expected = nf4_gemm.nf4_linear(x, weight, **options, _config=config)
-    wide_x = torch.full((rows, 300), float("nan"), device=kernel_device)
-    wide_x[:, 100:228] = x
-    wide_out = torch.full((rows, 100), float("nan"), device=kernel_device)
+    wide_x = torch.full((rows, 301), float("nan"), device=kernel_device, dtype=dtype)
+    wide_x[:, 101:229] = x
+    wide_out = torch.full((rows, 100), float("nan"), device=kernel_device, dtype=dtype)
     out = wide_out[:, 30:70]
     strided = {name: torch.stack([value, value], dim=-1)[..., 0] for name, value in options.items()}
-    assert nf4_gemm.nf4_linear(wide_x[:, 100:228], weight, **strided, out=out, _config=config) is out
+    assert nf4_gemm.nf4_linear(wide_x[:, 101:229], weight, **strided, out=out, _config=config) is out
     assert torch.equal(out, expected)
     assert wide_out[:, :30].isnan().all()
     assert wide_out[:, 70:].isnan().all()
@@ -149,16 +188,33 @@ def test_bad_input_is_refused(ops) -> None:
 def test_launch_configuration_is_sane_for_every_model_shape() -> None:
     sizes = (64, 576, 2048, 4096, 8192, 14336, 28672, 128256)
     for rows, out_features, in_features in itertools.product((1, 2, 16, 17, 64, 65, 300), sizes, sizes):
-        config = linear_config(rows, out_features, in_features)
-        assert (config.block_m == 1) == (rows == 1)
-        assert rows == 1 or config.block_m >= min(16, rows)
-        assert config.parts == 1 or in_features // config.parts >= 512
+        for permute in (False, True):
+            config = linear_config(rows, out_features, in_features, permute=permute)
+            assert (config.kernel == "table") == (not permute)
+            assert (config.block_m == 1) == (rows == 1 and not permute)
+            assert rows == 1 or config.block_m >= min(16, rows)
+            assert config.parts == 1 or in_features // config.parts >= 512
+            if config.kernel == "registers":
+                assert config.step == 4
+                assert config.block_n * config.slices % (16 * config.num_warps) == 0
+                assert config.block_m * config.slices >= 16
+
+
+@pytest.mark.parametrize("rows", [1, 40, 300])
+def test_float32_keeps_fewer_turns_in_flight(rows) -> None:
+    assert linear_config(rows, 4096, 4096, itemsize=4).num_stages == 2
+    assert linear_config(rows, 4096, 4096, itemsize=4).block_m <= 128
+
+
+def test_permutes_are_for_16_bit_on_hopper_only() -> None:
+    x, weight, _ = operands(2, 8, 64, 0, dtype=torch.float16, device="cpu")
+    assert not nf4_gemm.can_permute(x, weight)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [1, 2, 16, 61, 256])
-@pytest.mark.parametrize("shape", [(4096, 4096), (14336, 4096), (4096, 14336), (1000, 2048)])
+@pytest.mark.parametrize("rows", [1, 2, 16, 30, 61, 128, 300])
+@pytest.mark.parametrize("shape", [(4096, 4096), (14336, 4096), (4096, 14336), (1000, 2048), (896, 4864), (4864, 896)])
 def test_gpu_kernel_as_accurate_as_eager(nan_filled_empty, shape, rows, dtype) -> None:
     x, weight, options = operands(rows, *shape, 16, dtype=dtype, device="cuda")
     actual = nf4_gemm.nf4_linear(x, weight, **options)
@@ -177,3 +233,24 @@ def test_gpu_kernel_decodes_the_exact_weight(dtype, decode) -> None:
     dense = nf4_eager.nf4_dequantize(weight, dtype=dtype)
     config = LinearConfig(block_m=64, block_n=64, parts=1, num_stages=2, decode=decode)
     assert torch.equal(nf4_gemm.nf4_linear(x, weight, _config=config), dense.T)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", PERMUTE_CONFIGS.values(), ids=PERMUTE_CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gpu_permuting_kernel_decodes_the_exact_weight(dtype, config) -> None:
+    _, weight, _ = operands(1, 1000, 320, 0, dtype=dtype, device="cuda")
+    if not nf4_gemm.can_permute(torch.empty(1, 320, device="cuda", dtype=dtype), weight):
+        pytest.skip("needs a Hopper GPU")
+    x = torch.eye(320, device="cuda", dtype=dtype)
+    dense = nf4_eager.nf4_dequantize(weight, dtype=dtype)
+    assert torch.equal(nf4_gemm.nf4_linear(x, weight, _config=config), dense.T)
+
+
+@pytest.mark.gpu
+def test_gpu_unaligned_weight_is_decoded_by_the_table() -> None:
+    x, weight, _ = operands(4, 64, 256, 0, dtype=torch.float16, device="cuda")
+    shifted = torch.empty(weight.packed.numel() + 1, dtype=torch.uint8, device="cuda")[1:].copy_(weight.packed)
+    unaligned = replace(weight, packed=shifted)
+    assert not nf4_gemm.can_permute(x, unaligned)
+    assert_accurate(nf4_gemm.nf4_linear(x, unaligned), x, weight, {})
