@@ -9,36 +9,48 @@ The equations of one group of projections (forward, dx, dA, dB, db) stand in `lo
 so the backward recomputes h instead of keeping it. Gate and up are two projections, or one whose rows are those of the
 gate and then those of up (Phi-3).
 
-Kept for backward: x, and x A^T of every projection, the factors joined in the compute dtype, and for the MLP [g | u].
-Never kept: a decoded NF4 weight, a dropout mask, h. What only a frozen factor or input would need is neither kept nor
-computed. The joined factors have sum r (K + sum N) elements, as many as 1% of the activations of 8192 tokens.
+Kept for backward: x, and x A^T of every projection, the factors joined in the compute dtype, and for the MLP [g | u]
+unless it is to be multiplied again. If x is the output of a norm, that norm's input and deviations are kept in its
+place, which the norm keeps anyway: `lora_source.py`. Never kept: a decoded NF4 weight, a dropout mask, h. What only a
+frozen factor or input would need is neither kept nor computed. The joined factors have sum r (K + sum N) elements, as
+many as 1% of the activations of 8192 tokens.
 
 Shapes    x [T, H]; y [T, sum of out_features]; g, u, h [T, I].
           T = tokens, H = in_features, I = intermediate_size.
-Source    Hu et al. 2021, arXiv:2106.09685; the recomputation of h follows Chen et al. 2016, arXiv:1604.06174.
+Source    Hu et al. 2021, arXiv:2106.09685; the recomputations follow Chen et al. 2016, arXiv:1604.06174.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from slothcore.autograd.autocast import check_autocast
 from slothcore.autograd.first_order import once_differentiable
-from slothcore.autograd.lora_group import Group, Projection, joined_factors
-from slothcore.autograd.lora_projection import bias_grads, factor_grads, input_grad, project
+from slothcore.autograd.lora_group import Group, Projection, joined_bias, joined_factors
+from slothcore.autograd.lora_projection import (
+    bias_grads,
+    factor_grads,
+    input_grad,
+    joined_dA,
+    lora_input,
+    project,
+    v_and_dB,
+)
+from slothcore.autograd.lora_source import JoinedA, Source
+from slothcore.autograd.rms_norm import Normed
 from slothcore.kernels import glu, glu_eager
 from slothcore.kernels.glu import Activation
 
 __all__ = ["Projection", "lora_fused", "lora_linear", "lora_mlp"]
 
 
-def lora_linear(x: Tensor, projection: Projection) -> Tensor:
+def lora_linear(x: Tensor | Normed, projection: Projection) -> Tensor:
     """y = x W^T + scaling * dropout(x) A^T B^T + bias for one frozen W.
 
     Args:
-        x: [T, in], in the compute dtype.
+        x: [T, in], in the compute dtype, or the norm that made it.
         projection: the weight with its LoRA term.
     Returns: [T, out] in x's dtype.
     Raises: ValueError if shapes or dtypes do not fit.
@@ -46,34 +58,44 @@ def lora_linear(x: Tensor, projection: Projection) -> Tensor:
     return lora_fused(x, (projection,))
 
 
-def lora_fused(x: Tensor, projections: Sequence[Projection]) -> Tensor:
+def lora_fused(x: Tensor | Normed, projections: Sequence[Projection]) -> Tensor:
     """Several projections of one input, such as q/k/v, their outputs side by side.
 
     Args:
-        x: [T, in], in the compute dtype.
+        x: [T, in], in the compute dtype; or the norm that made it, whose output then is not kept.
         projections: at least one; each has its own dropout mask.
     Returns: [T, sum of out_features] in x's dtype.
     Raises: ValueError if shapes or dtypes do not fit.
     """
+    x, normed = _input(x)
     _check(x, projections)
-    return _LoraFused.apply(x, *_factors(projections), Group.of(projections))
+    return _LoraFused.apply(x, *_factors(projections), Group.of(projections), normed)
 
 
 def lora_mlp(
-    x: Tensor, gate_up: Sequence[Projection], down: Projection, *, activation: Activation, inplace: bool = True
+    x: Tensor | Normed,
+    gate_up: Sequence[Projection],
+    down: Projection,
+    *,
+    activation: Activation,
+    inplace: bool = True,
+    keep_gate_up: bool = True,
 ) -> Tensor:
     """down(act(gate(x)) * up(x)) over frozen weights.
 
     Args:
-        x: [T, H], in the compute dtype.
+        x: [T, H], in the compute dtype; or the norm that made it, whose output then is not kept.
         gate_up: gate and up, [I, H] each; or one projection [2I, H] that holds the rows of both, in this order.
         down: [H, I].
         activation: of the gate.
         inplace: let backward overwrite the kept gate and up with their gradient, which saves [T, 2I]; a second backward
             through the same graph then raises.
+        keep_gate_up: keep gate and up [T, 2I] for backward, or multiply them again there. The result is the same; the
+            projection down is not multiplied again.
     Returns: [T, H] in x's dtype.
     Raises: ValueError if shapes or dtypes do not fit.
     """
+    x, normed = _input(x)
     _check(x, gate_up)
     _check_dtype(x, (down,))
     rows = [p.weight.shape[0] for p in gate_up]
@@ -81,7 +103,16 @@ def lora_mlp(
         shapes = [tuple(p.weight.shape) for p in (*gate_up, down)]
         raise ValueError(f"gate and up must have the out_features that down takes; got weights {shapes}")
     groups = Group.of(gate_up), Group.of((down,))
-    return _LoraMlp.apply(x, *_factors((*gate_up, down)), *groups, activation, inplace)
+    how = _How(activation, inplace, keep_gate_up)
+    return _LoraMlp.apply(x, *_factors((*gate_up, down)), *groups, normed, how)
+
+
+class _How(NamedTuple):
+    """The choices of `lora_mlp`."""
+
+    activation: Activation
+    inplace: bool
+    keep_gate_up: bool
 
 
 class _LoraFused(torch.autograd.Function):
@@ -92,15 +123,18 @@ class _LoraFused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *inputs: Any) -> Tensor:
-        *factors, group = inputs
+        *factors, group, normed = inputs
         lora_A, lora_B, bias = _by_kind(factors)
         A, B = joined_factors(group, lora_A, lora_B, x)
-        y, u = project(x, group, A, B, bias)
+        u = lora_input(x, group, A)
+        y = project(x, u, group, B, joined_bias(bias, group, x))
+
         needs_x = ctx.needs_input_grad[0]
-        needs_A, needs_B, _ = (any(kind) for kind in _by_kind(ctx.needs_input_grad[1:-1]))
-        ctx.group = group
+        needs_A, needs_B, _ = (any(kind) for kind in _by_kind(ctx.needs_input_grad[1:-2]))
+        source = Source.of(x, normed) if needs_A else Source(None)
+        ctx.group, ctx.rule, ctx.needs_A = group, source.rule, needs_A
         ctx.save_for_backward(
-            x if needs_A else None,
+            *source.tensors,
             u if needs_B else None,
             A if needs_x else None,
             B if needs_x or needs_A else None,
@@ -110,12 +144,15 @@ class _LoraFused(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, u, A, B = ctx.saved_tensors
-        v = None if B is None else torch.mm(dy, B)
-        dx = input_grad(dy, v, ctx.group, A) if ctx.needs_input_grad[0] else None
-        dA, dB = factor_grads(dy, x, u, None if x is None else v, ctx.group)
-        _, _, needs_bias = _by_kind(ctx.needs_input_grad[1:-1])
-        return dx, *dA, *dB, *bias_grads(dy, ctx.group, needs_bias), None
+        *of_x, u, A, B = ctx.saved_tensors
+        group = ctx.group
+        _, _, needs_bias = _by_kind(ctx.needs_input_grad[1:-2])
+
+        v, dB = v_and_dB(dy, B, u, group)
+        dx = input_grad(dy, v, group, A) if ctx.needs_input_grad[0] else None
+        dA = joined_dA(v if ctx.needs_A else None, Source.restored(of_x, ctx.rule), group)
+        every_dA, every_dB = factor_grads(dA, dB, group)
+        return dx, *every_dA, *every_dB, *bias_grads(dy, group, needs_bias), None, None
 
 
 class _LoraMlp(torch.autograd.Function):
@@ -126,27 +163,32 @@ class _LoraMlp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *inputs: Any) -> Tensor:
-        *factors, first, last, activation, inplace = inputs
+        *factors, first, last, normed, how = inputs
         lora_A, lora_B, bias = _by_kind(factors)
         ops = glu if x.is_cuda else glu_eager
         A, B = joined_factors(first, lora_A[:-1], lora_B[:-1], x)
-        gate_up, u = project(x, first, A, B, bias[:-1])
-        h = ops.glu_forward(gate_up, activation=activation)
+        b = joined_bias(bias[:-1], first, x)
+        u = lora_input(x, first, A)
+        gate_up = project(x, u, first, B, b)
+        h = ops.glu_forward(gate_up, activation=how.activation)
         A_down, B_down = joined_factors(last, lora_A[-1:], lora_B[-1:], x)
-        y, u_down = project(h, last, A_down, B_down, bias[-1:])
+        u_down = lora_input(h, last, A_down)
+        y = project(h, u_down, last, B_down, joined_bias(bias[-1:], last, x))
 
         needs_x = ctx.needs_input_grad[0]
         needs_A, needs_B, _ = _by_kind(ctx.needs_input_grad[1:-4])
-        needs_first_A, needs_first_B = any(needs_A[:-1]), any(needs_B[:-1])
-        ctx.first, ctx.last, ctx.activation, ctx.inplace = first, last, activation, inplace
-        ctx.needs_down_A = needs_A[-1]
+        needs_first_A, needs_first_B, again = any(needs_A[:-1]), any(needs_B[:-1]), not how.keep_gate_up
+        source = Source.of(x, normed) if needs_first_A or again else Source(None)
+        ctx.first, ctx.last, ctx.rule, ctx.how = first, last, source.rule, how
+        ctx.needs_first_A, ctx.needs_first_B, ctx.needs_down_A = needs_first_A, needs_first_B, needs_A[-1]
         ctx.save_for_backward(
-            x if needs_first_A else None,
-            u if needs_first_B else None,
+            *source.tensors,
+            u if needs_first_B or again else None,
             u_down if needs_B[-1] else None,
-            gate_up,
+            None if again else gate_up,
             A if needs_x else None,
-            B if needs_x or needs_first_A else None,
+            B if needs_x or needs_first_A or again else None,
+            b if again else None,
             A_down,
             B_down,
         )
@@ -155,25 +197,47 @@ class _LoraMlp(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, u, u_down, gate_up, A, B, A_down, B_down = ctx.saved_tensors
-        ops = glu if dy.is_cuda else glu_eager
+        *of_x, u, u_down, gate_up, A, B, b, A_down, B_down = ctx.saved_tensors
+        source, first, last, how = Source.restored(of_x, ctx.rule), ctx.first, ctx.last, ctx.how
         _, _, needs_bias = _by_kind(ctx.needs_input_grad[1:-4])
 
-        v_down = None if B_down is None else torch.mm(dy, B_down)
-        dh = input_grad(dy, v_down, ctx.last, A_down)
-        d_gate_up, h = ops.glu_backward(dh, gate_up, activation=ctx.activation, inplace=ctx.inplace)
-        if ctx.inplace:
+        v_down, dB_down = v_and_dB(dy, B_down, u_down, last)
+        dh = input_grad(dy, v_down, last, A_down)
+        inplace = how.inplace
+        if gate_up is None:
+            gate_up, inplace = project(source.input(), u, first, B, b), True
+        elif inplace:
             # A kernel's writes are invisible to autograd; this makes a second backward raise instead of lie.
             torch.autograd.graph.increment_version(gate_up)
-        dA_down, dB_down = factor_grads(dy, h, u_down, v_down if ctx.needs_down_A else None, ctx.last)
-        db_down = bias_grads(dy, ctx.last, needs_bias[-1:])
-        del dh, h
+        v_for_A = v_down if ctx.needs_down_A else None
+        d_gate_up, dA_down = _glu_grads(dh, gate_up, v_for_A, last, how.activation, inplace=inplace)
+        del dh, gate_up
+        of_down = *factor_grads(dA_down, dB_down, last), bias_grads(dy, last, needs_bias[-1:])
 
-        v = None if B is None else torch.mm(d_gate_up, B)
-        dA, dB = factor_grads(d_gate_up, x, u, None if x is None else v, ctx.first)
-        db = bias_grads(d_gate_up, ctx.first, needs_bias[:-1])
-        dx = input_grad(d_gate_up, v, ctx.first, A) if ctx.needs_input_grad[0] else None
-        return dx, *dA, *dA_down, *dB, *dB_down, *db, *db_down, None, None, None, None
+        v, dB = v_and_dB(d_gate_up, B, u if ctx.needs_first_B else None, first)
+        dA = joined_dA(v if ctx.needs_first_A else None, source, first)
+        of_gate_up = *factor_grads(dA, dB, first), bias_grads(d_gate_up, first, needs_bias[:-1])
+        dx = input_grad(d_gate_up, v, first, A) if ctx.needs_input_grad[0] else None
+        # As the inputs came: every A, every B, every bias, those of down last.
+        by_kind = (grad for kind in zip(of_gate_up, of_down, strict=True) for grads in kind for grad in grads)
+        return dx, *by_kind, None, None, None, None
+
+
+def _glu_grads(
+    dh: Tensor, gate_up: Tensor, v: Tensor | None, last: Group, activation: Activation, *, inplace: bool
+) -> tuple[Tensor, JoinedA | None]:
+    """The gradient of [g | u], and v^T h for dA of down where v is given: h exists only here, if at all."""
+    if v is not None and last.seed is None and dh.is_cuda and glu.takes_dA(dh, gate_up, v):
+        d_gate_up, dA = glu.glu_backward_and_dA(dh, gate_up, v, activation=activation, inplace=inplace)
+        return d_gate_up, JoinedA(dA)
+    ops = glu if dh.is_cuda else glu_eager
+    d_gate_up, h = ops.glu_backward(dh, gate_up, activation=activation, inplace=inplace)
+    return d_gate_up, joined_dA(v, Source(h), last)
+
+
+def _input(x: Tensor | Normed) -> tuple[Tensor, Normed | None]:
+    """x itself, which gets the gradient, and the norm that made it, which does not."""
+    return (x.y, x) if isinstance(x, Normed) else (x, None)
 
 
 def _factors(projections: Sequence[Projection]) -> list[Tensor | None]:

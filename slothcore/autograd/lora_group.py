@@ -22,7 +22,7 @@ from torch import Tensor
 
 from slothcore.kernels import lora_factors, lora_factors_eager, nf4, nf4_eager
 from slothcore.kernels.lora_factors_eager import Factors, padded_rank
-from slothcore.kernels.nf4_tensor import Nf4Tensor
+from slothcore.kernels.nf4_tensor import Nf4Tensor, decoded_together
 
 Dtypes = tuple[torch.dtype | None, ...]
 
@@ -60,14 +60,16 @@ class Layout(NamedTuple):
     Attributes:
         out_features: of each.
         rows: the outputs of each in the concatenation of all.
+        ranks: of each, without padding; 0 for those without LoRA.
         columns: the ranks of each in the concatenation of all, without their padding.
-        ranks: number of all ranks, each projection's padded to a multiple of 8; 0 if there is no LoRA term at all.
+        total_rank: number of all ranks, each projection's padded to a multiple of 8; 0 if there is no LoRA term at all.
     """
 
     out_features: tuple[int, ...]
     rows: tuple[slice, ...]
+    ranks: tuple[int, ...]
     columns: tuple[slice, ...]
-    ranks: int
+    total_rank: int
 
     @property
     def outputs(self) -> slice:
@@ -84,8 +86,9 @@ def layout_of(out_features: tuple[int, ...], ranks: tuple[int, ...]) -> Layout:
     return Layout(
         out_features,
         rows=tuple(slice(start, end) for start, end in pairwise(row_edges)),
+        ranks=ranks,
         columns=tuple(slice(start, start + rank) for start, rank in zip(starts, ranks, strict=False)),
-        ranks=starts[-1],
+        total_rank=starts[-1],
     )
 
 
@@ -110,6 +113,11 @@ class Group(NamedTuple):
     bias_dtypes: Dtypes
     seed: int | None
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether Triton's kernels take it."""
+        return self.weights[0].device.type == "cuda"
+
     @staticmethod
     def of(projections: Sequence[Projection]) -> "Group":
         """Lay the projections side by side; draws the dropout seed from torch's default CPU generator."""
@@ -133,7 +141,7 @@ def joined_factors(
     group: Group, lora_A: Factors, lora_B: Factors, like: Tensor
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """A = [A_1; A_2; ..] and B = diag(c_1 B_1, c_2 B_2, ..) in the dtype of `like`; None without LoRA."""
-    if group.layout.ranks == 0:
+    if group.layout.total_rank == 0:
         return None, None
     ops = lora_factors if like.is_cuda else lora_factors_eager
     return ops.pack_factors(
@@ -168,18 +176,34 @@ def dropout_masks(group: Group, like: Tensor) -> Iterator[Tensor | None]:
 def dense_blocks(group: Group, like: Tensor) -> Sequence[tuple[Tensor, slice]]:
     """The base weights as dense matrices in the dtype of `like`, each with the outputs that it makes.
 
-    NF4 weights are decoded into one scratch, so that one matrix product serves all. Dense weights stay where they are,
-    one product each: joining them would copy every weight, which at few tokens costs more than the products.
+    Kept copies of NF4 weights are used where they are, as one matrix if they lie so. Without copies the weights are
+    decoded into one scratch, so that one matrix product serves all. Dense weights stay where they are, one product
+    each: joining them would copy every weight, which at few tokens costs more than the products.
     """
+    nf4_weights = [w for w in group.weights if isinstance(w, Nf4Tensor)]
+    if len(nf4_weights) == len(group.weights):
+        kept = decoded_together(nf4_weights, like.dtype)
+        if kept is not None:
+            return [(kept, group.layout.outputs)]
+        if len(nf4_weights) > 1 and not has_copies(group, like.dtype):
+            ops = nf4 if like.is_cuda else nf4_eager
+            return [(ops.nf4_dequantize_group(nf4_weights, dtype=like.dtype), group.layout.outputs)]
+    return [(_dense(w, like), rows) for w, rows in zip(group.weights, group.layout.rows, strict=True)]
+
+
+def has_copies(group: Group, dtype: torch.dtype) -> bool:
+    """Whether decoded copies of some NF4 weights are kept in `dtype`."""
+    copies = (w.decoded for w in group.weights if isinstance(w, Nf4Tensor))
+    return any(copy is not None and copy.dtype == dtype for copy in copies)
+
+
+def _dense(weight: Tensor | Nf4Tensor, like: Tensor) -> Tensor:
+    if isinstance(weight, Tensor):
+        return weight
+    if weight.decoded is not None and weight.decoded.dtype == like.dtype:
+        return weight.decoded
     ops = nf4 if like.is_cuda else nf4_eager
-    if all(isinstance(w, Nf4Tensor) for w in group.weights):
-        if len(group.weights) == 1:
-            return [(ops.nf4_dequantize(group.weights[0], dtype=like.dtype), group.layout.outputs)]
-        return [(ops.nf4_dequantize_group(group.weights, dtype=like.dtype), group.layout.outputs)]
-    return [
-        (w if isinstance(w, Tensor) else ops.nf4_dequantize(w, dtype=like.dtype), rows)
-        for w, rows in zip(group.weights, group.layout.rows, strict=True)
-    ]
+    return ops.nf4_dequantize(weight, dtype=like.dtype)
 
 
 def _dtype(factor: Tensor | None) -> torch.dtype | None:

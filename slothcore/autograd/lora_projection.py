@@ -1,15 +1,15 @@
 """Linear maps that share one input, each a frozen base with a LoRA term: forward and backward as plain functions.
 
 The Functions in `lora.py` are compositions of what stands here; nothing in this file touches autograd. How the factors
-of several projections are joined stands in `lora_group.py`.
+of several projections are joined stands in `lora_group.py`, how dA does without x in `lora_source.py`.
 
 Forward   y_i  = x W_i^T + c_i (m_i * x) A_i^T B_i^T + b_i,     c_i = scaling_i / (1 - p_i)
 Backward  with v_i = c_i dy_i B_i and u_i = (m_i * x) A_i^T
           dx   = sum_i dy_i W_i + m_i * (v_i A_i)
           dA_i = v_i^T (m_i * x),   dB_i = c_i dy_i^T u_i,   db_i = sum over tokens of dy_i
 Side by side: with y = [y_1 | y_2 | ..], A = [A_1; A_2; ..] and the block-diagonal B = diag(c_i B_i), each line above is
-one matrix product over all projections: u = x A^T, v = dy B, and dA = v^T x. The zeros of B cost nothing that is felt,
-because these products are bound by reading x and dy.
+one matrix product over all projections: u = x A^T, v = dy B, dA = v^T x, and dy^T u, whose diagonal blocks are dB_i /
+c_i. The zeros of B cost nothing that is felt, because these products are bound by reading x and dy.
 
 Shapes    x [T, K]; y_i, dy_i [T, N_i]; W_i [N_i, K]; A_i [r_i, K]; B_i [N_i, r_i]; b_i [N_i]; m_i [T, K] of 0 and 1.
           T = tokens, K = in_features, N_i = out_features, r_i = rank, p_i = dropout probability.
@@ -23,29 +23,32 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from slothcore.autograd.lora_group import Dtypes, Group, dense_blocks, dropout_masks, joined_bias
-from slothcore.kernels import lora_gemm, lora_gemm_eager, nf4_gemm
-from slothcore.kernels.lora_factors_eager import Factors
+from slothcore.autograd.lora_group import Dtypes, Group, dense_blocks, dropout_masks, has_copies
+from slothcore.autograd.lora_source import JoinedA, Source
+from slothcore.kernels import lora_gemm, lora_gemm_eager, lora_grads, lora_grads_eager, nf4_gemm
+from slothcore.kernels.lora_grads_eager import transposed_product
 from slothcore.kernels.nf4_tensor import BLOCK, Nf4Tensor
 
 # Up to this many rows the NF4 weight is decoded inside the matrix product; above, once into a scratch tile.
 NF4_IN_KERNEL_ROWS = 256
 
+# The same where a decoded copy is kept: a product of so few rows is bound by reading the weight, and NF4 is a quarter.
+NF4_OVER_COPY_ROWS = 16
 
-def project(x: Tensor, group: Group, A: Tensor | None, B: Tensor | None, bias: Factors) -> tuple[Tensor, Tensor | None]:
+
+def project(x: Tensor, u: Tensor | None, group: Group, B: Tensor | None, bias: Tensor | None) -> Tensor:
     """All projections of x, side by side.
 
     Args:
         x: [T, K].
-        A, B: [sum r, K] and [sum N, sum r] as `joined_factors` makes them; None without LoRA.
-        bias: one entry for each projection, None where it has none.
-    Returns: y [T, sum N] and u [T, sum r] (padded; None without LoRA).
+        u: [T, sum r] as `lora_input` makes it; None without LoRA.
+        B: [sum N, sum r] as `joined_factors` makes it; None without LoRA.
+        bias: [sum N] as `joined_bias` makes it; None if no projection has one.
+    Returns: y [T, sum N].
     """
-    u = None if A is None else lora_input(x, group, A)
-    b = joined_bias(bias, group, x)
     linear, blocks = _linear_and_blocks(x, group)
     if len(blocks) == 1:
-        return linear(x, blocks[0][0], lora_x=u, lora_B=B, bias=b), u
+        return linear(x, blocks[0][0], lora_x=u, lora_B=B, bias=bias)
     y = x.new_empty(x.shape[0], group.layout.outputs.stop)
     for weight, rows in blocks:
         linear(
@@ -53,10 +56,10 @@ def project(x: Tensor, group: Group, A: Tensor | None, B: Tensor | None, bias: F
             weight,
             lora_x=u,
             lora_B=None if B is None else B[rows],
-            bias=None if b is None else b[rows],
+            bias=None if bias is None else bias[rows],
             out=y[:, rows],
         )
-    return y, u
+    return y
 
 
 def _linear_and_blocks(
@@ -71,15 +74,19 @@ def _linear_and_blocks(
 
 def decodes_in_kernel(x: Tensor, group: Group) -> bool:
     """Whether x has so few rows that decoding a weight costs more than multiplying by it."""
-    few = x.is_cuda and x.shape[0] <= NF4_IN_KERNEL_ROWS and x.shape[1] % BLOCK == 0
-    return few and all(isinstance(w, Nf4Tensor) for w in group.weights)
+    if not x.is_cuda or x.shape[0] > NF4_IN_KERNEL_ROWS or x.shape[1] % BLOCK != 0:
+        return False
+    few_enough = x.shape[0] <= NF4_OVER_COPY_ROWS or not has_copies(group, x.dtype)
+    return few_enough and all(isinstance(w, Nf4Tensor) for w in group.weights)
 
 
-def lora_input(x: Tensor, group: Group, A: Tensor) -> Tensor:
-    """u = (m * x) A^T of all projections, [T, sum r]."""
+def lora_input(x: Tensor, group: Group, A: Tensor | None) -> Tensor | None:
+    """u = (m * x) A^T of all projections, [T, sum r]; None without LoRA."""
+    if A is None:
+        return None
     if group.seed is None:
         return torch.mm(x, A.t())
-    u = x.new_zeros(x.shape[0], group.layout.ranks)
+    u = x.new_zeros(x.shape[0], group.layout.total_rank)
     for mask, columns in zip(dropout_masks(group, x), group.layout.columns, strict=True):
         torch.mm(x if mask is None else x * mask, A[columns].t(), out=u[:, columns])
     return u
@@ -105,39 +112,55 @@ def input_grad(dy: Tensor, v: Tensor | None, group: Group, A: Tensor | None) -> 
     return dx
 
 
+def v_and_dB(dy: Tensor, B: Tensor | None, u: Tensor | None, group: Group) -> tuple[Tensor | None, Tensor | None]:
+    """v = dy B [T, sum r] and dy^T u [sum N, sum r], in one pass over dy where that pays.
+
+    Args:
+        dy: [T, sum N].
+        B: as `joined_factors` makes it, or None if v is not wanted.
+        u: as `lora_input` made it, or None if no dB is wanted.
+    """
+    if B is None or u is None:
+        return None if B is None else torch.mm(dy, B), None if u is None else transposed_product(dy, u)
+    out_features, ranks = group.layout.out_features, group.layout.ranks
+    one_pass = dy.is_cuda and lora_grads.takes_one_pass(dy, B, u, out_features=out_features, ranks=ranks)
+    ops = lora_grads if one_pass else lora_grads_eager
+    return ops.v_and_dB(dy, B, u, out_features=out_features, ranks=ranks)
+
+
+def joined_dA(v: Tensor | None, source: Source, group: Group) -> JoinedA | None:
+    """v^T (m * x) of all projections, [sum r, K], from v [T, sum r] and what tells x; None without v."""
+    if v is None:
+        return None
+    if group.seed is None:
+        return source.times(v)
+    x = source.input()
+    dA = torch.zeros(v.shape[1], x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    for mask, columns in zip(dropout_masks(group, x), group.layout.columns, strict=True):
+        if columns.start < columns.stop:
+            dA[columns] = transposed_product(v[:, columns], x if mask is None else x * mask)
+    return JoinedA(dA)
+
+
 def factor_grads(
-    dy: Tensor, x: Tensor, u: Tensor | None, v: Tensor | None, group: Group
+    dA: JoinedA | None, dB: Tensor | None, group: Group
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """dA_i and dB_i of all projections, each in its factor's dtype; None for a projection without LoRA.
 
     Args:
-        dy: [T, sum N].
-        x: [T, K], the shared input; read only if `v` is given.
-        u: [T, sum r] as `project` returned it, or None if no dB is wanted.
-        v: dy B [T, sum r], or None if no dA is wanted.
+        dA: from `joined_dA`, overwritten; or None if no dA is wanted.
+        dB: [sum N, sum r] from `v_and_dB`, or None if no dB is wanted.
     """
-    _, rows, columns, _ = group.layout
-    dA: list[Tensor | None] = [None] * len(rows)
-    dB: list[Tensor | None] = [None] * len(rows)
-    if v is not None and group.seed is None:
-        every_dA = transposed_product(v, x, group.A_dtypes)
-        for i, dtype in enumerate(group.A_dtypes):
-            if dtype is not None:
-                dA[i] = every_dA[columns[i]].to(dtype)
-    elif v is not None:
-        for i, mask in enumerate(dropout_masks(group, x)):
-            dtype = group.A_dtypes[i]
-            if dtype is not None:
-                hidden = x if mask is None else x * mask
-                dA[i] = transposed_product(v[:, columns[i]], hidden, group.A_dtypes).to(dtype)
-    if u is not None:
-        every_dB = transposed_product(dy, u, group.B_dtypes)
-        for i, dtype in enumerate(group.B_dtypes):
-            if dtype is not None:
-                # Scaling makes the contiguous copy that a parameter's gradient has to be anyway.
-                block, scaling = every_dB[rows[i], columns[i]], group.scalings[i]
-                dB[i] = (block if scaling == 1.0 else block * scaling).to(dtype)
-    return dA, dB
+    ops = lora_grads if group.on_gpu else lora_grads_eager
+    every_dA, every_dB = ops.grads_apart(
+        None if dA is None else dA.grad,
+        dB,
+        out_features=group.layout.out_features,
+        ranks=group.layout.ranks,
+        scalings=group.scalings,
+        scale=None if dA is None else dA.scale,
+    )
+    return _in_dtypes(every_dA, group.A_dtypes), _in_dtypes(every_dB, group.B_dtypes)
 
 
 def bias_grads(dy: Tensor, group: Group, wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -151,10 +174,5 @@ def bias_grads(dy: Tensor, group: Group, wanted: Sequence[bool]) -> list[Tensor 
     ]
 
 
-def transposed_product(left: Tensor, right: Tensor, dtypes: Dtypes) -> Tensor:
-    """left^T right, kept in the float32 of its sums if the product is 16-bit and a gradient is wanted in float32."""
-    if left.dtype.itemsize != 2 or torch.float32 not in dtypes:
-        return torch.mm(left.t(), right)
-    if left.is_cuda:
-        return torch.mm(left.t(), right, out_dtype=torch.float32)
-    return torch.mm(left.t().float(), right.float())
+def _in_dtypes(grads: Sequence[Tensor | None], dtypes: Dtypes) -> list[Tensor | None]:
+    return [None if g is None else g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True)]

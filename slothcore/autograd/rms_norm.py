@@ -2,6 +2,7 @@
 
 Saved for backward: the normalised tensor's input h, the weight and one reciprocal deviation a token. With the residual
 addition fused, h is an output that the next layer holds anyway, so the norm itself keeps nothing of size [T, H].
+Nor need those who read y: all of it can be had from h, rstd and the weight, which is why they come with it.
 A frozen weight costs no gradient work.
 """
 
@@ -23,11 +24,32 @@ class NormRule(NamedTuple):
     cast_before_weight: bool  # round to the working dtype before the weight, as Llama does
 
 
+class Normed(NamedTuple):
+    """A norm's output and what it can be made of again, y = h * rstd * (weight + offset).
+
+    Gradients flow through y, and through h where the residual stream goes on. Who keeps h and rstd for backward
+    instead of y makes y again there, and sends the gradient to y alone.
+
+    Attributes:
+        y: [T, H].
+        h: [T, H], what was normalised: the sum with the residual if there was one.
+        rstd: [T] float32 (float64 for a float64 h), 1 / rms(h); has no gradient.
+        weight: [H].
+        rule: of the norm.
+    """
+
+    y: Tensor
+    h: Tensor
+    rstd: Tensor
+    weight: Tensor
+    rule: NormRule
+
+
 class RmsNorm(Function):
-    """y = norm(x) * (weight + offset)."""
+    """y = norm(x) * (weight + offset); rstd comes along without a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, rule: NormRule) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, rule: NormRule) -> tuple[Tensor, Tensor]:
         ops = fused if x.is_cuda else eager
         y, rstd, _ = ops.rms_norm_forward(
             x,
@@ -37,21 +59,25 @@ class RmsNorm(Function):
             cast_before_weight=rule.cast_before_weight,
         )
         ctx.save_for_backward(x, weight, rstd)
+        ctx.mark_non_differentiable(rstd)
+        ctx.set_materialize_grads(False)
         ctx.rule = rule
-        return y
+        return y, rstd
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None]:
+        if dy is None:
+            return None, None, None
         dx, dw = _backward(ctx, dy, dh=None, weight_grad=ctx.needs_input_grad[1])
         return dx, dw, None
 
 
 class AddRmsNorm(Function):
-    """h = x + residual; y = norm(h) * (weight + offset)."""
+    """h = x + residual; y = norm(h) * (weight + offset); rstd comes along without a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, rule: NormRule) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, rule: NormRule) -> tuple[Tensor, Tensor, Tensor]:
         ops = fused if x.is_cuda else eager
         y, rstd, h = ops.rms_norm_forward(
             x,
@@ -62,15 +88,16 @@ class AddRmsNorm(Function):
             residual=residual,
         )
         ctx.save_for_backward(h, weight, rstd)
-        ctx.rule = rule
+        ctx.mark_non_differentiable(rstd)
         # An output that nobody used has no gradient; zeros in its place would cost a pass over memory.
         ctx.set_materialize_grads(False)
-        return y, h
+        ctx.rule = rule
+        return y, h, rstd
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, dy: Tensor | None, dh: Tensor | None
+        ctx: Any, dy: Tensor | None, dh: Tensor | None, _: None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         if dy is None:
             return dh, dh, None, None
@@ -96,7 +123,7 @@ def _backward(ctx: Any, dy: Tensor, *, dh: Tensor | None, weight_grad: bool) -> 
 
 def rms_norm(
     x: Tensor, weight: Tensor, *, eps: float, weight_offset: float = 0.0, cast_before_weight: bool = True
-) -> Tensor:
+) -> Normed:
     """Normalise the rows of `x`.
 
     Args:
@@ -105,10 +132,12 @@ def rms_norm(
         eps: added to the mean square.
         weight_offset: added to the weight (1 for the Gemma family).
         cast_before_weight: round to `x.dtype` before the weight (Llama) and not only after it (Gemma).
-    Returns: [T, H] in `x.dtype`.
+    Returns: y [T, H] in `x.dtype` with what it can be made of again; h is `x`.
     Source: Zhang & Sennrich 2019, arXiv:1910.07467.
     """
-    return RmsNorm.apply(x, weight, NormRule(eps, weight_offset, cast_before_weight))
+    rule = NormRule(eps, weight_offset, cast_before_weight)
+    y, rstd = RmsNorm.apply(x, weight, rule)
+    return Normed(y, x, rstd, weight, rule)
 
 
 def add_rms_norm(
@@ -119,14 +148,17 @@ def add_rms_norm(
     eps: float,
     weight_offset: float = 0.0,
     cast_before_weight: bool = True,
-) -> tuple[Tensor, Tensor]:
+) -> Normed:
     """Add `x` to the residual stream and normalise the sum, in one pass.
 
     Args:
         x, residual: [T, H], the same dtype.
         weight, eps, weight_offset, cast_before_weight: as in `rms_norm`.
-    Returns: y [T, H], the normalised sum; h [T, H] = x + residual, the residual stream from here on.
+    Returns: y [T, H], the normalised sum; h [T, H] = x + residual, the residual stream from here on; and the rest of
+        what y can be made of again.
 
     `x` and `residual` receive one and the same gradient tensor, so nothing upstream may overwrite it.
     """
-    return AddRmsNorm.apply(x, residual, weight, NormRule(eps, weight_offset, cast_before_weight))
+    rule = NormRule(eps, weight_offset, cast_before_weight)
+    y, h, rstd = AddRmsNorm.apply(x, residual, weight, rule)
+    return Normed(y, h, rstd, weight, rule)

@@ -10,19 +10,19 @@ from torch import Tensor
 from torch.autograd import Function
 
 from slothcore.autograd.first_order import once_differentiable
-from slothcore.autograd.rms_norm import NormRule
+from slothcore.autograd.rms_norm import Normed, NormRule
 from slothcore.kernels import rms_norm, rms_norm_eager
 from slothcore.kernels import sandwich_norm as fused
 from slothcore.kernels import sandwich_norm_eager as eager
 
 
 class PostNormAddNorm(Function):
-    """h = residual + norm(branch) * (post_weight + offset); y = norm(h) * (pre_weight + offset)."""
+    """h = residual + norm(branch) * (post_weight + offset); y = norm(h) * (pre_weight + offset); and rstd of h."""
 
     @staticmethod
     def forward(
         ctx: Any, branch: Tensor, residual: Tensor, post_weight: Tensor, pre_weight: Tensor, rule: NormRule
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ops = fused if branch.is_cuda else eager
         y, h, post_rstd, pre_rstd = ops.sandwich_norm_forward(
             branch,
@@ -34,14 +34,15 @@ class PostNormAddNorm(Function):
             cast_before_weight=rule.cast_before_weight,
         )
         ctx.save_for_backward(branch, h, post_weight, pre_weight, post_rstd, pre_rstd)
-        ctx.rule = rule
+        ctx.mark_non_differentiable(pre_rstd)
         # An output that nobody used has no gradient; zeros in its place would cost a pass over memory.
         ctx.set_materialize_grads(False)
-        return y, h
+        ctx.rule = rule
+        return y, h, pre_rstd
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if dy is None and dh is None:
             return None, None, None, None, None
         branch, h, post_weight, pre_weight, post_rstd, pre_rstd = ctx.saved_tensors
@@ -79,7 +80,7 @@ def post_norm_add_norm(
     eps: float,
     weight_offset: float = 0.0,
     cast_before_weight: bool = True,
-) -> tuple[Tensor, Tensor]:
+) -> Normed:
     """Normalise a branch, add it to the residual stream and normalise the sum, in one pass.
 
     Args:
@@ -87,8 +88,10 @@ def post_norm_add_norm(
         post_weight: [H], of the norm that ends the branch.
         pre_weight: [H], of the norm that begins the next one.
         eps, weight_offset, cast_before_weight: of both norms, as in `slothcore.autograd.rms_norm.rms_norm`.
-    Returns: y [T, H], the normalised sum; h [T, H] = residual + norm(branch), the residual stream from here on.
+    Returns: y [T, H], the normalised sum; h [T, H] = residual + norm(branch), the residual stream from here on; and the
+        rest of what y can be made of again.
     Source: Gemma 2, arXiv:2408.00118; Zhang & Sennrich 2019, arXiv:1910.07467.
     """
     rule = NormRule(eps, weight_offset, cast_before_weight)
-    return PostNormAddNorm.apply(branch, residual, post_weight, pre_weight, rule)
+    y, h, rstd = PostNormAddNorm.apply(branch, residual, post_weight, pre_weight, rule)
+    return Normed(y, h, rstd, pre_weight, rule)

@@ -31,6 +31,16 @@ def glu_backward(
     return (gate_up.copy_(d_gate_up) if inplace else d_gate_up), y
 
 
+def glu_backward_and_dA(
+    dy: Tensor, gate_up: Tensor, v: Tensor, *, activation: Activation, inplace: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Gradient [T, 2 I] of `glu_forward` as `glu_backward` gives it, and dA = v^T y [R, I] for v [T, R]."""
+    d_gate_up, y = glu_backward(dy, gate_up, activation=activation, inplace=inplace)
+    return d_gate_up, v.t().to(torch.promote_types(v.dtype, torch.float32)) @ y.to(
+        torch.promote_types(y.dtype, torch.float32)
+    )
+
+
 def halves(gate_up: Tensor) -> tuple[Tensor, Tensor]:
     """Gate and up [T, I] of gate_up [T, 2 I], in at least float32."""
     gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, dim=-1)

@@ -9,8 +9,8 @@ Dtypes    factors float32 or 16-bit, not necessarily the same; A and B float32 o
 Rounding  each value, with its scaling, rounds once to the dtype of A and B.
 Source    Hu et al. 2021, arXiv:2106.09685.
 
-The matrices are a few megabytes, so what counts is the host's time. To cast, join and scale two pairs takes torch seven
-operations, three pairs nine; for one pair it takes two, which are left to it because they cost less than a launch.
+The matrices are a few megabytes, so what counts is the number of launches. To cast, join and scale one pair takes torch
+two, two pairs seven, three pairs nine; one pair that needs a single operation or none is left to it.
 """
 
 from collections.abc import Sequence
@@ -91,14 +91,15 @@ def pack_factors(
         dtype: of the result.
     Returns: A [R, K]; B [N, R]. What needs no change is returned as it is, not copied.
     """
-    if pair := single_pair(lora_A, lora_B, scalings, dtype):
-        return pair
     count = len(lora_A)
+    first = next(A for A in lora_A if A is not None)
+    # With A as it is wanted, at most B has to be scaled or cast.
+    if first.dtype == dtype and (pair := single_pair(lora_A, lora_B, scalings, dtype)):
+        return pair
     if count > LARGEST_GROUP:
         return lora_factors_eager.pack_factors(
             lora_A, lora_B, scalings=scalings, out_features=out_features, dtype=dtype
         )
-    first = next(A for A in lora_A if A is not None)
     width = first.shape[1]
     absent = LARGEST_GROUP - count
     A_0, A_1, A_2 = [None if A is None else A.contiguous() for A in lora_A] + [None] * absent

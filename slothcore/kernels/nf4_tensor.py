@@ -57,6 +57,8 @@ class Nf4Tensor:
         nested_offset: [] float32, the mean of the float32 absmax, or None.
         nested_code: [256] float32, what each uint8 in absmax stands for, or None.
         shape: (N, K), out_features and in_features.
+        decoded: [N, K] contiguous, the same weight expanded once and kept, for whoever multiplies in its dtype; or
+            None. It is no part of what is stored: the bits above stay the weight, and readers may ignore it.
     """
 
     packed: Tensor
@@ -65,9 +67,12 @@ class Nf4Tensor:
     nested_offset: Tensor | None
     nested_code: Tensor | None
     shape: tuple[int, int]
+    decoded: Tensor | None = None
 
     def __post_init__(self) -> None:
         blocks = block_count(self.shape)
+        if self.decoded is not None:
+            _require_copy(self.decoded, self.shape, self.packed.device)
         _require("packed", self.packed, (-(-self.shape[0] * self.shape[1] // 2),), torch.uint8)
         nested = (self.nested_absmax, self.nested_offset, self.nested_code)
         if self.nested_absmax is None or self.nested_offset is None or self.nested_code is None:
@@ -91,9 +96,30 @@ class Nf4Tensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all parts together."""
+        """Bytes of all parts together, without the decoded copy."""
         parts = (self.packed, self.absmax, self.nested_absmax, self.nested_offset, self.nested_code)
         return sum(part.nbytes for part in parts if part is not None)
+
+
+def decoded_together(weights: Sequence[Nf4Tensor], dtype: torch.dtype) -> Tensor | None:
+    """The kept copies of weights over one input as one matrix [sum N, K], without copying; None if that cannot be.
+
+    It can if each weight has a copy in `dtype` and the copies are consecutive rows of one storage, in this order, as
+    `layers.linear.keep_decoded_together` lays them. One weight alone only needs a copy.
+    """
+    first = weights[0].decoded
+    if first is None or first.dtype != dtype or len(weights) == 1:
+        return first if first is not None and first.dtype == dtype else None
+    storage, end, rows = first.untyped_storage().data_ptr(), first.storage_offset(), 0
+    for weight in weights:
+        copy = weight.decoded
+        if copy is None or copy.dtype != dtype or copy.storage_offset() != end or copy.shape[1] != first.shape[1]:
+            return None
+        if copy.untyped_storage().data_ptr() != storage:
+            return None
+        rows += copy.shape[0]
+        end += copy.numel()
+    return first.as_strided((rows, first.shape[1]), (first.shape[1], 1))
 
 
 def block_count(shape: tuple[int, int]) -> int:
@@ -233,6 +259,15 @@ def _nested_code_values() -> tuple[float, ...]:
         magnitudes = (10 ** (i - 6) * midpoints).tolist()
         values += magnitudes + [-m for m in magnitudes]
     return tuple(sorted(values))
+
+
+def _require_copy(copy: Tensor, shape: tuple[int, int], device: torch.device) -> None:
+    """Raise ValueError if a decoded copy is not the weight's shape in memory order, on its device."""
+    if tuple(copy.shape) != shape or not copy.is_floating_point() or copy.device != device or not copy.is_contiguous():
+        raise ValueError(
+            f"NF4 decoded must be a contiguous floating-point tensor of shape {shape} on {device}, got {copy.dtype} of "
+            f"shape {tuple(copy.shape)} with strides {copy.stride()} on {copy.device}; decode the weight again"
+        )
 
 
 def _require(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -10,6 +10,7 @@ Dtypes    x, w, y float32 or 16-bit; r, dw and all arithmetic float32.
 Rounding  h is rounded to x.dtype, as the separate addition would. Llama then rounds h * r to x.dtype before the
           weight (cast_before_weight); Gemma rounds only y.
 Order     dw is summed inside each program, then over programs; no atomics, so it is the same in every run.
+Again     y from h, r and w in one pass, to the bits that forward gave: for whoever would rather not keep it.
 Source    Zhang & Sennrich 2019, arXiv:1910.07467.
 """
 
@@ -18,7 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slothcore.kernels.launch import REDUCTION_PROGRAMS, ceil_div, whole_row_tile, with_contiguous_rows
+from slothcore.kernels.launch import (
+    REDUCTION_PROGRAMS,
+    ceil_div,
+    partial_row_tile,
+    whole_row_tile,
+    with_contiguous_rows,
+)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -62,6 +69,31 @@ def rms_norm_forward_kernel(
     scale = tl.load(weight_ptr + column, mask=column_exists, other=0.0).to(tl.float32) + weight_offset
     y = (normed * scale[None, :]).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + row[:, None] * WIDTH + column[None, :], y, mask=exists)
+
+
+@triton.jit
+def rms_norm_again_kernel(
+    h_ptr,
+    weight_ptr,
+    rstd_ptr,
+    y_ptr,
+    stride_h_row,
+    weight_offset,
+    WIDTH: tl.constexpr,
+    CAST_BEFORE_WEIGHT: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """This program scales BLOCK_COLUMNS elements of one row."""
+    pieces: tl.constexpr = (WIDTH + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    row = (tl.program_id(0) // pieces).to(tl.int64)
+    column = (tl.program_id(0) % pieces) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    exists = column < WIDTH
+    h = tl.load(h_ptr + row * stride_h_row + column, mask=exists, other=0.0).to(tl.float32)
+    normed = h * tl.load(rstd_ptr + row)
+    if CAST_BEFORE_WEIGHT:
+        normed = normed.to(y_ptr.dtype.element_ty).to(tl.float32)
+    scale = tl.load(weight_ptr + column, mask=exists, other=0.0).to(tl.float32) + weight_offset
+    tl.store(y_ptr + row * WIDTH + column, (normed * scale).to(y_ptr.dtype.element_ty), mask=exists)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "tiles_per_program"])
@@ -170,6 +202,29 @@ def rms_norm_forward(
         num_warps=tile.warps,
     )
     return y, rstd, h
+
+
+def rms_norm_again(
+    h: Tensor, weight: Tensor, rstd: Tensor, *, weight_offset: float = 0.0, cast_before_weight: bool = True
+) -> Tensor:
+    """y [T, H] once more, from h [T, H] of any row stride, weight [H] and rstd [T] as forward had or gave them."""
+    num_tokens, width = h.shape
+    h, weight = with_contiguous_rows(h), with_contiguous_rows(weight)
+    y = torch.empty_like(h, memory_format=torch.contiguous_format)
+    tile = partial_row_tile(width)
+    rms_norm_again_kernel[(num_tokens * ceil_div(width, tile.columns),)](
+        h,
+        weight,
+        rstd,
+        y,
+        h.stride(0),
+        weight_offset,
+        WIDTH=width,
+        CAST_BEFORE_WEIGHT=cast_before_weight,
+        BLOCK_COLUMNS=tile.columns,
+        num_warps=tile.warps,
+    )
+    return y
 
 
 def rms_norm_backward(

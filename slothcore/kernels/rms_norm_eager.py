@@ -20,11 +20,18 @@ def rms_norm_forward(
     h = x if residual is None else x + residual
     wide = h.to(_compute_dtype(x))
     rstd = torch.rsqrt(wide.square().mean(-1) + eps)
-    normed = wide * rstd[:, None]
+    y = rms_norm_again(h, weight, rstd, weight_offset=weight_offset, cast_before_weight=cast_before_weight)
+    return y, rstd, h
+
+
+def rms_norm_again(
+    h: Tensor, weight: Tensor, rstd: Tensor, *, weight_offset: float = 0.0, cast_before_weight: bool = True
+) -> Tensor:
+    """y [T, H] once more, from h [T, H], weight [H] and rstd [T] as forward had or gave them."""
+    normed = h.to(rstd.dtype) * rstd[:, None]
     if cast_before_weight:
-        normed = normed.to(x.dtype).to(wide.dtype)
-    y = normed * (weight.to(wide.dtype) + weight_offset)
-    return y.to(x.dtype), rstd, h
+        normed = normed.to(h.dtype).to(rstd.dtype)
+    return (normed * (weight.to(rstd.dtype) + weight_offset)).to(h.dtype)
 
 
 def rms_norm_backward(

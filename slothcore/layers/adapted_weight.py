@@ -55,13 +55,13 @@ class AdaptedWeight(nn.Module, Generic[Nf4]):
         return self.is_nf4 or not self.weight.requires_grad
 
     def base_weight(self) -> Tensor | Nf4:
-        """The weight without LoRA: the dense parameter or the NF4 parts."""
+        """The weight without LoRA: the dense parameter or the NF4 parts, with their decoded copy if one is kept."""
         if not self.is_nf4:
             return self.weight
         if self._nf4 is None or any(
             part is not self._buffers[name] for part, name in zip(nf4_parts(self._nf4), NF4_BUFFERS, strict=True)
         ):
-            # Moving the module or loading a state dict replaced buffers since the last call.
+            # Buffers were replaced since the last call. A decoded copy was of the old ones and goes with them.
             self._nf4 = self.nf4_kind(
                 packed=self.weight,
                 absmax=self.weight_absmax,
@@ -90,7 +90,7 @@ class AdaptedWeight(nn.Module, Generic[Nf4]):
         """Move or cast as any module does, but never cast an NF4 weight's statistics: float32 is their format."""
         if not self.is_nf4:
             return super()._apply(fn, recurse)
-        # It would keep the parts in memory that are replaced below.
+        # It would keep the parts in memory that are replaced below, and a decoded copy of the dtype before.
         self._nf4 = None
         statistics = {name: self._buffers.pop(name) for name in NF4_BUFFERS[1:]}
         try:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from slothcore.autograd.attention import packed_attention
 from slothcore.autograd.qk_norm import qk_norm_rope
+from slothcore.autograd.rms_norm import Normed
 from slothcore.autograd.rope import apply_rope
 from slothcore.layers.kv_cache import LayerCache
 from slothcore.layers.linear import Linear, project_together
@@ -67,11 +68,12 @@ class SelfAttention(nn.Module):
         self.o_proj = Linear(q_size, hidden_size, bias=output_bias, dtype=dtype, device=device)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents, cache: LayerCache | None = None
+        self, x: Tensor | Normed, cos: Tensor, sin: Tensor, documents: Documents, cache: LayerCache | None = None
     ) -> Tensor:
         """[T, H] to [T, H].
 
         Args:
+            x: the input, or the norm that made it.
             cos, sin: [T, P / 2] float32; the first P channels of a head are rotated, the rest stay.
             documents: boundaries of the packed stream; not read when the cache takes one token a row.
             cache: keys and values are stored there; unless it is reading the prompts, x is one token a row, and each
@@ -96,7 +98,7 @@ class SelfAttention(nn.Module):
                 weight_offset=self.q_norm.weight_offset,
                 cast_before_weight=self.q_norm.cast_before_weight,
             )
-        qkv = qkv.view(len(x), q_and_k + self.num_kv_heads, self.head_dim)
+        qkv = qkv.view(len(qkv), q_and_k + self.num_kv_heads, self.head_dim)
         if cache is not None:
             cache.store(qkv[:, self.num_heads : q_and_k], qkv[:, q_and_k:])
         if cache is not None and not cache.is_prompt:

@@ -8,6 +8,8 @@ trains too.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from torch.nn import functional as F
 
 from slothcore.autograd.glu import glu
 from slothcore.autograd.lora import Projection, lora_fused, lora_linear, lora_mlp
+from slothcore.autograd.rms_norm import Normed
 from slothcore.kernels import nf4, nf4_eager
 from slothcore.kernels.glu import Activation
 from slothcore.kernels.nf4_tensor import Nf4Tensor
@@ -54,8 +57,32 @@ class Linear(AdaptedWeight[Nf4Tensor]):
         weight = self.base_weight()
         if isinstance(weight, Tensor):
             return weight.detach().to(dtype)
+        if weight.decoded is not None and weight.decoded.dtype == dtype:
+            # Not the copy itself: it shares its storage with the other maps of its group.
+            return weight.decoded.clone()
         ops = nf4 if self.weight.is_cuda else nf4_eager
         return ops.nf4_dequantize(weight, dtype=dtype)
+
+    def keep_decoded(self, dtype: torch.dtype) -> None:
+        """Expand the NF4 weight once and keep it beside the codes, so that products in `dtype` need not.
+
+        The values are those that every product decodes anyway: results do not change. The copy is no part of the state
+        dict, never trains, and goes when the weight is replaced, loaded or moved.
+
+        Raises: ValueError if the weight is dense.
+        """
+        keep_decoded_together([self], dtype)
+
+    def has_decoded(self, dtype: torch.dtype) -> bool:
+        """Whether a decoded copy in `dtype` is kept."""
+        weight = self.base_weight()
+        return isinstance(weight, Nf4Tensor) and weight.decoded is not None and weight.decoded.dtype == dtype
+
+    def drop_decoded(self) -> None:
+        """Give the memory of the decoded copy back, once nothing else holds it; without a copy nothing happens."""
+        # A new object tells whoever has captured the copy's address; so it is made for a reason only.
+        if self._nf4 is not None and self._nf4.decoded is not None:
+            self._nf4 = replace(self._nf4, decoded=None)
 
     def set_nf4(self, weight: Nf4Tensor) -> None:
         """Replace the base weight by a frozen NF4 one, kept as buffers.
@@ -131,33 +158,69 @@ class Linear(AdaptedWeight[Nf4Tensor]):
         kind = "nf4" if self.is_nf4 else str(self.weight.dtype).removeprefix("torch.")
         return f"{self.in_features}, {self.out_features}, {kind}, bias={self.bias is not None}, lora_rank={rank}"
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        # Loading copies into the buffers, whose identity then says nothing.
+        self.drop_decoded()
+        super()._load_from_state_dict(*args)
+
     def _require_shape(self, what: str, actual: Sequence[int], expected: tuple[int, int]) -> None:
         if tuple(actual) != expected:
             raise ValueError(f"{what} must have shape {expected} in this layer, got {tuple(actual)}")
 
 
-def project_together(x: Tensor, linears: Sequence[Linear]) -> Tensor:
+def keep_decoded_together(linears: Sequence[Linear], dtype: torch.dtype) -> None:
+    """Keep the decoded weights of maps over one input, one below the other in one tensor [sum of out, in].
+
+    Each map gets its rows of it, so that `nf4_tensor.decoded_together` finds the group as one matrix. The memory is
+    free again when the last of them has dropped its copy.
+
+    Raises: ValueError if a weight is dense, or if their in_features differ.
+    """
+    weights = [_nf4_weight(linear) for linear in linears]
+    ops = nf4 if weights[0].packed.is_cuda else nf4_eager
+    copies = ops.nf4_dequantize_group(weights, dtype=dtype).split([weight.shape[0] for weight in weights])
+    for linear, weight, copy in zip(linears, weights, copies, strict=True):
+        linear._nf4 = replace(weight, decoded=copy)
+
+
+def _nf4_weight(linear: Linear) -> Nf4Tensor:
+    weight = linear.base_weight()
+    if not isinstance(weight, Nf4Tensor):
+        raise ValueError(f"a dense weight ({weight.dtype}) is decoded already; keep copies of NF4 weights only")
+    return weight
+
+
+def project_together(x: Tensor | Normed, linears: Sequence[Linear]) -> Tensor:
     """Several layers over one input, their outputs side by side; fused where every base weight is frozen.
 
     Args:
-        x: [T, in].
+        x: [T, in], or the norm that made it: the fused path then does not keep it.
     Returns: [T, sum of out_features].
     """
     if all(linear.is_frozen for linear in linears):
         return lora_fused(x, [linear.projection() for linear in linears])
+    x = x.y if isinstance(x, Normed) else x
     outputs = [linear(x) for linear in linears]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
-def gated_mlp(x: Tensor, gate_up: Sequence[Linear], down: Linear, *, activation: Activation) -> Tensor:
+def gated_mlp(
+    x: Tensor | Normed,
+    gate_up: Sequence[Linear],
+    down: Linear,
+    *,
+    activation: Activation,
+    keep_gate_up: bool = True,
+) -> Tensor:
     """down(act(gate(x)) * up(x)); one fused Function where every base weight is frozen.
 
     Args:
-        x: [T, H].
+        x: [T, H], or the norm that made it: the fused path then does not keep it.
         gate_up: gate and up, or one layer whose outputs are those of both, in this order.
+        keep_gate_up: keep their outputs for the backward pass; the fused path can multiply them again there instead.
     Returns: [T, H].
     """
     if down.is_frozen and all(linear.is_frozen for linear in gate_up):
         projections = [linear.projection() for linear in gate_up]
-        return lora_mlp(x, projections, down.projection(), activation=activation)
+        return lora_mlp(x, projections, down.projection(), activation=activation, keep_gate_up=keep_gate_up)
     return down(glu(project_together(x, gate_up), activation=activation))

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slothcore.autograd.rms_norm import Normed
 from slothcore.kernels.glu import Activation
 from slothcore.layers.linear import Linear, gated_mlp
 
@@ -35,10 +36,16 @@ class GatedMlp(nn.Module):
             self.add_module(name, Linear(hidden_size, width, bias=bias, dtype=dtype, device=device))
         self.down_proj = Linear(intermediate_size, hidden_size, bias=bias, dtype=dtype, device=device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, H] to [T, H]."""
+    def forward(self, x: Tensor | Normed, *, keep_gate_up: bool = True) -> Tensor:
+        """[T, H] to [T, H].
+
+        Args:
+            x: the input, or the norm that made it.
+            keep_gate_up: keep the outputs of gate and up for the backward pass, or multiply them again there, where all
+                base weights are frozen; they are kept where one trains.
+        """
         gate_up: list[Any] = [self._modules[name] for name in self._names]
-        return gated_mlp(x, gate_up, self.down_proj, activation=self.activation)
+        return gated_mlp(x, gate_up, self.down_proj, activation=self.activation, keep_gate_up=keep_gate_up)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"

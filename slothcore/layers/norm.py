@@ -1,11 +1,9 @@
 """Root-mean-square normalisation, alone or fused with the residual add before it and the norm before that."""
 
-from typing import overload
-
 import torch
 from torch import Tensor, nn
 
-from slothcore.autograd.rms_norm import add_rms_norm, rms_norm
+from slothcore.autograd.rms_norm import Normed, add_rms_norm, rms_norm
 from slothcore.autograd.sandwich_norm import post_norm_add_norm
 
 
@@ -36,13 +34,12 @@ class RMSNorm(nn.Module):
         self.weight_offset = weight_offset
         self.cast_before_weight = cast_before_weight
 
-    @overload
-    def forward(self, x: Tensor) -> Tensor: ...
-    @overload
-    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Normed:
+        """Normalise x [T, H] or, with `residual` [T, H], h = x + residual.
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Normalise `x` [T, H]; with `residual` [T, H], normalise h = x + residual and return (y, h)."""
+        Returns: (y, h, ...): y [T, H] is the norm, h [T, H] what was normalised; the rest lets those who read y make it
+            again instead of keeping it.
+        """
         eps, offset, cast = self.eps, self.weight_offset, self.cast_before_weight
         if residual is None:
             return rms_norm(x, self.weight, eps=eps, weight_offset=offset, cast_before_weight=cast)
@@ -52,14 +49,14 @@ class RMSNorm(nn.Module):
         return f"{self.weight.numel()}, eps={self.eps}, weight_offset={self.weight_offset}"
 
 
-def norm_add_norm(branch: Tensor, residual: Tensor, *, post: RMSNorm, pre: RMSNorm) -> tuple[Tensor, Tensor]:
+def norm_add_norm(branch: Tensor, residual: Tensor, *, post: RMSNorm, pre: RMSNorm) -> Normed:
     """The step between two branches with sandwich norms: h = residual + post(branch), y = pre(h), as one operation.
 
     Args:
         branch, residual: [T, H].
         post: the norm that ends the branch.
         pre: the norm that begins the next; of the same rule.
-    Returns: (y, h), both [T, H].
+    Returns: (y, h, ...), both [T, H], as `RMSNorm` returns them.
     """
     rule = pre.eps, pre.weight_offset, pre.cast_before_weight
     assert rule == (post.eps, post.weight_offset, post.cast_before_weight), "the two norms follow different rules"

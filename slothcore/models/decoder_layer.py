@@ -30,11 +30,16 @@ class DecoderLayer(nn.Module):
 
     With sandwich norms each branch is normed once more before it is added, and the two norms in the middle have the
     names that Gemma 2 gave them.
+
+    Attributes:
+        keep_gate_up: keep the outputs of gate and up, the largest activation, for the backward pass; or multiply them
+            again there. The gated MLP heeds it where its base weights are frozen; experts always keep theirs.
     """
 
     def __init__(self, config: DecoderConfig, index: int, *, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
         norm = partial(make_norm, config, dtype=dtype, device=device)
+        self.keep_gate_up = True
         self.is_local = config.is_local(index)
         self.input_layernorm = norm(config.hidden_size)
         self.self_attn = SelfAttention(
@@ -76,24 +81,21 @@ class DecoderLayer(nn.Module):
             documents, cache: see `SelfAttention`.
         Returns: also the router's logits [T, E] where they are wanted for the auxiliary loss, else None.
         """
-        if residual is None:
-            normed, hidden = self.input_layernorm(branch), branch
-        else:
-            normed, hidden = self.input_layernorm(branch, residual)
+        normed = self.input_layernorm(branch, residual)
         branch = self.self_attn(normed, *angles, documents, cache)
         if self.has_sandwich_norms:
             post, pre = self.post_attention_layernorm, self.pre_feedforward_layernorm
-            normed, hidden = norm_add_norm(branch, hidden, post=post, pre=pre)
+            normed = norm_add_norm(branch, normed.h, post=post, pre=pre)
         else:
-            normed, hidden = self.post_attention_layernorm(branch, hidden)
+            normed = self.post_attention_layernorm(branch, normed.h)
         feed_forward, router_logits = self.feed_forward, None
         if isinstance(feed_forward, SparseMoe):
-            branch, router_logits = feed_forward(normed)
+            branch, router_logits = feed_forward(normed.y)
         else:
-            branch = feed_forward(normed)
+            branch = feed_forward(normed, keep_gate_up=self.keep_gate_up)
         if self.has_sandwich_norms:
-            branch = self.post_feedforward_layernorm(branch)
-        return branch, hidden, router_logits
+            branch = self.post_feedforward_layernorm(branch).y
+        return branch, normed.h, router_logits
 
     @property
     def feed_forward(self) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,20 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from slothcore.autograd.lora import Projection, lora_fused, lora_linear, lora_mlp
-from tests.autograd.lora_reference import fused, leaves, mlp, plain_fused, plain_mlp, projection, widened_projection
+from slothcore.autograd.lora_group import Group, dense_blocks
+from slothcore.autograd.lora_projection import decodes_in_kernel
+from slothcore.kernels import nf4_eager
+from slothcore.kernels.nf4_tensor import Nf4Tensor
+from tests.autograd.lora_reference import (
+    dense_weight,
+    fused,
+    leaves,
+    mlp,
+    plain_fused,
+    plain_mlp,
+    projection,
+    widened_projection,
+)
 from tests.numerics import assert_as_accurate_as_eager
 
 ACTIVATIONS = ["silu", "gelu_pytorch_tanh"]
@@ -141,6 +155,60 @@ def test_mixed_dense_and_nf4_bases() -> None:
     kind = {"dtype": torch.float32, "scaling": 0.5}
     projections = [projection(32, 64, 8, bits=4, **kind), projection(16, 64, 8, **kind)]
     check_against_plain(fused, plain_fused, torch.randn(7, 64).requires_grad_(), projections)
+
+
+def with_copies(projections: Sequence[Projection], dtype: torch.dtype, where: str) -> list[Projection]:
+    """The same projections, their NF4 weights (or the last one's) with decoded copies."""
+    dense = [dense_weight(p.weight, dtype) for p in projections]
+    if where == "together":
+        dense = list(torch.cat(dense).split([len(d) for d in dense]))
+    copies = [None] * (len(dense) - 1) + dense[-1:] if where == "of the last" else dense
+    weights = [replace(p.weight, decoded=copy) for p, copy in zip(projections, copies, strict=True)]
+    return [replace(p, weight=weight) for p, weight in zip(projections, weights, strict=True)]
+
+
+@pytest.mark.parametrize("where", ["together", "apart", "of the last", "in another dtype"])
+def test_decoded_copies_are_used_where_they_lie(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values do not change; what has a copy in the dtype of x is not decoded again, neither way."""
+    kind = {"dtype": torch.float32, "bits": 4}
+    qkv = [projection(32, 64, 8, **kind), projection(16, 64, 8, **kind), projection(16, 64, **kind)]
+    dtype = torch.bfloat16 if where == "in another dtype" else torch.float32
+    copied = with_copies(qkv, dtype, where)
+    x, decoded = torch.randn(7, 64, requires_grad=True), []
+    original = nf4_eager.nf4_dequantize
+
+    def results(projections: Sequence[Projection]) -> list[Tensor]:
+        y = fused(x, projections)
+        return [y, *torch.autograd.grad(y.square().sum(), leaves(x, projections))]
+
+    def counting(weight: Nf4Tensor, **kwargs: Any) -> Tensor:
+        decoded.append(weight)
+        return original(weight, **kwargs)
+
+    expected = results(qkv)
+    monkeypatch.setattr(nf4_eager, "nf4_dequantize", counting)
+    for ours, theirs in zip(results(copied), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert len(decoded) == {"of the last": 2 * 2, "in another dtype": 2 * 3}.get(where, 0)
+
+
+def test_copies_that_lie_together_are_one_matrix() -> None:
+    kind = {"dtype": torch.float32, "bits": 4}
+    copied = with_copies([projection(32, 64, 8, **kind), projection(16, 64, 8, **kind)], torch.float32, "together")
+    ((matrix, rows),) = dense_blocks(Group.of(copied), torch.empty(7, 64))
+    assert rows == slice(0, 48)
+    assert matrix.data_ptr() == copied[0].weight.decoded.data_ptr()
+
+
+@pytest.mark.gpu
+def test_a_copy_is_read_where_it_is_cheaper_than_decoding() -> None:
+    kind = {"dtype": torch.bfloat16, "bits": 4, "device": "cuda"}
+    qkv = [projection(256, 512, 8, **kind), projection(128, 512, 8, **kind)]
+    copied = with_copies(qkv, torch.bfloat16, "together")
+    for rows, with_copy, without in ((1, True, True), (16, True, True), (17, False, True), (257, False, False)):
+        x = torch.empty(rows, 512, dtype=torch.bfloat16, device="cuda")
+        assert decodes_in_kernel(x, Group.of(copied)) == with_copy
+        assert decodes_in_kernel(x, Group.of(qkv)) == without
 
 
 def test_no_rows() -> None:

@@ -91,6 +91,52 @@ def test_mlp_keeps_nothing_for_frozen_factors(frozen: tuple[str, ...], kept: lis
     assert saved_shapes(lambda: mlp(x, projections)) == kept
 
 
+def test_gate_and_up_are_not_kept_where_they_are_multiplied_again() -> None:
+    kind = {"dtype": torch.float32, "bits": 4, "bias": "frozen"}
+    projections = [projection(96, 64, 8, **kind), projection(96, 64, 8, **kind), projection(64, 96, 8, **kind)]
+    factors, bias = [(16, 64), (192, 16)], (192,)
+    x = torch.randn(7, 64, requires_grad=True)
+
+    def again() -> Tensor:
+        return lora_mlp(x, projections[:-1], projections[-1], activation="silu", keep_gate_up=False)
+
+    assert saved_shapes(again) == [(7, 64), (7, 16), (7, 8), *factors, bias, *DOWN_FACTORS]
+    for p in projections[:-1]:
+        p.lora_A.requires_grad_(False)
+        p.lora_B.requires_grad_(False)
+    assert saved_shapes(again) == [(7, 64), (7, 16), (7, 8), *factors, bias, *DOWN_FACTORS], "they make gate and up"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("gate_up", ["two", "one"])
+def test_multiplying_gate_and_up_again_changes_no_bit(gate_up: str, dropout: float, dtype: torch.dtype) -> None:
+    kind = {"dtype": dtype, "factor_dtype": torch.float32, "bits": 4, "dropout": dropout, "bias": "trainable"}
+    first = [projection(192, 64, 8, **kind)] if gate_up == "one" else [projection(96, 64, 8, **kind) for _ in range(2)]
+    projections = [*first, projection(64, 96, 8, **kind)]
+    x = torch.randn(33, 64).to(dtype).requires_grad_()
+    inputs, dy = leaves(x, projections), torch.randn(33, 64).to(dtype)
+    results = []
+    for keep in (True, False):
+        torch.manual_seed(3)
+        y = lora_mlp(x, first, projections[-1], activation="silu", keep_gate_up=keep)
+        results.append((y, *torch.autograd.grad(y, inputs, dy, retain_graph=not keep)))
+    assert all(map(torch.equal, *results))
+    # What backward overwrites is its own: it may run once more.
+    assert all(map(torch.equal, torch.autograd.grad(y, inputs, dy), results[0][1:]))
+
+
+def test_the_way_down_is_not_multiplied_again() -> None:
+    kind = {"dtype": torch.float32, "bits": 4}
+    projections = [projection(96, 64, 8, **kind), projection(96, 64, 8, **kind), projection(64, 96, 8, **kind)]
+    x = torch.randn(7, 64, requires_grad=True)
+    y = lora_mlp(x, projections[:-1], projections[-1], activation="silu", keep_gate_up=False)
+    with ProducedShapes() as products:
+        y.sum().backward()
+    # Each with its LoRA term: gate and up again, dh, and dx, which has the shape of y.
+    assert [products.shapes.count((7, width)) for width in (192, 96, 64)] == [2, 2, 2]
+
+
 def test_nothing_is_kept_without_grad_mode() -> None:
     projections = [projection(96, 64, 8), projection(96, 64, 8), projection(64, 96, 8)]
     x = torch.randn(7, 64, dtype=torch.float64, requires_grad=True)

@@ -61,8 +61,8 @@ def test_equals_the_separate_functions(rule: dict) -> None:
 
     def separate(qkv: Tensor, q_weight: Tensor, k_weight: Tensor) -> Tensor:
         queries, keys, values = qkv.split((NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS), dim=1)
-        queries = rms_norm(queries.reshape(-1, HEAD_DIM), q_weight, **rule).view_as(queries)
-        keys = rms_norm(keys.reshape(-1, HEAD_DIM), k_weight, **rule).view_as(keys)
+        queries = rms_norm(queries.reshape(-1, HEAD_DIM), q_weight, **rule).y.view_as(queries)
+        keys = rms_norm(keys.reshape(-1, HEAD_DIM), k_weight, **rule).y.view_as(keys)
         return apply_rope(torch.cat((queries, keys, values), dim=1), cos, sin, num_heads=NUM_HEADS + NUM_KV_HEADS)
 
     def together(qkv: Tensor, q_weight: Tensor, k_weight: Tensor) -> Tensor:

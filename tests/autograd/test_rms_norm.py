@@ -28,25 +28,25 @@ def float64(*shape: int, requires_grad: bool = True) -> Tensor:
 @TRAINABLE
 def test_gradcheck(rule: dict, trainable: bool) -> None:
     x, weight = float64(3, 7), float64(7, requires_grad=trainable)
-    assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, **rule), (x, weight))
+    assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, **rule).y, (x, weight))
 
 
 @RULES
 @TRAINABLE
 def test_gradcheck_with_residual(rule: dict, trainable: bool) -> None:
     x, residual, weight = float64(3, 7), float64(3, 7), float64(7, requires_grad=trainable)
-    assert torch.autograd.gradcheck(lambda x, r, w: add_rms_norm(x, r, w, **rule), (x, residual, weight))
+    assert torch.autograd.gradcheck(lambda x, r, w: add_rms_norm(x, r, w, **rule)[:2], (x, residual, weight))
 
 
 def test_gradcheck_of_non_contiguous_inputs() -> None:
     x, residual = float64(7, 3).T, float64(3, 9)[:, 1:8]
-    assert torch.autograd.gradcheck(lambda x, r, w: add_rms_norm(x, r, w, eps=1e-5), (x, residual, float64(7)))
+    assert torch.autograd.gradcheck(lambda x, r, w: add_rms_norm(x, r, w, eps=1e-5)[:2], (x, residual, float64(7)))
 
 
 @pytest.mark.parametrize("used", ["y", "h", "both"])
 def test_an_unused_output_adds_nothing(used: str) -> None:
     x, residual, weight = float64(3, 7), float64(3, 7), float64(7)
-    y, h = add_rms_norm(x, residual, weight, eps=1e-5)
+    y, h, *_ = add_rms_norm(x, residual, weight, eps=1e-5)
     plain_h = x + residual
     plain_y = plain_h * (plain_h.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
     pick = {"y": lambda y, h: y.sin(), "h": lambda y, h: h.sin(), "both": lambda y, h: y.sin() + h.cos()}[used]
@@ -74,9 +74,9 @@ def test_weight_gradient_is_formed_only_when_wanted(
     x, residual = torch.randn(3, 7, requires_grad=True), torch.randn(3, 7, requires_grad=True)
     weight = torch.randn(7, dtype=torch.bfloat16, requires_grad=trainable)
     if with_residual:
-        sum(add_rms_norm(x, residual, weight, eps=1e-5)).sum().backward()
+        sum(add_rms_norm(x, residual, weight, eps=1e-5)[:2]).sum().backward()
     else:
-        rms_norm(x, weight, eps=1e-5).sum().backward()
+        rms_norm(x, weight, eps=1e-5).y.sum().backward()
     assert asked == [trainable]
     assert (weight.grad is not None) == trainable
     assert weight.grad is None or weight.grad.dtype == torch.bfloat16
@@ -87,14 +87,14 @@ def test_fused_addition_keeps_its_output_and_not_its_inputs() -> None:
     saved: list[Tensor] = []
     x, residual = torch.randn(5, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        _, h = add_rms_norm(x, residual, torch.ones(8), eps=1e-5)
+        h = add_rms_norm(x, residual, torch.ones(8), eps=1e-5).h
     assert sorted(t.numel() for t in saved) == [5, 8, 40]
     assert any(t.data_ptr() == h.data_ptr() for t in saved)
 
 
 def test_overwriting_what_backward_needs_raises() -> None:
     x = torch.randn(5, 8, requires_grad=True)
-    y, h = add_rms_norm(x, x.detach(), torch.ones(8), eps=1e-5)
+    y, h, *_ = add_rms_norm(x, x.detach(), torch.ones(8), eps=1e-5)
     with torch.no_grad():
         h.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -106,8 +106,8 @@ def test_overwriting_what_backward_needs_raises() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_gradients_on_the_gpu(rule: dict, dtype: torch.dtype) -> None:
     def stream(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
-        y, h = add_rms_norm(x, residual, weight, **rule)
-        return rms_norm(y, weight, **rule) + h
+        y, h, *_ = add_rms_norm(x, residual, weight, **rule)
+        return rms_norm(y, weight, **rule).y + h
 
     inputs = [torch.randn(257, 3072).to(dtype), torch.randn(257, 3072).to(dtype), torch.randn(3072).to(dtype)]
     grad = torch.randn(257, 3072).to(dtype)

@@ -26,12 +26,12 @@ def float64(*shape: int, requires_grad: bool = True) -> Tensor:
 def test_gradcheck(rule: dict, trainable: tuple[bool, bool]) -> None:
     weights = [float64(7, requires_grad=wanted) for wanted in trainable]
     inputs = (float64(3, 7), float64(3, 7), *weights)
-    assert torch.autograd.gradcheck(lambda *inputs: post_norm_add_norm(*inputs, **rule), inputs)
+    assert torch.autograd.gradcheck(lambda *inputs: post_norm_add_norm(*inputs, **rule)[:2], inputs)
 
 
 def test_gradcheck_of_non_contiguous_inputs() -> None:
     inputs = (float64(7, 3).T, float64(3, 9)[:, 1:8], float64(7, 2)[:, 0], float64(7))
-    assert torch.autograd.gradcheck(lambda *inputs: post_norm_add_norm(*inputs, **GEMMA), inputs)
+    assert torch.autograd.gradcheck(lambda *inputs: post_norm_add_norm(*inputs, **GEMMA)[:2], inputs)
 
 
 @pytest.mark.parametrize("used", ["y", "h", "both"])
@@ -39,9 +39,9 @@ def test_an_unused_output_adds_nothing(used: str) -> None:
     """Against the two functions that it stands for."""
     inputs = (float64(3, 7), float64(3, 7), float64(7), float64(7))
     branch, residual, post_weight, pre_weight = inputs
-    plain = add_rms_norm(rms_norm(branch, post_weight, **GEMMA), residual, pre_weight, **GEMMA)
+    plain = add_rms_norm(rms_norm(branch, post_weight, **GEMMA).y, residual, pre_weight, **GEMMA)[:2]
     pick = {"y": lambda y, h: y.sin(), "h": lambda y, h: h.sin(), "both": lambda y, h: y.sin() + h.cos()}[used]
-    actual = torch.autograd.grad(pick(*post_norm_add_norm(*inputs, **GEMMA)).sum(), inputs, allow_unused=True)
+    actual = torch.autograd.grad(pick(*post_norm_add_norm(*inputs, **GEMMA)[:2]).sum(), inputs, allow_unused=True)
     expected = torch.autograd.grad(pick(*plain).sum(), inputs, allow_unused=True)
     for a, e in zip(actual, expected, strict=True):
         assert (a is None) == (e is None)
@@ -52,8 +52,8 @@ def test_an_unused_output_adds_nothing(used: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_values_are_those_of_the_separate_functions(rule: dict, dtype: torch.dtype) -> None:
     branch, residual, post_weight, pre_weight = (torch.randn(shape).to(dtype) for shape in ((5, 40), (5, 40), 40, 40))
-    y, h = post_norm_add_norm(branch, residual, post_weight, pre_weight, **rule)
-    expected_y, expected_h = add_rms_norm(rms_norm(branch, post_weight, **rule), residual, pre_weight, **rule)
+    y, h, *_ = post_norm_add_norm(branch, residual, post_weight, pre_weight, **rule)
+    expected_y, expected_h, *_ = add_rms_norm(rms_norm(branch, post_weight, **rule).y, residual, pre_weight, **rule)
     assert torch.equal(h, expected_h)
     assert torch.equal(y, expected_y)
 
@@ -72,7 +72,7 @@ def test_weight_gradients_are_formed_only_when_wanted(
     monkeypatch.setattr(sandwich_norm_eager, "sandwich_norm_backward", spy)
     branch, residual = torch.randn(3, 7, requires_grad=True), torch.randn(3, 7)
     weights = [torch.randn(7, dtype=torch.bfloat16, requires_grad=wanted) for wanted in trainable]
-    sum(post_norm_add_norm(branch, residual, *weights, **GEMMA)).sum().backward()
+    sum(post_norm_add_norm(branch, residual, *weights, **GEMMA)[:2]).sum().backward()
     assert asked == [any(trainable)]
     for weight, wanted in zip(weights, trainable, strict=True):
         assert (weight.grad is not None) == wanted
@@ -84,14 +84,14 @@ def test_keeps_the_branch_and_its_output_and_nothing_between() -> None:
     saved: list[Tensor] = []
     branch, residual = torch.randn(5, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        _, h = post_norm_add_norm(branch, residual, torch.ones(8), torch.ones(8), **GEMMA)
+        h = post_norm_add_norm(branch, residual, torch.ones(8), torch.ones(8), **GEMMA).h
     assert sorted(t.numel() for t in saved) == [5, 5, 8, 8, 40, 40]
     assert {h.data_ptr(), branch.data_ptr()} < {t.data_ptr() for t in saved}
 
 
 def test_overwriting_what_backward_needs_raises() -> None:
     branch = torch.randn(5, 8, requires_grad=True)
-    y, h = post_norm_add_norm(branch, torch.randn(5, 8), torch.ones(8), torch.ones(8), **GEMMA)
+    y, h, *_ = post_norm_add_norm(branch, torch.randn(5, 8), torch.ones(8), torch.ones(8), **GEMMA)
     with torch.no_grad():
         h.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -100,7 +100,7 @@ def test_overwriting_what_backward_needs_raises() -> None:
 
 def test_no_tokens() -> None:
     branch, weight = torch.zeros(0, 8, requires_grad=True), torch.ones(8, requires_grad=True)
-    sum(post_norm_add_norm(branch, torch.zeros(0, 8), weight, weight, **GEMMA)).sum().backward()
+    sum(post_norm_add_norm(branch, torch.zeros(0, 8), weight, weight, **GEMMA)[:2]).sum().backward()
     assert branch.grad.shape == (0, 8)
     assert torch.equal(weight.grad, torch.zeros(8))
 
@@ -110,7 +110,7 @@ def test_no_tokens() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_gradients_on_the_gpu(rule: dict, dtype: torch.dtype) -> None:
     def stream(*inputs: Tensor) -> Tensor:
-        return sum(post_norm_add_norm(*inputs, **rule))
+        return sum(post_norm_add_norm(*inputs, **rule)[:2])
 
     shapes = {"branch": (257, 2304), "residual": (257, 2304), "post_weight": (2304,), "pre_weight": (2304,)}
     inputs = [torch.randn(shape).to(dtype) for shape in shapes.values()]

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from slothcore.kernels import glu, glu_eager, launch
+from slothcore.kernels.glu import StripTile
 from slothcore.kernels.glu_eager import Activation
-from tests.numerics import assert_as_accurate_as_eager
+from tests.numerics import assert_as_accurate_as_eager, relative_error
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 ACTIVATIONS = pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh"])
@@ -145,6 +146,81 @@ def test_tiles_are_pieces_of_a_row(width: int) -> None:
     assert tile.columns <= 2048
     assert tile.columns // 2 < width
     assert tile.columns <= 32 * tile.warps * 16
+
+
+# Small enough that a program walks over several tiles of rows, the last of them partial; some shares have none.
+SMALL_TILE = StripTile(rows=16, columns=32, warps=4, stages=2, shares=3)
+
+
+def check_with_dA(num_tokens: int, width: int, rank: int, dtype: torch.dtype, activation, device: str, **tile) -> None:
+    """The gradient has the bits of `glu_backward`; dA is as near to float64 as a product with its y, twice the same."""
+    gate_up, dy = make_inputs(num_tokens, width, dtype, device)
+    v = torch.randn(num_tokens, rank).to(device, dtype)
+    d_gate_up, dA = glu.glu_backward_and_dA(dy, gate_up, v, activation=activation, **tile)
+    expected, y = glu.glu_backward(dy, gate_up, activation=activation)
+    assert dA.dtype == torch.float32
+    assert dA.is_contiguous()
+    assert_as_accurate_as_eager(d_gate_up, expected, expected.double(), what="d_gate_up")
+    # Rounding errors of the activation itself would drown those of the sum.
+    eager = v.float().t() @ y.float()
+    assert_as_accurate_as_eager(dA, eager, v.double().t() @ y.double(), what="dA")
+    overwritten = gate_up.clone()
+    again, again_dA = glu.glu_backward_and_dA(dy, overwritten, v, activation=activation, inplace=True, **tile)
+    assert again is overwritten
+    assert torch.equal(again, d_gate_up)
+    assert torch.equal(again_dA, dA)
+
+
+@ACTIVATIONS
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel runs for real: see the gpu tests")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("num_tokens", "width", "rank"), [(1, 32, 8), (7, 64, 16), (33, 96, 24), (70, 32, 32)])
+@pytest.mark.usefixtures("nan_filled_empty")
+def test_one_pass_with_dA_in_interpreter(num_tokens: int, width: int, rank: int, dtype, activation) -> None:
+    check_with_dA(num_tokens, width, rank, dtype, activation, "cpu", _tile=SMALL_TILE)
+
+
+@ACTIVATIONS
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_eager_dA_is_the_product_with_the_recomputed_output(dtype: torch.dtype, activation: Activation) -> None:
+    gate_up, dy = make_inputs(9, 20, dtype, "cpu")
+    v = torch.randn(9, 8).to(dtype)
+    expected, y = glu_eager.glu_backward(dy, gate_up, activation=activation)
+    d_gate_up, dA = glu_eager.glu_backward_and_dA(dy, gate_up, v, activation=activation)
+    assert torch.equal(d_gate_up, expected)
+    assert dA.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert relative_error(dA, v.double().t() @ y.double()) < 1e-6
+
+
+def test_one_pass_with_dA_is_taken_only_where_it_wins() -> None:
+    assert glu.one_pass_pays(8192, 14336)
+    assert glu.one_pass_pays(4096, 8192)
+    assert not glu.one_pass_pays(4095, 14336)
+    assert not glu.one_pass_pays(8192, 4864)
+
+
+@pytest.mark.gpu
+@ACTIVATIONS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("num_tokens", "width", "rank"), [(4096, 14336, 16), (4133, 8192, 8), (300, 4864, 32)])
+@pytest.mark.usefixtures("nan_filled_empty")
+def test_one_pass_with_dA_at_real_sizes(num_tokens: int, width: int, rank: int, dtype, activation) -> None:
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the pass is for Hopper")
+    check_with_dA(num_tokens, width, rank, dtype, activation, "cuda")
+
+
+@pytest.mark.gpu
+def test_one_pass_with_dA_is_not_taken_for_what_it_cannot_do() -> None:
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the pass is for Hopper")
+    gate_up, dy = (torch.zeros(4096, n, dtype=torch.bfloat16, device="cuda") for n in (16384, 8192))
+    v = torch.zeros(4096, 64, dtype=torch.bfloat16, device="cuda")
+    few = v[:, :16].contiguous()
+    assert glu.takes_dA(dy, gate_up, few)
+    assert not glu.takes_dA(dy, gate_up, v)
+    assert not glu.takes_dA(dy, gate_up, v[:, :16])
+    assert not glu.takes_dA(dy.float(), gate_up.float(), few.float())
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ WIDTH = 70
 
 # (out_features, rank) of each projection; rank 0 is one without factors.
 GROUPS = {
-    "one": [(40, 16)],  # torch's operations, in the twin and beside the kernel
+    "one": [(40, 16)],  # one operation of torch at most, or the kernel
     "one, padded": [(33, 5)],
     "two": [(40, 16), (24, 16)],
     "two, the first missing": [(17, 0), (40, 8)],

@@ -68,6 +68,34 @@ def test_matches_eager(
     check_against_eager(make_inputs(num_tokens, width, dtype, kernel_device), rule, fused_stream=fused_stream)
 
 
+def check_again(ops: ModuleType, t: dict[str, Tensor], rule: dict) -> None:
+    """y has the bits that forward gave it, from h in rows of any stride."""
+    y, rstd, h = ops.rms_norm_forward(t["x"], t["weight"], eps=EPS, residual=t["residual"], **rule)
+    apart = torch.cat([h, h], dim=1)[:, : h.shape[1]]
+    for rows in (h, apart):
+        again = ops.rms_norm_again(rows, t["weight"], rstd, **rule)
+        assert again.is_contiguous()
+        assert torch.equal(again, y)
+
+
+@RULES
+@DTYPES
+@ODD_SHAPES
+@pytest.mark.parametrize("ops", [rms_norm, rms_norm_eager], ids=["fused", "eager"])
+@pytest.mark.usefixtures("nan_filled_empty")
+def test_the_output_is_made_again_to_the_bit(
+    num_tokens: int, width: int, dtype: torch.dtype, rule: dict, ops: ModuleType, kernel_device: str
+) -> None:
+    check_again(ops, make_inputs(num_tokens, width, dtype, kernel_device), rule)
+
+
+@pytest.mark.gpu
+@RULES
+@DTYPES
+def test_the_output_is_made_again_to_the_bit_at_real_sizes(dtype: torch.dtype, rule: dict) -> None:
+    check_again(rms_norm, make_inputs(1000, 4096, dtype, "cuda"), rule)
+
+
 @ODD_SHAPES
 @pytest.mark.usefixtures("nan_filled_empty")
 def test_matches_eager_in_bfloat16(num_tokens: int, width: int, kernel_device: str) -> None:

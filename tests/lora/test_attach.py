@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from slothcore.autograd import lora_projection
+from slothcore.autograd.rms_norm import Normed
 from slothcore.layers.linear import Linear
 from slothcore.lora.attach import add_lora, lora_layers
 from slothcore.models.decoder import Decoder
@@ -232,10 +233,11 @@ def replay(model: Decoder, masks: list[Tensor], monkeypatch: pytest.MonkeyPatch)
         hidden = x * next(remaining) / (1 - linear.lora_dropout)
         return x @ linear.weight.t() + linear.lora_scaling * hidden @ linear.lora_A.t() @ linear.lora_B.t()
 
-    def together(x: Tensor, linears: Any) -> Tensor:
-        return torch.cat([plain(linear, x) for linear in linears], dim=-1)
+    def together(x: Normed, linears: Any) -> Tensor:
+        return torch.cat([plain(linear, x.y) for linear in linears], dim=-1)
 
-    def gated(x: Tensor, gate_up: Any, down: Linear, *, activation: Any) -> Tensor:
+    def gated(x: Normed, gate_up: Any, down: Linear, *, activation: Any, keep_gate_up: bool) -> Tensor:
+        assert keep_gate_up
         return plain(down, glu(together(x, gate_up), activation=activation))
 
     monkeypatch.setattr(attention, "project_together", together)
