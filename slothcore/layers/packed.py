@@ -1,31 +1,37 @@
 """From what a caller has (a padded batch, or packed documents) to the packed token stream, and back.
 
-Everything here is arithmetic on token ids. On CPU tensors it runs on the host, and the result crosses to the
-accelerator in one copy that does not wait for it; tensors already on the accelerator work too, but wait a few times.
+Everything here is arithmetic on token ids. On CPU tensors it runs on the host, and `PackedInputs.to` sends the result
+to the accelerator in one copy that does not wait for it; tensors already on the accelerator work too, but wait a few
+times.
 
     T  tokens of all documents together    N  tokens that have a target    S  sequence length    B  batch size
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 IGNORED = -100  # the label that Hugging Face and torch leave out of the loss
+# Vectors that cross together begin at multiples of 128 bytes: Triton compiles a kernel anew for unaligned pointers.
+ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
 class Documents:
     """Where documents lie in the packed stream: document i is tokens cu_seqlens[i] to cu_seqlens[i + 1]."""
 
-    cu_seqlens: Tensor  # [documents + 1] int32, on the model's device
+    cu_seqlens: Tensor  # [documents + 1] int32, where the tokens are
     max_seqlen: int
+
+    def __len__(self) -> int:
+        return len(self.cu_seqlens) - 1
 
 
 @dataclass(frozen=True)
 class PackedInputs:
-    """The tokens of one forward pass, without padding."""
+    """The tokens of one forward pass, without padding unless `layers.bucket` put some at the end."""
 
     input_ids: Tensor  # [T] int64
     position_ids: Tensor  # [T] int64
@@ -34,6 +40,18 @@ class PackedInputs:
     rows: Tensor | None  # [N] int64: ... from the hidden state of this row; None without labels
     places: Tensor | None  # [T] int64: where each token stood in the flattened input; None if nothing was padding
     shape: torch.Size  # of the caller's input_ids
+
+    def to(self, device: torch.device) -> "PackedInputs":
+        """The same on `device`: one transfer, for which the host does not wait."""
+        if self.input_ids.device == device:
+            return self
+        boundaries = self.documents.cu_seqlens.to(torch.int64)
+        parts = [self.input_ids, self.position_ids, boundaries, self.targets, self.rows, self.places]
+        moved = iter(_move_together([part for part in parts if part is not None], device))
+        input_ids, position_ids, boundaries = next(moved), next(moved), next(moved)
+        targets, rows, places = (None if part is None else next(moved) for part in parts[3:])
+        documents = Documents(boundaries.to(torch.int32), self.documents.max_seqlen)
+        return PackedInputs(input_ids, position_ids, documents, targets, rows, places, self.shape)
 
     def restore(self, values: Tensor) -> Tensor:
         """[T, V] back to the caller's shape, [B, S, V] or [T, V]; zeros at padding."""
@@ -50,7 +68,7 @@ def pack_inputs(
     position_ids: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     vocab_size: int,
-    device: torch.device,
+    device: torch.device | None = None,
 ) -> PackedInputs:
     """Drop padding, find document boundaries, shift labels inside each document, and move all of it to `device`.
 
@@ -61,6 +79,7 @@ def pack_inputs(
         attention_mask: [B, S], nonzero at tokens; padding may stand on the left or the right of a row.
         position_ids: the same shape as input_ids; default: counted from 0 in each document.
         cu_seqlens: [documents + 1], boundaries in a packed [T]; default: one document.
+        device: default: where `input_ids` is.
     Raises: ValueError, naming the argument, for wrong shapes, ids outside the vocabulary (checked on CPU tensors
         only) or a mask with a hole.
     """
@@ -92,26 +111,16 @@ def pack_inputs(
     else:
         positions = flat(position_ids.expand_as(input_ids))
 
-    parts = [tokens, positions, boundaries]
+    targets = target_rows = None
     if labels is not None:
         targets = torch.cat([flat(labels)[1:], tokens.new_full((1,), IGNORED)])
         targets[ends - 1] = IGNORED
         target_rows = (targets != IGNORED).nonzero().squeeze(1)
         targets = targets[target_rows]
         _check_range(targets, vocab_size, what="labels")
-        parts += [targets, target_rows]
-    if places is not None:
-        parts.append(places)
-    moved = _move_together(parts, device)
-    return PackedInputs(
-        input_ids=moved[0],
-        position_ids=moved[1],
-        documents=Documents(moved[2].to(torch.int32), max(lengths)),
-        targets=moved[3] if labels is not None else None,
-        rows=moved[4] if labels is not None else None,
-        places=moved[-1] if places is not None else None,
-        shape=input_ids.shape,
-    )
+    documents = Documents(boundaries.to(torch.int32), max(lengths))
+    packed = PackedInputs(tokens, positions, documents, targets, target_rows, places, input_ids.shape)
+    return packed if device is None else packed.to(device)
 
 
 def _check_shapes(
@@ -168,9 +177,10 @@ def _check_range(ids: Tensor, vocab_size: int, *, what: str) -> None:
 
 def _move_together(parts: list[Tensor], device: torch.device) -> list[Tensor]:
     """Copy int64 vectors to `device` in one transfer, from pinned memory so that the host need not wait."""
-    if parts[0].device == device:
-        return parts
-    joined = torch.cat(parts)
-    if device.type == "cuda" and joined.device.type == "cpu":
-        joined = joined.pin_memory()
-    return list(joined.to(device, non_blocking=True).split([len(part) for part in parts]))
+    starts = list(accumulate((-(-len(part) // ALIGNMENT) * ALIGNMENT for part in parts), initial=0))
+    crosses = device.type == "cuda" and parts[0].device.type == "cpu"
+    joined = torch.empty(starts[-1], dtype=torch.int64, device=parts[0].device, pin_memory=crosses)
+    for part, start in zip(parts, starts, strict=False):
+        joined[start : start + len(part)] = part
+    moved = joined.to(device, non_blocking=True)
+    return [moved[start : start + len(part)] for part, start in zip(parts, starts, strict=False)]

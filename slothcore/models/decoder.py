@@ -9,17 +9,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from slothcore.autograd.cross_entropy import linear_cross_entropy
-from slothcore.layers.kv_cache import KvCache
 from slothcore.layers.linear import Linear
 from slothcore.layers.moe import load_balancing_loss
-from slothcore.layers.packed import Documents, PackedInputs, pack_inputs
-from slothcore.layers.rope import RotaryEmbedding
+from slothcore.layers.packed import PackedInputs, pack_inputs
 from slothcore.models.config import DecoderConfig
-from slothcore.models.decoder_layer import DecoderLayer, make_norm
+from slothcore.models.decoder_body import DecoderBody, GradientCheckpointing
 from slothcore.models.generation import Generates
+from slothcore.models.graphs import StepGraphs
 
 
 @dataclass(frozen=True)
@@ -37,67 +35,6 @@ class DecoderOutput:
     num_targets: int
 
 
-class DecoderBody(nn.Module):
-    """Embedding, layers and the final norm: token ids to hidden states."""
-
-    def __init__(self, config: DecoderConfig, *, dtype: torch.dtype, device: torch.device | str) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding.from_pretrained(
-            torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device),
-            freeze=False,
-            # As in transformers, a real token with this id gives no gradient. Some files say -1 for "none".
-            padding_idx=None if (config.pad_token_id or 0) < 0 else config.pad_token_id,
-        )
-        # HF rounds the scale to the weight dtype (55.43 -> 55.5 in bfloat16); a 0-dim CPU tensor multiplies anywhere.
-        scale = config.embedding_scale
-        self.embedding_scale: Tensor | None = None
-        if scale != 1.0:
-            self.embedding_scale = torch.tensor(scale, dtype=dtype, device="cpu")
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, i, dtype=dtype, device=device) for i in range(config.num_hidden_layers)
-        )
-        self.norm = make_norm(config, config.hidden_size, dtype=dtype, device=device)
-        self.rotary_emb = RotaryEmbedding(config.rope, config.head_dim)
-        self.rotary_emb_local: RotaryEmbedding | None = None
-        if config.local_rope is not None:
-            self.rotary_emb_local = RotaryEmbedding(config.local_rope, config.head_dim)
-        self.gradient_checkpointing = False
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        documents: Documents,
-        cache: KvCache | None = None,
-        router_logits: list[Tensor] | None = None,
-    ) -> Tensor:
-        """Hidden states [T, H] after the final norm, for input_ids and position_ids [T].
-
-        `router_logits` is filled with those of the sparse layers, if they keep them.
-        """
-        # A token that continues a cached row has its document in the cache, not in this pass.
-        boundaries = documents.cu_seqlens if cache is None or cache.is_prompt else None
-        angles = local_angles = self.rotary_emb(position_ids, boundaries)
-        if self.rotary_emb_local is not None:
-            local_angles = self.rotary_emb_local(position_ids, boundaries)
-        branch: Tensor = self.embed_tokens(input_ids)
-        if self.embedding_scale is not None:
-            branch = branch * self.embedding_scale
-        residual: Tensor | None = None
-        for index, layer in enumerate(self.layers):
-            assert isinstance(layer, DecoderLayer)
-            inputs = branch, residual, local_angles if layer.is_local else angles, documents
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                branch, residual, routed = checkpoint(
-                    layer, *inputs, use_reentrant=False, preserve_rng_state=layer.draws_random_numbers()
-                )
-            else:
-                branch, residual, routed = layer(*inputs, None if cache is None else cache.layer(index))
-            if routed is not None and router_logits is not None:
-                router_logits.append(routed)
-        return self.norm(branch, residual)[0]
-
-
 class Decoder(Generates, nn.Module):
     """A decoder-only language model with Hugging Face's module and weight names.
 
@@ -111,6 +48,7 @@ class Decoder(Generates, nn.Module):
         name_or_path: what it was loaded as, which an adapter names as its base; None for random weights.
         revision: branch, tag or commit of that on the Hub, if one was asked for.
         lora_config: the `slothcore.lora` configuration of its adapter; None without one.
+        graphs: what replays short training passes, after `enable_graphs`; else None.
     """
 
     def __init__(
@@ -129,6 +67,7 @@ class Decoder(Generates, nn.Module):
         self.name_or_path: str | None = None
         self.revision: str | None = None
         self.lora_config: Any = None
+        self.graphs: StepGraphs | None = None
         self.dtype = dtype
         self.bits = bits if bits is not None else torch.finfo(dtype).bits
         self.max_seq_length = config.longest_document
@@ -160,13 +99,36 @@ class Decoder(Generates, nn.Module):
         return (eos,) if isinstance(eos, int) else tuple(eos or ())
 
     @property
-    def gradient_checkpointing(self) -> bool:
-        """Keep only the input of each layer for the backward pass, and run the layer again there."""
+    def gradient_checkpointing(self) -> GradientCheckpointing:
+        """What a training pass does not keep on the device for its backward pass; see `DecoderBody`.
+
+        Raises: ValueError when it is set to anything but False, True, "mlp" or "offload".
+        """
         return self.model.gradient_checkpointing
 
     @gradient_checkpointing.setter
-    def gradient_checkpointing(self, enabled: bool) -> None:
-        self.model.gradient_checkpointing = enabled
+    def gradient_checkpointing(self, mode: GradientCheckpointing) -> None:
+        self.model.gradient_checkpointing = mode
+
+    def enable_graphs(self, max_tokens: int = 2048) -> None:
+        """Replay training passes of at most `max_tokens` tokens as CUDA graphs: the host issues one launch, not 900.
+
+        A training pass is a call with labels, on host tensors, in training mode with gradients enabled; its
+        `loss.backward()` is replayed too. It is padded to one of a few sizes, of which each is captured when it comes
+        the second time. Whatever cannot be replayed runs as before: `graphs.why_not` lists it. What is computed depends
+        on the inputs alone, not on what was captured before, but padding and thus enabling this changes last bits.
+
+        The adapter's parameters are laid end to end (`graphs.flat`), and so are their gradients. A gradient is valid
+        until the next backward pass that finds it None; `torch.autograd.grad` with respect to a parameter, and hooks on
+        parameters or layers, are not served by a replay.
+
+        Raises: ValueError if max_tokens is not positive.
+        """
+        self.graphs = StepGraphs(self.model, self.config, max_tokens=max_tokens)
+
+    def disable_graphs(self) -> None:
+        """Run every pass as before, and give the memory of the graphs back."""
+        self.graphs = None
 
     def forward(
         self,
@@ -193,20 +155,21 @@ class Decoder(Generates, nn.Module):
         Raises: ValueError for shapes that do not fit, ids outside the vocabulary, or labels without any target when
             num_items is not given.
         """
-        inputs = self.pack(
+        inputs = pack_inputs(
             input_ids,
             labels=labels,
             attention_mask=attention_mask,
             position_ids=position_ids,
             cu_seqlens=cu_seqlens,
+            vocab_size=self.config.vocab_size,
         )
+        num_targets = 0 if inputs.targets is None else len(inputs.targets)
+        if inputs.targets is not None and num_targets == 0 and num_items is None:
+            raise ValueError("labels have no target: all are -100, or the first token of their document")
         router_logits: list[Tensor] = []
-        hidden = self.model(inputs.input_ids, inputs.position_ids, inputs.documents, router_logits=router_logits)
+        hidden, inputs = self._hidden_states(inputs, router_logits)
         if inputs.targets is None or inputs.rows is None:
             return DecoderOutput(loss=None, logits=inputs.restore(self.logits(hidden)), num_targets=0)
-        num_targets = len(inputs.targets)
-        if num_targets == 0 and num_items is None:
-            raise ValueError("labels have no target: all are -100, or the first token of their document")
         num_items = num_targets if num_items is None else num_items
         loss = self.loss(hidden, inputs.targets, inputs.rows, num_items=num_items)
         if router_logits:
@@ -232,6 +195,15 @@ class Decoder(Generates, nn.Module):
         return linear_cross_entropy(
             hidden, self.lm_head.weight, targets, rows, num_items=num_items, softcap=self.config.logit_softcap
         )
+
+    def _hidden_states(self, inputs: PackedInputs, router_logits: list[Tensor]) -> tuple[Tensor, PackedInputs]:
+        """Those of the pass [T, H], with its inputs on this device; a replayed pass has rows of padding at the end."""
+        replayed = None if self.graphs is None else self.graphs.hidden_states(inputs)
+        if replayed is not None:
+            return replayed
+        inputs = inputs.to(self.device)
+        hidden = self.model(inputs.input_ids, inputs.position_ids, inputs.documents, router_logits=router_logits)
+        return hidden, inputs
 
     def _auxiliary_loss(self, router_logits: list[Tensor]) -> Tensor:
         """What the configuration adds to a mean loss so that the experts are used evenly."""

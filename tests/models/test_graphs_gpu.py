@@ -1,0 +1,295 @@
+"""CUDA graphs at the widths of Llama-3.1-8B: the bits of the same padded pass run by Python, and what may go wrong."""
+
+import gc
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import slothcore
+from benchmarks.shapes import LLAMA_3_1_8B
+from slothcore.lora.adapter_io import adapter_state
+from slothcore.models.decoder import Decoder
+from tests.models.graph_models import Batch, batch, loss_of, step, trained
+from tests.numerics import relative_error
+
+pytestmark = pytest.mark.gpu
+
+TWO_LAYERS = LLAMA_3_1_8B | {"num_hidden_layers": 2}
+SMALL_EXPERTS = {
+    "model_type": "mixtral",
+    "vocab_size": 1000,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
+PASSES = [[200, 37, 90], [512, 300], [60, 20, 11]]
+"""Documents of passes in buckets of 384, 896 and 128 tokens; the last takes the path for few rows."""
+
+
+@pytest.fixture(autouse=True)
+def given_back() -> Iterator[None]:
+    """The memory of one test's models is not the next one's burden."""
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def llama(bits: int = 4, config: dict[str, Any] = TWO_LAYERS, dtype: torch.dtype = torch.bfloat16) -> Decoder:
+    """A model with random factors; the same one at every call."""
+    torch.manual_seed(0)
+    model = slothcore.from_config(config, bits=bits, dtype=dtype, device="cuda")
+    slothcore.add_lora(model, r=16, lora_alpha=16)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.normal_(0.0, 0.01)
+    return model.train()
+
+
+def tokens(lengths: list[int], seed: int = 0) -> Batch:
+    return batch(lengths, seed, vocab_size=1000)
+
+
+def without_replays(model: Decoder, max_tokens: int = 2048) -> None:
+    """Padded passes that Python runs, and nothing else."""
+    model.enable_graphs(max_tokens=max_tokens)
+    model.graphs._has_failed = True
+
+
+@pytest.mark.parametrize("checkpointing", [False, True, "mlp"])
+@pytest.mark.parametrize("bits", [4, 16])
+def test_a_replay_has_the_bits_of_the_padded_pass(bits: int, checkpointing: Any) -> None:
+    model = llama(bits)
+    model.gradient_checkpointing = checkpointing
+    plain = [step(model, tokens(lengths)) for lengths in PASSES]
+    without_replays(model)
+    padded = [step(model, tokens(lengths)) for lengths in PASSES]
+    model.enable_graphs()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(4):
+            for lengths, expected in zip(PASSES, padded, strict=True):
+                actual = step(model, tokens(lengths))
+                assert all(map(torch.equal, actual, expected))
+    graphs = model.graphs
+    # The bucket of 896 tokens displaces that of 384, which is captured anew.
+    assert (graphs.padded, graphs.replays, graphs.captures, graphs.eager) == (3, 9, 4, 0)
+    for reference, results in zip(plain, padded, strict=True):
+        assert all(relative_error(mine, other) < 3e-2 for mine, other in zip(results, reference, strict=True))
+
+
+def test_experts_are_captured_too() -> None:
+    model = llama(16, SMALL_EXPERTS)
+    without_replays(model)
+    expected = step(model, tokens(PASSES[0]))
+    model.enable_graphs()
+    for _ in range(4):
+        assert all(map(torch.equal, step(model, tokens(PASSES[0])), expected))
+    assert model.graphs.replays == 3
+
+
+def run_steps(model: Decoder) -> list[torch.Tensor]:
+    """Losses and factors of five optimizer steps of two micro-batches each."""
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-3, fused=True)
+    losses = []
+    for number in range(5):
+        for part in range(2):
+            loss = loss_of(model, tokens(PASSES[(number + part) % 3], seed=number), num_items=300)
+            loss.backward()
+            losses.append(loss.detach().clone())
+        nn.utils.clip_grad_norm_(trained(model), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return [*losses, *(parameter.detach().clone() for parameter in trained(model))]
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_steps_over_several_buckets_are_those_without_replays(bits: int) -> None:
+    results = []
+    for enable in (without_replays, Decoder.enable_graphs):
+        model = llama(bits)
+        enable(model)
+        results.append(run_steps(model))
+        assert model.graphs.replays == (0 if enable is without_replays else 7)
+        del model
+    assert all(map(torch.equal, *results))
+
+
+def test_scaled_gradients_pass_through() -> None:
+    model = llama(4, dtype=torch.float16)
+    without_replays(model)
+    expected = step(model, tokens(PASSES[0]))[1:]
+    model.enable_graphs()
+    optimizer = torch.optim.SGD(trained(model), lr=0.0)
+    for scale, kept in ((2.0**10, 1.0), (2.0**10, 1.0), (2.0**40, 0.5), (2.0**10, 1.0)):
+        scaler = torch.amp.GradScaler("cuda", init_scale=scale)
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, tokens(PASSES[0]))).backward()
+        scaler.unscale_(optimizer)
+        if kept == 1.0:
+            errors = [relative_error(p.grad, e) for p, e in zip(trained(model), expected, strict=True)]
+            assert max(errors) < 0.1, "unscaled gradients lose what is below 6e-8"
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == scale * kept
+    assert model.graphs.replays == 3
+
+
+def test_a_loss_of_an_earlier_plain_pass_may_be_kept() -> None:
+    """Its autograd graph holds the parameters' own gradient nodes, made on the default stream."""
+    model = llama()
+    kept = [loss_of(model, tokens(PASSES[0]))]
+    kept[0].backward()
+    kept.append(loss_of(model, tokens(PASSES[1])))
+    model.enable_graphs(max_tokens=1024)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first = step(model, tokens(PASSES[0]))
+        kept.append(loss_of(model, tokens([1200])))
+        for _ in range(2):
+            assert all(map(torch.equal, step(model, tokens(PASSES[0])), first))
+    assert (model.graphs.captures, model.graphs.replays, model.graphs.eager) == (1, 2, 1)
+    kept[1].backward()
+    assert torch.rand(4, device="cuda").isfinite().all()
+
+
+def reserved() -> int:
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
+
+
+def waits(*unused: object) -> None:
+    torch.cuda.current_stream().synchronize()
+
+
+def raises(*unused: object) -> None:
+    raise ValueError("no such thing in a graph")
+
+
+@pytest.mark.parametrize("fault", [waits, raises])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_failed_capture_leaves_everything_usable(fault: Any, direction: str) -> None:
+    model, data = llama(), tokens([1500, 530])
+    base = reserved()
+    without_replays(model)
+    expected = step(model, data)
+
+    def only_in_a_graph(*arguments: Any) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            fault()
+
+    def hook(module: nn.Module, inputs: Any, outputs: Any) -> None:
+        if direction == "forward":
+            only_in_a_graph()
+        else:
+            outputs[0].register_hook(only_in_a_graph)
+
+    handle = model.model.layers[1].register_forward_hook(hook)
+    model.enable_graphs()
+    torch.cuda.manual_seed(5)
+    numbers = torch.rand(8, device="cuda")
+    torch.cuda.manual_seed(5)
+    stream = torch.cuda.current_stream()
+    assert all(map(torch.equal, step(model, data), expected))
+    with pytest.warns(UserWarning, match="2048 tokens cannot be captured as a CUDA graph"):
+        second = step(model, data)
+    assert torch.cuda.current_stream() == stream
+    assert torch.equal(torch.rand(8, device="cuda"), numbers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for actual in (second, step(model, data)):
+            assert all(map(torch.equal, actual, expected))
+    assert (model.graphs.padded, model.graphs.captures) == (3, 0)
+    # Asked again without the fault, it works.
+    handle.remove()
+    model.enable_graphs()
+    for _ in range(3):
+        assert all(map(torch.equal, step(model, data), expected))
+    assert model.graphs.replays == 2
+    model.disable_graphs()
+    model.zero_grad()
+    del second, actual, expected
+    assert reserved() < base + 2**28, "a failed capture holds on to its memory"
+
+
+def test_another_thread_may_pin_memory_meanwhile() -> None:
+    model, data = llama(), tokens(PASSES[0])
+    model.enable_graphs()
+    done = threading.Event()
+
+    def prepare() -> None:
+        size = 1
+        while not done.is_set():
+            torch.empty(size * 2**16, pin_memory=True)
+            size = size % 64 + 1
+
+    thread = threading.Thread(target=prepare)
+    thread.start()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for lengths in PASSES:
+                step(model, tokens(lengths))
+                step(model, tokens(lengths))
+            step(model, data)
+    finally:
+        done.set()
+        thread.join()
+    assert model.graphs.captures >= 3
+
+
+def test_an_adapter_is_saved_and_loaded_between_replays(tmp_path: Path) -> None:
+    model, data = llama(), tokens(PASSES[0])
+    model.enable_graphs()
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-3)
+    for _ in range(3):
+        step(model, data)
+        optimizer.step()
+    slothcore.save_adapter(model, tmp_path)
+    assert model.graphs.replays == 2
+    torch.manual_seed(0)
+    other = slothcore.from_config(TWO_LAYERS, bits=4, dtype=torch.bfloat16, device="cuda")
+    slothcore.load_adapter(other, tmp_path)
+    stored = adapter_state(other)
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in adapter_state(model).items())
+    step(model, data)
+    assert model.graphs.replays == 3
+
+
+def test_buckets_share_their_memory() -> None:
+    model = llama()
+    step(model, tokens([2048]))
+    model.zero_grad()
+    base = reserved()
+    model.enable_graphs()
+
+    def capture(length: int) -> int:
+        for _ in range(3):
+            step(model, tokens([length]))
+        return reserved() - base
+
+    largest = capture(2048)
+    assert largest > 2**28, "nothing was captured"
+    for length in (1024, 1536, 512, 1792):
+        assert capture(length) < 1.25 * largest
+    assert model.graphs.captures == 5
+    # In rising order every larger one begins anew.
+    model.enable_graphs()
+    for length in (512, 1024, 2048):
+        most = capture(length)
+    assert most < 1.25 * largest
+    assert model.graphs.captures == 3
+    model.disable_graphs()
+    model.zero_grad()
+    assert reserved() - base < 2**28, "graphs that are gone hold on to memory"
