@@ -17,7 +17,8 @@ from slothcore.inference.generate import generate
 from slothcore.models.decoder import Decoder
 from slothcore.run import notices, open_result, train_from_config
 from slothcore.training.config import TrainConfig, field_types
-from slothcore.training.options import check_names, coerce, describe
+from slothcore.training.options import check_names, coerce, describe, takes_bool
+from slothcore.training.out_of_memory import DoesNotFit
 from slothcore.training.run_folder import check_writable
 from slothcore.version import __version__
 
@@ -64,11 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BROKEN_PIPE
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
-    except torch.OutOfMemoryError:
-        message = (
-            "the GPU's memory is full; lower per_device_train_batch_size (and raise gradient_accumulation_steps), "
-            "lower max_seq_length, or set gradient_checkpointing to true"
-        )
+    except torch.OutOfMemoryError as error:
+        full = "the GPU's memory is full; lower max_seq_length, or set gradient_checkpointing to true"
+        message = str(error) if isinstance(error, DoesNotFit) else full
     except KeyboardInterrupt:
         print("slothcore: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -147,7 +146,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         annotation = types[item.name]
         text = f"{item.metadata['help']} (default: {_shown(item.default)})".replace("%", "%%")
         options: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS, "metavar": _metavar(annotation)}
-        if "true or false" in describe(annotation):
+        if takes_bool(annotation):
             options |= {"nargs": "?", "const": True}
         elif "a list of names" in describe(annotation):
             options |= {"nargs": "+"}

@@ -17,7 +17,6 @@ from slothcore.lora.attach import add_lora, lora_config_of
 from slothcore.models.decoder import Decoder
 from slothcore.models.load import resolve_device
 from slothcore.training.config import TrainConfig
-from slothcore.training.micro_batches import check_memory_budget
 from slothcore.training.optimizer import check_8bit
 from slothcore.training.preparation import check_continued, check_evaluation
 from slothcore.training.report import say
@@ -48,7 +47,6 @@ def train_from_config(config: TrainConfig) -> TrainResult:
     if config.resume_from_checkpoint is not None:
         find_checkpoint(str(config.resume_from_checkpoint), Path(config.output_dir))
     device = resolve_device(config.device)
-    check_memory_budget(config.memory_budget, device)
     if config.optim == "adamw_8bit":
         check_8bit(device)
     train_records, eval_records = read_records(config)

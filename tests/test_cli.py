@@ -59,6 +59,30 @@ def test_flags_reach_the_run_and_the_run_repeats(folder, run) -> None:
     assert all((ours[name] == theirs[name]).all() for name in ours | theirs)
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("", False),
+        ("--gradient-checkpointing", True),
+        ("--gradient_checkpointing mlp", "mlp"),
+        ("--gradient-checkpointing=offload --packing", "offload"),
+        ("--gradient-checkpointing false", False),
+    ],
+)
+def test_a_flag_that_is_a_kind_or_yes_or_no(words, expected, monkeypatch) -> None:
+    given = []
+
+    def train_from_config(config: TrainConfig) -> None:
+        given.append(config)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(cli, "train_from_config", train_from_config)
+    assert main(["train", "--model", "a", *words.split(), "--cuda-graphs", "false", "--memory-budget", "null"]) == 2
+    (config,) = given
+    assert config.gradient_checkpointing == expected
+    assert (config.cuda_graphs, config.memory_budget) == (False, None)
+
+
 def test_the_adapter_names_its_base(folder, run) -> None:
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(folder / "model")

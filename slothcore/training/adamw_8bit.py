@@ -3,7 +3,11 @@
 A LoRA model has hundreds of small parameters: 448 for an 8B model. bitsandbytes 0.50 launches its kernel for each, and
 synchronises the host with the GPU after each: 27 ms a step on an H100 in which the GPU mostly idles. Nothing needs
 either. The update works on blocks of 256 elements that know nothing of each other, so parameters whose sizes are whole
-blocks are laid end to end and updated in one launch; and it runs on the stream that made the gradients.
+blocks are updated in one launch, as one vector: where they lie end to end in memory, that is the vector, and so are
+their gradients; elsewhere both are copied into one.
+
+bitsandbytes launches on the legacy default stream, torch's own default, so the update follows what made the gradients;
+it takes the learning rate and the number of the step by value, and therefore belongs in no CUDA graph.
 """
 
 import operator
@@ -18,7 +22,7 @@ from bitsandbytes.optim import AdamW8bit as BitsandbytesAdamW8bit
 from torch import Tensor, nn
 
 BLOCK = 256
-# What one launch takes at most; parameters and gradients are copied end to end, so this bounds the extra memory.
+# What one launch takes at most of parameters that have to be copied end to end: it bounds the extra memory.
 LARGEST_BATCH = 2**24
 
 
@@ -106,8 +110,8 @@ class Batch:
         for state in self.states:
             state["step"] += 1
         first = self.states[0]
-        values = torch.cat([parameter.reshape(-1) for parameter in self.parameters])
-        gradients = torch.cat([parameter.grad.reshape(-1) for parameter in self.parameters])  # type: ignore[union-attr]
+        gradients, _ = as_vector([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+        values, is_copy = as_vector(self.parameters)
         beta1, beta2 = group["betas"]
         functional.optimizer_update_8bit_blockwise(
             "adam",
@@ -130,11 +134,32 @@ class Batch:
             gnorm_scale=1.0,
             skip_zeros=False,
         )
-        parts = values.split([parameter.numel() for parameter in self.parameters])
-        torch._foreach_copy_(
-            [parameter.data for parameter in self.parameters],
-            [part.view(parameter.shape) for part, parameter in zip(parts, self.parameters, strict=True)],
-        )
+        if is_copy:
+            parts = values.split([parameter.numel() for parameter in self.parameters])
+            torch._foreach_copy_(
+                [parameter.data for parameter in self.parameters],
+                [part.view(parameter.shape) for part, parameter in zip(parts, self.parameters, strict=True)],
+            )
+
+
+def end_to_end(tensors: Sequence[Tensor]) -> Tensor | None:
+    """The vector that contiguous tensors of one dtype are in memory, sharing it; None if they are not one."""
+    first = tensors[0]
+    # Neighbours may also be two allocations that touch; a vector over both would reach out of the first one's.
+    storage, address = first.untyped_storage().data_ptr(), first.data_ptr()
+    for tensor in tensors:
+        touches = tensor.data_ptr() == address and tensor.untyped_storage().data_ptr() == storage
+        if not (touches and tensor.is_contiguous()):
+            return None
+        address += tensor.nbytes
+    elements = (address - first.data_ptr()) // first.element_size()
+    return first.detach().as_strided((elements,), (1,))
+
+
+def as_vector(tensors: Sequence[Tensor]) -> tuple[Tensor, bool]:
+    """Tensors of one dtype as one vector: their own memory if they lie end to end, else a copy; and if it is that."""
+    vector = end_to_end(tensors)
+    return (torch.cat([tensor.reshape(-1) for tensor in tensors]), True) if vector is None else (vector, False)
 
 
 def same_objects(some: Sequence[object], others: Sequence[object]) -> bool:
@@ -156,17 +181,39 @@ def in_whole_blocks(parameter: nn.Parameter, state: Mapping[str, Any]) -> bool:
 def alike(
     parameters: Sequence[nn.Parameter], states: Mapping[Tensor, Mapping[str, Any]]
 ) -> Iterator[list[nn.Parameter]]:
-    """Consecutive parameters that one launch can take: the same dtype, device and step, not too many elements."""
-    part: list[nn.Parameter] = []
+    """Consecutive parameters that one launch can take: of the same dtype, device and step.
+
+    They are end to end in memory, or else not too many elements to be copied there.
+    """
+
+    def kind(parameter: nn.Parameter) -> tuple[Any, ...]:
+        return parameter.dtype, parameter.device, states[parameter]["step"]
+
+    scattered: list[nn.Parameter] = []
+    for run in runs(parameters, kind):
+        alone = len(run) == 1 and run[0].numel() <= LARGEST_BATCH
+        if scattered and not (
+            alone
+            and kind(run[0]) == kind(scattered[0])
+            and sum(p.numel() for p in scattered) + run[0].numel() <= LARGEST_BATCH
+        ):
+            yield scattered
+            scattered = []
+        if alone:
+            scattered += run
+        else:
+            yield run
+    if scattered:
+        yield scattered
+
+
+def runs(parameters: Sequence[nn.Parameter], kind: Callable[[nn.Parameter], object]) -> Iterator[list[nn.Parameter]]:
+    """Consecutive parameters of one kind, as long as each begins in memory where the one before ends."""
+    run: list[nn.Parameter] = []
     for parameter in parameters:
-        fits = not part or (
-            (parameter.dtype, parameter.device, states[parameter]["step"])
-            == (part[0].dtype, part[0].device, states[part[0]]["step"])
-            and sum(p.numel() for p in part) + parameter.numel() <= LARGEST_BATCH
-        )
-        if not fits:
-            yield part
-            part = []
-        part.append(parameter)
-    if part:
-        yield part
+        if run and not (kind(run[0]) == kind(parameter) and end_to_end([run[-1], parameter]) is not None):
+            yield run
+            run = []
+        run.append(parameter)
+    if run:
+        yield run

@@ -26,6 +26,7 @@ COUNTS = (
     "max_seq_length",
     "save_total_limit",
     "eval_steps",
+    "graph_tokens",
 )
 
 # Names in one word, q_proj,v_proj; a regular expression may have commas of its own.
@@ -67,8 +68,11 @@ class TrainConfig:
         "how positions beyond the model's limit are reached, or the values as in config.json; null: linear",
         group="Model",
     )
-    gradient_checkpointing: bool = option(
-        False, "recompute each layer in the backward pass: less memory, about 30% more time", group="Model"
+    gradient_checkpointing: Literal["mlp", "offload"] | bool = option(
+        False,
+        "less memory for more time: true recomputes each layer in the backward pass; mlp: gate and up of the MLP only; "
+        "offload: as mlp, and what else is kept waits in host memory",
+        group="Model",
     )
 
     data: str | tuple[str, ...] | None = option(None, "training files: .json, .jsonl, .csv, .txt", group="Data")
@@ -106,15 +110,21 @@ class TrainConfig:
 
     max_steps: int = option(-1, "optimizer steps; overrides num_train_epochs when positive", group="Optimization")
     num_train_epochs: float = option(1.0, "passes over the data when max_steps is not given", group="Optimization")
-    per_device_train_batch_size: int = option(2, "rows of one forward and backward pass", group="Optimization")
+    per_device_train_batch_size: int = option(
+        2, "rows of one forward and backward pass, unless memory_budget takes more", group="Optimization"
+    )
     gradient_accumulation_steps: int = option(4, "passes of one optimizer step", group="Optimization")
     memory_budget: Literal["auto"] | float | None = option(
-        None,
+        "auto",
         "GiB that the tensors of a run may take on the GPU, or auto: what is free at its start; rows of a step then "
         "go through in as few passes as fit by prediction, with the same result; "
-        "null: per_device_train_batch_size rows a pass",
+        "null, and auto on a CPU: per_device_train_batch_size rows a pass",
         group="Optimization",
     )
+    cuda_graphs: bool | None = option(
+        None, "replay short passes as CUDA graphs; null: on a GPU, where the model allows it", group="Optimization"
+    )
+    graph_tokens: int = option(2048, "tokens of the longest pass that replays a graph", group="Optimization")
     learning_rate: float = option(2e-4, "highest learning rate", group="Optimization")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = option(
         "linear", "how the learning rate falls after the warm-up", group="Optimization"

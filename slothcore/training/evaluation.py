@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from slothcore.models.decoder import Decoder
+from slothcore.training.ahead import Ahead
 from slothcore.training.batches import RowSet
 
 
@@ -33,10 +34,11 @@ def evaluate(model: Decoder, rows: RowSet, *, batch_size: int) -> EvalResult:
     was_training = model.training
     model.eval()
     try:
-        for batch in rows.micro_batches(range(len(rows)), batch_size):
-            total += model(
-                batch.input_ids, labels=batch.labels, cu_seqlens=batch.cu_seqlens, num_items=num_targets
-            ).loss
+        with Ahead(rows.micro_batches(range(len(rows)), batch_size)) as batches:
+            for batch in batches:
+                total += model(
+                    batch.input_ids, labels=batch.labels, cu_seqlens=batch.cu_seqlens, num_items=num_targets
+                ).loss
     finally:
         model.train(was_training)
     return EvalResult(loss=total.item(), num_targets=num_targets)

@@ -1,19 +1,7 @@
-"""How much GPU memory a training run takes, worked out from the model's shapes without a GPU.
-
-    peak = weights + trained weights + optimizer state + workspaces + the largest of
-           the loss         everything kept, the chunk of logits, hidden states and their gradient
-           layer l          what layers 0..l keep, the gradients of the layers from l on, the moment of layer l
-           the optimizer    all gradients, and its copies
-
-With more than one pass a step, the gradients of all layers are there throughout. With recomputation, layers keep their
-inputs, and layer l the rest of what it would keep too.
-
-The figures are those of torch's allocator (`torch.cuda.max_memory_allocated`): the CUDA context, and what lies unused
-between tensors, come on top.
-"""
+"""The memory plan of a model, or of a configuration alone: see `memory_plan.py` for what it says."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -26,106 +14,14 @@ from slothcore.lora.attach import AdapterPlan, attach
 from slothcore.lora.config import LoraConfig
 from slothcore.models.config import DecoderConfig
 from slothcore.models.decoder import Decoder
+from slothcore.models.decoder_body import GradientCheckpointing
 from slothcore.models.decoder_layer import DecoderLayer
-from slothcore.training.memory_layers import FLOAT, INDEX, Cost, LayerMemory, counts_as_nf4, layer_memory, trains
+from slothcore.training.memory_layers import FLOAT, INDEX, counts_as_nf4, layer_memory, trains
+from slothcore.training.memory_plan import Cost, LossMemory, MemoryPlan
 
 SMALLEST_8BIT = 4096  # below as many elements bitsandbytes keeps its state in float32
 STATE_BLOCK = 256  # elements of 8-bit state that share a scale
-# cuBLAS asks torch for one for each thread that calls it: that of forward passes, and autograd's. 32 MiB on Hopper, and
-# less elsewhere.
-WORKSPACES = 2 * 32 * 2**20
 INDICES = 4 * INDEX  # of a token: its id, its position, its target and the target's row
-
-
-@dataclass(frozen=True)
-class LossMemory:
-    """The final norm, then the head and its loss in chunks of rows: `autograd/cross_entropy.py`.
-
-    Attributes:
-        forward, backward: what it has allocated in each direction, without the chunk.
-        chunk_rows: most tokens whose logits exist at once, in the forward pass.
-        chunk_row: bytes of one of them.
-    """
-
-    forward: Cost
-    backward: Cost
-    chunk_rows: int = 0
-    chunk_row: int = 0
-
-    def at(self, tokens: int) -> float:
-        chunk = min(tokens, self.chunk_rows) * self.chunk_row
-        return max(self.forward.at(tokens) + chunk, self.backward.at(tokens))
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """What a run needs, in bytes.
-
-    Attributes:
-        weights: of the model, frozen.
-        trained: adapter, or the weights that train.
-        gradients: of those, all together.
-        optimizer: its state.
-        layers: what each layer keeps and needs.
-        body: kept of a token outside of the layers.
-        loss: what the loss needs.
-        update: what the optimizer copies in an update.
-        recompute: whether layers keep their inputs only.
-    """
-
-    weights: int
-    trained: int
-    gradients: int
-    optimizer: int
-    layers: tuple[LayerMemory, ...]
-    body: Cost
-    loss: LossMemory
-    update: int
-    recompute: bool
-
-    @property
-    def static(self) -> int:
-        """What is there from the first update on, whatever the tokens of a pass."""
-        return self.weights + self.trained + self.optimizer + WORKSPACES
-
-    def activations(self, tokens: int) -> float:
-        """What all layers keep of a pass between its forward and its backward."""
-        return self.body.at(tokens) + sum(self._held(layer).at(tokens) for layer in self.layers)
-
-    def peak(self, tokens: int, *, passes: int = 1) -> float:
-        """The most memory that a step takes whose largest pass has this many tokens.
-
-        Args:
-            passes: of the step; from the second on, there are gradients from the beginning.
-        """
-        before = self.gradients if passes > 1 else 0
-        kept = self.activations(tokens)
-        most = before + kept + self.loss.at(tokens)
-        gradients = float(self.gradients - sum(layer.gradients for layer in self.layers))
-        for layer in reversed(self.layers):
-            gradients += layer.gradients
-            held = kept + max(before, gradients)
-            if self.recompute:
-                held += layer.kept.at(tokens)
-            most = max(most, held + _largest(layer.feed_forward.moments, tokens))
-            held -= layer.feed_forward.kept.at(tokens)
-            most = max(most, held + _largest(layer.attention.moments, tokens))
-            kept -= self._held(layer).at(tokens)
-        return self.static + max(most, self.gradients + self.update)
-
-    def largest_pass(self, budget: float, *, at_most: int, passes: int = 2) -> int:
-        """The most tokens, up to `at_most`, whose `peak` is within `budget` bytes; 0 if not even one token's is."""
-        fits, too_many = 0, at_most + 1
-        while too_many - fits > 1:
-            middle = (fits + too_many) // 2
-            if self.peak(middle, passes=passes) <= budget:
-                fits = middle
-            else:
-                too_many = middle
-        return fits
-
-    def _held(self, layer: LayerMemory) -> Cost:
-        return layer.inputs if self.recompute else layer.kept
 
 
 def plan_memory(
@@ -136,7 +32,8 @@ def plan_memory(
     lora: LoraConfig | None = None,
     lora_dtype: torch.dtype = torch.float32,
     optim: str = "adamw",
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: GradientCheckpointing = False,
+    graph_tokens: int = 0,
 ) -> MemoryPlan:
     """What training a model of this configuration takes; no weight is allocated.
 
@@ -146,7 +43,9 @@ def plan_memory(
         lora: the adapter; None: all weights train.
         lora_dtype: of its factors.
         optim: adamw or adamw_8bit.
-        gradient_checkpointing: whether layers are computed again in the backward pass.
+        gradient_checkpointing: True: layers are computed again in the backward pass; "mlp": the first products of the
+            MLP are; "offload": as "mlp", and what is kept waits in host memory.
+        graph_tokens: passes of up to so many tokens replay CUDA graphs; 0: none does.
     """
     model = Decoder(config, dtype=dtype, device="meta", bits=bits)
     if lora is not None:
@@ -158,17 +57,29 @@ def plan_memory(
         factors = {path: (factor(target.shape_A), factor(target.shape_B)) for path, target in adapter.targets.items()}
         attach(model, adapter, factors)
     model.gradient_checkpointing = gradient_checkpointing
-    return memory_of(model, optim=optim)
+    return replace(memory_of(model, optim=optim), graph_tokens=graph_tokens)
 
 
 def memory_of(model: Decoder, *, optim: str) -> MemoryPlan:
-    """What training this model takes, with what requires a gradient now; it may be on the meta device."""
+    """What training this model takes as it is now: what trains, what it computes again, whether it replays graphs.
+
+    Decoded weights do not count, kept or not; see `MemoryPlan.keeping_decoded`. The model may be on the meta device.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     passed = trains(model.model.embed_tokens)
+    recompute, graphs = model.gradient_checkpointing, model.graphs
     layers = []
     for layer in model.model.layers:
         assert isinstance(layer, DecoderLayer)
-        layers.append(layer_memory(layer, model.dtype, bits=model.bits, after_trained=passed))
+        layers.append(
+            layer_memory(
+                layer,
+                model.dtype,
+                bits=model.bits,
+                after_trained=passed,
+                keep_gate_up=recompute not in ("mlp", "offload"),
+            )
+        )
         passed = passed or trains(layer)
     return MemoryPlan(
         weights=sum(_frozen_bytes(model)),
@@ -179,12 +90,9 @@ def memory_of(model: Decoder, *, optim: str) -> MemoryPlan:
         body=Cost(INDICES + _angles(model)),
         loss=_loss(model),
         update=_update(trained, optim),
-        recompute=model.gradient_checkpointing,
+        recompute=recompute,
+        graph_tokens=0 if graphs is None or graphs.why_not() is not None else graphs.max_tokens,
     )
-
-
-def _largest(moments: tuple[Cost, ...], tokens: int) -> float:
-    return max((moment.at(tokens) for moment in moments), default=0.0)
 
 
 def _frozen_bytes(model: Decoder) -> Iterator[int]:

@@ -145,9 +145,19 @@ def coerce(name: str, value: Any, annotation: Any) -> Any:
 
 def describe(annotation: Any) -> str:
     """What a user may write for a field of this type, in words."""
-    members = _members(annotation)
-    words = [_describe_one(member) for member in sorted(members, key=lambda member: member is types.NoneType)]
+    members = sorted(_members(annotation), key=lambda member: member is types.NoneType)
+    words = [_describe_one(member) for member in members]
+    choices = [word for member, word in zip(members, words, strict=True) if typing.get_origin(member) is Literal]
+    if bool in members and choices:
+        # One row of words to choose from, not "a | b or true or false".
+        rest = [word for member, word in zip(members, words, strict=True) if member is not bool and word not in choices]
+        words = [" | ".join(["true", "false", *choices]), *rest]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def takes_bool(annotation: Any) -> bool:
+    """Whether a field of this type may be true or false, so that a flag alone says true."""
+    return bool in _members(annotation)
 
 
 def _members(annotation: Any) -> list[Any]:

@@ -88,6 +88,28 @@ def choose_trainable(model: Decoder, config: TrainConfig) -> None:
     model.gradient_checkpointing = config.gradient_checkpointing
 
 
+def allows_graphs(model: Decoder, config: TrainConfig) -> bool:
+    """Whether short passes are to replay CUDA graphs: where the configuration and the model allow it.
+
+    The model is left without graphs.
+
+    Raises: ValueError if graphs are asked for and the model, or where it is, does not allow them.
+    """
+    if config.cuda_graphs is False:
+        return False
+    model.enable_graphs(max_tokens=config.graph_tokens)
+    assert model.graphs is not None
+    obstacle = model.graphs.why_not()
+    model.disable_graphs()
+    if obstacle is None:
+        return True
+    if config.cuda_graphs:
+        raise ValueError(f"cuda_graphs is true, and cannot be: {obstacle}; set it to null or false")
+    if model.device.type == "cuda":
+        say(f"without CUDA graphs: {obstacle}")
+    return False
+
+
 def prepare_rows(
     dataset: Sequence[dict[str, Any]] | Sequence[TokenizedRow],
     tokenizer: Tokenizer | None,

@@ -1,16 +1,13 @@
 """What a run says: the progress bar, the JSONL log, the drawing of the loss."""
 
 import json
-import math
 import os
 import sys
-import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 LOG_FILE = "log.jsonl"
@@ -23,6 +20,13 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
+def most_memory(device: torch.device) -> dict[str, float]:
+    """The field of a record for the most GPU memory that was allocated until now; none on a CPU."""
+    if device.type != "cuda":
+        return {}
+    return {"memory_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3)}
+
+
 class Report:
     """Progress and log of one run, from `step` on.
 
@@ -30,10 +34,7 @@ class Report:
     in words. A line of the log is flushed as it is written: a killed run keeps it.
     """
 
-    def __init__(
-        self, output_dir: Path, *, step: int, total_steps: int, device: torch.device, disable_tqdm: bool
-    ) -> None:
-        self.device = device
+    def __init__(self, output_dir: Path, *, step: int, total_steps: int, disable_tqdm: bool) -> None:
         self.total_steps = total_steps
         self.file = (output_dir / LOG_FILE).open("a", encoding="utf-8")
         self.bar = tqdm(
@@ -60,8 +61,6 @@ class Report:
 
     def log(self, record: dict[str, Any]) -> None:
         """Write a line of the log and show its figures."""
-        if self.device.type == "cuda":
-            record = {**record, "memory_gib": round(torch.cuda.max_memory_allocated(self.device) / 2**30, 3)}
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
         if "loss" not in record:
@@ -77,63 +76,6 @@ class Report:
             say(f"step {record['step']}/{self.total_steps}: {figures}, {tqdm.format_interval(left)} left")
         else:
             self.bar.set_postfix(shown, refresh=True)
-
-
-class Meter:
-    """Loss, tokens and seconds, per line of the log and in all.
-
-    The sum of the losses stays on the device until a line is due: reading it waits for the device.
-    While entered (`with meter:`), the clock stands still; evaluation and saving are no training time. Entering waits
-    for the device, because the steps that it still has to do are.
-    """
-
-    def __init__(self, device: torch.device, *, window_loss: float, window_steps: int, elapsed: float) -> None:
-        self.loss = torch.tensor(window_loss, dtype=torch.float64, device=device)
-        self.steps = window_steps
-        self.tokens = 0
-        self._elapsed = self._window_start = elapsed
-        self._started: float | None = time.perf_counter()  # None while the clock stands still
-
-    def add(self, loss: Tensor, tokens: int) -> None:
-        """Count one optimizer step."""
-        self.loss += loss
-        self.steps += 1
-        self.tokens += tokens
-
-    def elapsed(self) -> float:
-        """Seconds of training so far."""
-        running = 0.0 if self._started is None else time.perf_counter() - self._started
-        return self._elapsed + running
-
-    def tokens_per_second(self) -> float:
-        """Of the steps since the last reset; wait for the device first."""
-        return self.tokens / max(self.elapsed() - self._window_start, 1e-9)
-
-    def read_loss(self) -> float:
-        """The losses of the window, summed; waits for the device. Raises ValueError if the sum is not finite."""
-        total = self.loss.item()
-        if not math.isfinite(total):
-            raise ValueError(
-                "the loss or its gradient is no longer finite; lower learning_rate, raise warmup_steps, "
-                "or train in bfloat16 or float32"
-            )
-        return total
-
-    def reset(self) -> None:
-        """Begin the next line of the log."""
-        self.loss.zero_()
-        self.steps = self.tokens = 0
-        self._window_start = self.elapsed()
-
-    def __enter__(self) -> "Meter":
-        self.loss.item()
-        self._elapsed, self._started = self.elapsed(), None
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._started = time.perf_counter()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

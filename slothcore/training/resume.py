@@ -4,8 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slothcore.training.meter import Meter
 from slothcore.training.optimizer import load_optimizer_state, optimizer_state
-from slothcore.training.report import LOG_FILE, Meter, rewind_log, say
+from slothcore.training.report import LOG_FILE, rewind_log, say
 from slothcore.training.run_folder import check_output_dir, claim_output_dir
 from slothcore.training.run_state import (
     OPTIMIZER_FILE,
@@ -99,7 +100,7 @@ def restore(trainer: "SFTTrainer", fresh: RunState) -> RunState:
             say(f"deleted {later}, which came after the checkpoint that training goes on from")
     say(f"resumed from {checkpoint}: step {saved.step} of {trainer.total_steps}")
     if saved.config.get("memory_budget") != fresh.config["memory_budget"]:
-        saved.token_budget = None
+        saved.token_budget = saved.decoded_layers = None
     saved.config = fresh.config
     return saved
 

@@ -46,6 +46,7 @@ class RunState:
     logged_loss: float = 0.0  # losses of all steps before the window, summed
     elapsed: float = 0.0  # seconds of training
     token_budget: int | None = None  # tokens of a pass that rows are merged up to; None: without memory_budget
+    decoded_layers: int | None = None  # layers that keep decoded weights
     optimizer_values: dict[str, dict[str, Any]] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
 

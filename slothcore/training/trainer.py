@@ -12,24 +12,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from slothcore.data.masking import TokenizedRow
 from slothcore.data.tokenizer import Tokenizer
 from slothcore.models.decoder import Decoder
-from slothcore.training.batches import RowSet, StepPlan, StepSchedule
+from slothcore.training.batches import RowSet, StepSchedule
 from slothcore.training.config import TrainConfig
+from slothcore.training.decoded import choose_decoded_layers, keep_decoded_layers
 from slothcore.training.evaluation import EvalResult, evaluate
 from slothcore.training.interruption import Interruption
 from slothcore.training.memory import memory_of
-from slothcore.training.micro_batches import StepCut, check_memory_budget, choose_token_budget, compare, describe
+from slothcore.training.meter import Meter
+from slothcore.training.micro_batches import (
+    StepCut,
+    choose_token_budget,
+    compare,
+    describe,
+    memory_limit,
+    sample_passes,
+)
 from slothcore.training.optimizer import create_optimizer, trainable_parameters
-from slothcore.training.preparation import check_evaluation, choose_trainable, prepare_rows, resolve_max_seq_length
-from slothcore.training.report import Meter, Report, draw_loss, say
+from slothcore.training.optimizer_step import OptimizerStep
+from slothcore.training.preparation import (
+    allows_graphs,
+    check_evaluation,
+    choose_trainable,
+    prepare_rows,
+    resolve_max_seq_length,
+)
+from slothcore.training.report import Report, draw_loss, most_memory, say
 from slothcore.training.resume import restore, write_checkpoint
 from slothcore.training.run_folder import CONFIG_FILE, check_output_dir, claim_output_dir
 from slothcore.training.run_state import RunState, model_fingerprint
 from slothcore.training.schedule import learning_rate_factor, resolve_warmup_steps
+from slothcore.training.step_feed import StepFeed
+from slothcore.training.training_log import TrainingLog
 from slothcore.training.weights import save_result
 
 
@@ -72,11 +89,11 @@ class SFTTrainer:
         config = config or TrainConfig()
         check_output_dir(config)
         check_evaluation(config, has_data=eval_dataset is not None)
-        check_memory_budget(config.memory_budget, model.device)
         self.model, self.tokenizer = model, tokenizer
         self.config = config = replace(config, max_seq_length=resolve_max_seq_length(config, model))
         choose_trainable(model, config)
         self.parameters = trainable_parameters(model)
+        self.replays_graphs = allows_graphs(model, config)
         self.optimizer = create_optimizer(model, config)
         # float16 gradients below 6e-8 vanish; scaling the loss keeps them. A disabled scaler passes all through.
         scaled = model.dtype == torch.float16 and model.device.type == "cuda"
@@ -94,8 +111,8 @@ class SFTTrainer:
         )
         self.total_steps = self.schedule.total_steps
         self.cut = StepCut(self.train_rows, config.per_device_train_batch_size, token_budget=None)
-        self.memory = memory_of(model, optim=config.optim)
-        self._most_tokens = self._most_passes = 0  # of a pass, and of a step, so far
+        graph_tokens = config.graph_tokens if self.replays_graphs else 0
+        self.memory = replace(memory_of(model, optim=config.optim), graph_tokens=graph_tokens)
         self._foreign_bytes = 0  # on the GPU, but not this run's
         self.warmup_steps = resolve_warmup_steps(
             warmup_steps=config.warmup_steps, warmup_ratio=config.warmup_ratio, total_steps=self.total_steps
@@ -107,11 +124,16 @@ class SFTTrainer:
         Ctrl-C ends the current step, saves a checkpoint and returns with `interrupted` set.
 
         Raises: ValueError if the output folder holds another run, the checkpoint is of another model or other data,
-            or the loss is no longer finite.
+            or the loss is no longer finite. DoesNotFit, a torch.OutOfMemoryError, if a pass does not fit into the GPU.
         """
+        try:
+            return self._train(self._begin())
+        finally:
+            self._give_back()
+
+    def _train(self, state: RunState) -> TrainResult:
         config = self.config
-        state = self._begin()
-        self._plan_passes(state)
+        steps = self._make_ready(state)
         output_dir = Path(config.output_dir)
         meter = Meter(
             self.model.device,
@@ -119,37 +141,37 @@ class SFTTrainer:
             window_steps=state.window_steps,
             elapsed=state.elapsed,
         )
-        report = Report(
-            output_dir,
-            step=state.step,
-            total_steps=self.total_steps,
-            device=self.model.device,
-            disable_tqdm=config.disable_tqdm,
-        )
+        report = Report(output_dir, step=state.step, total_steps=self.total_steps, disable_tqdm=config.disable_tqdm)
+        log = TrainingLog(report, meter, state, steps_per_epoch=self.schedule.steps_per_epoch)
         evaluated: EvalResult | None = None
         checkpoint: Path | None = None
         stop = False
         self.model.train()
-        with report, Interruption() as interruption:
+        feed = StepFeed(self.schedule, self.cut, first_step=state.step)
+        with report, log, feed, Interruption() as interruption:
             while state.step < self.total_steps and not stop:
-                plan = self.schedule.plan(state.step)
                 learning_rate = self._learning_rate(state.step)
-                loss, grad_norm = self._optimizer_step(plan, learning_rate)
+                plan, loss, grad_norm = steps.run(feed, learning_rate)
+                # The line that an earlier step began: the device has this step to do while the host reads it.
+                log.write_waiting()
                 meter.add(loss, plan.num_tokens)
                 state.step += 1
                 state.tokens += plan.num_tokens
+                # Both are lower than before where memory did not suffice.
+                state.token_budget, state.decoded_layers = feed.cut.token_budget, steps.decoded_layers
                 report.advance()
                 last = state.step == self.total_steps
                 if last or state.step % config.logging_steps == 0:
-                    report.log(self._training_record(state, meter, learning_rate, grad_norm))
+                    log.begin_line(learning_rate=learning_rate, grad_norm=grad_norm)
                 if self.eval_rows and (last or _is_due(state.step, config.eval_steps)):
-                    with meter:
+                    with log.paused():
                         evaluated = self.evaluate()
                     report.log(self._evaluation_record(state, evaluated))
                 stop = interruption.requested and not last
                 if stop or (config.save_steps and (last or _is_due(state.step, config.save_steps))):
-                    with meter:
+                    with log.paused():
                         checkpoint = write_checkpoint(self, state, meter)
+        self.cut, self.memory = feed.cut, self.memory.keeping_decoded(steps.decoded_layers)
         seconds = meter.elapsed()
         if stop and checkpoint:
             say(f"interrupted after step {state.step}; saved {checkpoint}. {self._how_to_go_on()}")
@@ -157,9 +179,9 @@ class SFTTrainer:
         else:
             path = save_result(self.model, self.tokenizer, output_dir)
             say(f"saved {path}")
-        if self.model.device.type == "cuda" and self._most_passes:
+        if self.model.device.type == "cuda" and steps.most_passes:
             actual = torch.cuda.max_memory_allocated(self.model.device) - self._foreign_bytes
-            say(compare(self.memory, tokens=self._most_tokens, passes=self._most_passes, actual=actual))
+            say(compare(self.memory, tokens=steps.most_tokens, passes=steps.most_passes, actual=actual))
         if config.plot:
             say(draw_loss(output_dir))
         return TrainResult(
@@ -196,76 +218,63 @@ class SFTTrainer:
         )
         return state
 
-    def _plan_passes(self, state: RunState) -> None:
-        """Decide how steps are cut, unless the checkpoint has decided, and say what that is predicted to take."""
+    def _make_ready(self, state: RunState) -> OptimizerStep:
+        """Set the model up for its steps: graphs, their cut into passes, and weights that are kept decoded.
+
+        Cut and weights are decided here unless the checkpoint has them; what that is predicted to take is said.
+        """
         budget, device = self.config.memory_budget, self.model.device
+        if budget == "auto" and device.type != "cuda":
+            budget = None
         allocated = self.memory.weights + self.memory.trained + (self.memory.optimizer if self.optimizer.state else 0)
+        flat = None
+        self.model.disable_graphs()
+        if self.replays_graphs:
+            self.model.enable_graphs(max_tokens=self.config.graph_tokens)
+            assert self.model.graphs is not None
+            flat = self.model.graphs.flat
+            allocated += self.memory.gradients
         if budget is not None and state.token_budget is None:
             state.token_budget = choose_token_budget(self.memory, budget, self.train_rows, device, allocated=allocated)
         self.cut = replace(self.cut, token_budget=state.token_budget)
+        if state.decoded_layers is None and budget is not None:
+            limit = memory_limit(budget, device, allocated=allocated)
+            sample = sample_passes(self.cut, self.schedule, first_step=state.step)
+            state.decoded_layers = choose_decoded_layers(self.memory, limit, sample)
+        decoded_layers = state.decoded_layers or 0
+        keep_decoded_layers(self.model, decoded_layers)
+        self.memory = self.memory.keeping_decoded(decoded_layers)
         if budget is not None or device.type == "cuda":
             say(describe(self.memory, self.cut, self.schedule, first_step=state.step))
         if device.type == "cuda":
             # Loading may have taken more than training will, and the caller may have tensors of their own.
             torch.cuda.reset_peak_memory_stats(device)
-            self._foreign_bytes = torch.cuda.memory_allocated(device) - allocated
+            self._foreign_bytes = torch.cuda.memory_allocated(device) - allocated - self.memory.decoded
+        return OptimizerStep(
+            self.model,
+            self.parameters,
+            self.optimizer,
+            self.scaler,
+            self.config,
+            flat=flat,
+            decoded_layers=decoded_layers,
+        )
 
-    def _optimizer_step(self, plan: StepPlan, learning_rate: float) -> tuple[Tensor, Tensor]:
-        """One update. Gives its loss and the norm of its gradient before clipping, both still on the device."""
-        loss = torch.zeros((), dtype=torch.float32, device=self.model.device)
-        passes = self.cut.passes(plan.rows)
-        self._most_passes = max(self._most_passes, len(passes))
-        for rows in passes:
-            self._most_tokens = max(self._most_tokens, self.cut.tokens(rows))
-            batch = self.train_rows.micro_batch(rows)
-            part = self.model(
-                batch.input_ids, labels=batch.labels, cu_seqlens=batch.cu_seqlens, num_items=plan.num_targets
-            ).loss
-            self.scaler.scale(part).backward()
-            loss += part.detach()
-        self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        grad_norm = torch.nn.utils.get_total_norm(gradients)
-        if self.config.max_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.max_grad_norm, grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+    def _give_back(self) -> None:
+        """Free what only training needs: what comes next, such as a merge, may need the memory."""
+        self.model.disable_graphs()
+        keep_decoded_layers(self.model, 0)
         self.optimizer.zero_grad(set_to_none=True)
-        if not self.scaler.is_enabled():
-            # Nothing skips a step whose gradient is no number, and it spoils the weights: 0 * NaN makes the loss tell.
-            loss += 0.0 * grad_norm
-        return loss, grad_norm
 
     def _learning_rate(self, step: int) -> float:
         return self.config.learning_rate * learning_rate_factor(
             self.config.lr_scheduler_type, step, warmup_steps=self.warmup_steps, total_steps=self.total_steps
         )
 
-    def _training_record(
-        self, state: RunState, meter: Meter, learning_rate: float, grad_norm: Tensor
-    ) -> dict[str, Any]:
-        """A line of the log. This reads the loss, and so waits for the device."""
-        total = meter.read_loss()
-        norm = grad_norm.item()
-        record = {
-            "step": state.step,
-            "epoch": state.step / self.schedule.steps_per_epoch,
-            "loss": total / meter.steps,
-            "learning_rate": learning_rate,
-            "grad_norm": norm if math.isfinite(norm) else None,  # float16 overflows now and then
-            "tokens": state.tokens,
-            "tokens_per_second": meter.tokens_per_second(),
-            "elapsed": meter.elapsed(),
-        }
-        state.logged_loss += total
-        meter.reset()
-        return record
-
     def _evaluation_record(self, state: RunState, result: EvalResult) -> dict[str, Any]:
         perplexity = result.perplexity if math.isfinite(result.perplexity) else None
-        return {"step": state.step, "eval_loss": result.loss, "eval_perplexity": perplexity}
+        record = {"step": state.step, "eval_loss": result.loss, "eval_perplexity": perplexity}
+        return {**record, **most_memory(self.model.device)}
 
     def _how_to_go_on(self) -> str:
         if self.config.model is None:

@@ -7,8 +7,9 @@ what is tested there is how parameters and states are laid together; on a GPU it
 import pytest
 import torch
 
+from slothcore.models.flat_factors import FlatFactors
 from slothcore.training import adamw_8bit
-from slothcore.training.adamw_8bit import AdamW8bit
+from slothcore.training.adamw_8bit import AdamW8bit, end_to_end
 from slothcore.training.optimizer import load_optimizer_state, optimizer_state
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -123,6 +124,100 @@ def test_many_parameters_take_few_launches(device: str, monkeypatch) -> None:
     run.step(0)
     # Two groups of whole blocks, and the one whose last block is partial.
     assert sorted(launches) == sorted([16 * 256 + 256 * 32, 333 * 77, 64 * 64 + 16 * 512])
+
+
+class FlatRun(Run):
+    """The same with parameters end to end, and gradients likewise."""
+
+    def __init__(self, optimizer_class, device: str) -> None:
+        super().__init__(optimizer_class, device)
+        self.flat = FlatFactors(self.parameters)
+
+    def step(self, number: int, without: tuple[int, ...] = ()) -> None:
+        self.flat.zero_grad()
+        generator = torch.Generator().manual_seed(100 + number)
+        for index, parameter in enumerate(self.parameters):
+            gradient = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+            if index in without:
+                parameter.grad = None
+            else:
+                parameter.grad.copy_(gradient)
+        for group in self.optimizer.param_groups:
+            group["lr"] = 1e-2 / (number + 1)
+        self.optimizer.step()
+        assert self.flat.is_intact()
+
+
+@pytest.mark.parametrize("largest", [2**24, 5000], ids=["one batch", "several batches"])
+def test_equals_bitsandbytes_where_parameters_lie_end_to_end(device: str, largest: int, monkeypatch) -> None:
+    monkeypatch.setattr(adamw_8bit, "LARGEST_BATCH", largest)
+    expected, actual = Run(bitsandbytes.optim.AdamW8bit, device), FlatRun(AdamW8bit, device)
+    for number, without in enumerate(((), (), (1,), (), ())):
+        expected.step(number, without)
+        actual.step(number, without)
+        actual.assert_equals(expected)
+
+
+def test_a_checkpoint_says_nothing_of_where_parameters_lie(device: str) -> None:
+    """A state of scattered parameters is gone on with by flat ones, and the other way round."""
+    kinds = Run, FlatRun
+    for before_kind, after_kind in (kinds, kinds[::-1]):
+        straight, before, after = Run(AdamW8bit, device), before_kind(AdamW8bit, device), after_kind(AdamW8bit, device)
+        for number in range(3):
+            straight.step(number)
+            before.step(number)
+        tensors, values = optimizer_state(before.optimizer, before.named())
+        for parameter, saved in zip(after.parameters, before.parameters, strict=True):
+            parameter.data.copy_(saved.data)
+        load_optimizer_state(after.optimizer, after.named(), tensors, values)
+        straight.step(3)
+        after.step(3)
+        after.assert_equals(straight)
+
+
+def test_flat_parameters_take_one_launch_and_no_copy(device: str, monkeypatch) -> None:
+    """However many elements: the limit is on copies."""
+    monkeypatch.setattr(adamw_8bit, "LARGEST_BATCH", 5000)
+    parameters = [torch.nn.Parameter(torch.randn(shape, device=device)) for shape in [(16, 256), (256, 32), (16, 512)]]
+    flat = FlatFactors(parameters)
+    optimizer = AdamW8bit(parameters, lr=1e-2)
+    updated = []
+    original = bitsandbytes.functional.optimizer_update_8bit_blockwise
+    monkeypatch.setattr(
+        bitsandbytes.functional,
+        "optimizer_update_8bit_blockwise",
+        lambda *args, **kwargs: (updated.append(args[1:3]), original(*args, **kwargs)),
+    )
+    for _ in range(2):
+        flat.zero_grad()
+        flat.gradients_vector.normal_()
+        optimizer.step()
+    assert len(updated) == 2
+    for gradients, values in updated:
+        assert gradients.data_ptr() == flat.gradients_vector.data_ptr()
+        assert values.data_ptr() == flat.parameters_vector.data_ptr()
+        assert gradients.shape == values.shape == flat.parameters_vector.shape
+    # Gradients that lie elsewhere are copied, and the values are still updated where they are.
+    for parameter in parameters:
+        parameter.grad = parameter.grad.clone()
+    optimizer.step()
+    assert updated[-1][0].data_ptr() != flat.gradients_vector.data_ptr()
+    assert updated[-1][1].data_ptr() == flat.parameters_vector.data_ptr()
+
+
+def test_a_vector_ends_with_the_memory_of_its_tensors() -> None:
+    whole = torch.arange(24.0)
+    a, b, c = whole[:4], whole[4:16].view(3, 4), whole[16:]
+    vector = end_to_end([a, b, c])
+    assert vector.data_ptr() == whole.data_ptr()
+    assert torch.equal(vector, whole)
+    assert torch.equal(end_to_end([b, c]), whole[4:])
+    assert end_to_end([a, c]) is None, "a gap"
+    assert end_to_end([b, a]) is None, "another order"
+    assert end_to_end([b.t(), c]) is None, "no rows"
+    # Two allocations that touch, as a caching allocator gives them.
+    first, second = (torch.frombuffer(bytearray(16), dtype=torch.float32) for _ in range(2))
+    assert end_to_end([first, second]) is None
 
 
 @pytest.mark.gpu

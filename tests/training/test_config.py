@@ -104,6 +104,10 @@ def test_every_option_explains_itself() -> None:
         ({"weight_decay": "inf"}, "weight_decay must be finite, got inf"),
         ({"learning_rate": float("nan")}, "learning_rate must be finite, got nan"),
         ({"lora_dropout": 1.0}, r"lora_dropout must lie in \[0, 1\), got 1.0"),
+        ({"gradient_checkpointing": "perhaps"}, "gradient_checkpointing must be true | false | mlp | offload, got 'pe"),
+        ({"gradient_checkpointing": 1}, "gradient_checkpointing must be true | false | mlp | offload, got 1"),
+        ({"cuda_graphs": "perhaps"}, "cuda_graphs must be true or false or null, got 'perhaps'"),
+        ({"graph_tokens": 0}, "graph_tokens must be at least 1, got 0"),
         ({"packing": "perhaps"}, "packing must be true or false, got 'perhaps'"),
         ({"optim": "sgd"}, "optim must be adamw | adamw_8bit, got 'sgd'"),
         ({"target_modules": [1]}, r"target_modules must be text or a list of names, got \[1\]"),
@@ -144,6 +148,23 @@ def test_a_key_that_stands_twice_is_refused(tmp_path) -> None:
 def test_commas_part_names_and_leave_expressions_whole(text, expected) -> None:
     assert TrainConfig(target_modules=text).target_modules == expected
     assert TrainConfig(modules_to_save=["lm_head,embed_tokens"]).modules_to_save == ("lm_head", "embed_tokens")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("mlp", "mlp"), ("offload", "offload"), ("true", True), ("on", True), ("false", False), ("no", False)],
+)
+def test_gradient_checkpointing_is_a_kind_or_yes_or_no(tmp_path, text, value) -> None:
+    (tmp_path / "run.yaml").write_text(f"gradient_checkpointing: {text}\n")
+    for config in (
+        TrainConfig.from_yaml(tmp_path / "run.yaml"),
+        TrainConfig.from_sources(None, {"gradient_checkpointing": text}),
+        TrainConfig(gradient_checkpointing=value),
+    ):
+        assert config.gradient_checkpointing is value or config.gradient_checkpointing == value == text
+        (tmp_path / "again.yaml").write_text(config.to_yaml())
+        assert TrainConfig.from_yaml(tmp_path / "again.yaml").gradient_checkpointing == value
+    assert TrainConfig().gradient_checkpointing is False
 
 
 def test_every_other_name_leads_to_an_option() -> None:

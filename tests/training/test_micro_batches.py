@@ -1,16 +1,28 @@
 """Steps cut by memory: the same result for any cut, the same cut after resuming, and what the user is told."""
 
+import re
 from itertools import product
 
 import pytest
 import torch
 
+from benchmarks.shapes import LLAMA_3_1_8B
 from slothcore.data.masking import TokenizedRow
+from slothcore.lora.config import LoraConfig
+from slothcore.models.families import decoder_config
 from slothcore.training import trainer as trainer_module
-from slothcore.training.batches import RowSet
+from slothcore.training.batches import RowSet, StepSchedule
 from slothcore.training.config import TrainConfig
-from slothcore.training.memory import memory_of
-from slothcore.training.micro_batches import GIB, StepCut, choose_token_budget, compare
+from slothcore.training.memory import memory_of, plan_memory
+from slothcore.training.micro_batches import (
+    GIB,
+    PassSample,
+    StepCut,
+    choose_token_budget,
+    compare,
+    describe,
+    sample_passes,
+)
 from slothcore.training.run_state import checkpoints, read_state
 from slothcore.training.trainer import SFTTrainer
 from tests.numerics import relative_error
@@ -58,6 +70,15 @@ def test_as_few_passes_as_fit(lengths, budget, groups) -> None:
     cut = StepCut(rows, 2, token_budget=budget)
     assert cut.passes(range(4)) == groups
     assert [cut.tokens(group) for group in groups] == [sum(lengths[row] for row in group) for group in groups]
+
+
+def test_a_sample_of_passes() -> None:
+    """8 rows of 30 tokens, 3 a step: passes of 60, 30, 60, 30 and 60 tokens."""
+    rows = row_set([30] * 8)
+    schedule = StepSchedule(rows, step_rows=3, seed=0, max_steps=3)
+    cut = StepCut(rows, 2, token_budget=None)
+    assert sample_passes(cut, schedule, first_step=0) == PassSample(60, 48.0, fewest=1, most=2)
+    assert sample_passes(cut, schedule, first_step=2) == PassSample(60, 60.0, fewest=1, most=1)
 
 
 def test_without_a_budget_rows_go_through_as_many_at_a_time_as_asked() -> None:
@@ -166,8 +187,9 @@ def test_a_row_that_does_not_fit_runs_alone_and_is_said(tmp_path, capsys) -> Non
     assert "a step takes 8 passes" in said
 
 
-def test_without_the_option_nothing_changes_on_a_cpu(tmp_path, capsys) -> None:
-    trainer, _, _ = train(tmp_path, random_rows(8), max_steps=1, **STEP)
+@pytest.mark.parametrize("budget", ["auto", None])
+def test_without_a_budget_in_gib_nothing_changes_on_a_cpu(tmp_path, capsys, budget) -> None:
+    trainer, _, _ = train(tmp_path, random_rows(8), max_steps=1, memory_budget=budget, **STEP)
     assert trainer.cut.token_budget is None
     assert "memory" not in capsys.readouterr().out
 
@@ -199,7 +221,7 @@ def test_a_wrong_budget_is_refused_in_a_sentence(value, message) -> None:
 
 
 def test_what_a_budget_may_be() -> None:
-    assert TrainConfig().memory_budget is None
+    assert TrainConfig().memory_budget == "auto"
     assert TrainConfig(memory_budget="auto").memory_budget == "auto"
     assert TrainConfig(memory_budget="12").memory_budget == 12.0
     assert TrainConfig(memory_budget="null").memory_budget is None
@@ -223,7 +245,21 @@ def test_auto_takes_what_is_free_and_what_torch_holds_unused(monkeypatch, free, 
     assert tokens > 1000
 
 
-def test_auto_needs_a_gpu(tmp_path) -> None:
-    with pytest.raises(ValueError, match="memory_budget auto asks the GPU what is free, and the model is on cpu"):
-        train(tmp_path / "run", random_rows(4), memory_budget="auto")
-    assert not (tmp_path / "run").exists()
+def test_what_is_said_of_an_8b_model() -> None:
+    rows, config = row_set([2048] * 4), decoder_config(dict(LLAMA_3_1_8B), "Llama-3.1-8B")
+    schedule = StepSchedule(rows, step_rows=4, seed=0, max_steps=1)
+
+    def said(*, decoded: int = 0, **options) -> str:
+        plan = plan_memory(config, bits=4, lora=LoraConfig(r=16), optim="adamw_8bit", **options)
+        return describe(plan.keeping_decoded(decoded), StepCut(rows, 4, None), schedule, first_step=0)
+
+    # A layer keeps 92 KiB of a token, 13 GiB of decoded weights are 32 layers'.
+    ways = "(weights 5.47, gradients 0.16, optimizer 0.08, activations 23"
+    end = "; a step takes 1 pass of at most 8,192 tokens"
+    assert re.fullmatch(rf"memory: 29.\d\d GiB predicted {re.escape(ways)}\.\d\d\){end}", said())
+    assert re.search(r"activations 23\.\d\d, decoded weights 3.25\); a step", said(decoded=8))
+    assert re.search(r"\), graphs hold 6\.\d\d more; a step", said(graph_tokens=2048))
+    # 36 KiB of a token in all layers but the last, and a little of log-sum-exps and factors.
+    assert re.search(
+        r"activations 0\.1\d\), 8\.8\d wait in host memory; a step", said(gradient_checkpointing="offload")
+    )

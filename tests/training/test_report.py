@@ -1,48 +1,18 @@
-"""What a run says: a bar in a terminal, lines elsewhere, and a clock that counts training alone."""
+"""What a run says: a bar in a terminal, lines elsewhere."""
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import pytest
-import torch
 
-from slothcore.training.report import Meter, Report
+from slothcore.training.report import Report
 
-CPU = torch.device("cpu")
 RECORD = {"step": 3, "loss": 1.25, "tokens_per_second": 1234.4, "elapsed": 6.0}
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(time, "perf_counter", clock)
-    return clock
-
-
-def test_the_clock_stands_still_while_the_meter_is_entered(clock: Clock) -> None:
-    meter = Meter(CPU, window_loss=0.0, window_steps=0, elapsed=50.0)
-    clock.now += 10
-    meter.add(torch.tensor(2.0), 300)
-    with meter:
-        clock.now += 1000
-        assert meter.elapsed() == 60.0, "what a checkpoint stores"
-    clock.now += 5
-    assert meter.elapsed() == 65.0
-    assert meter.tokens_per_second() == 300 / 15
-
-
 def reported(folder: Path, **options) -> None:
-    with Report(folder, step=2, total_steps=9, device=CPU, disable_tqdm=False, **options) as report:
+    with Report(folder, step=2, total_steps=9, disable_tqdm=False, **options) as report:
         report.advance()
         report.log(RECORD)
         report.log({"step": 3, "eval_loss": 2.5, "eval_perplexity": None})

@@ -27,17 +27,17 @@ CLOCK = {"elapsed", "tokens_per_second"}
 KILLED_IN_STEP_18 = """
 import os, signal, sys
 from slothcore.cli import main
-from slothcore.training.trainer import SFTTrainer
+from slothcore.training.optimizer_step import OptimizerStep
 
-original, steps = SFTTrainer._optimizer_step, []
+original, steps = OptimizerStep.run, []
 
-def optimizer_step(self, *arguments):
+def run(self, *arguments):
     steps.append(1)
     if len(steps) == 18:
         os.kill(os.getpid(), signal.SIGKILL)
     return original(self, *arguments)
 
-SFTTrainer._optimizer_step = optimizer_step
+OptimizerStep.run = run
 sys.exit(main(["train", *sys.argv[1:]]))
 """
 

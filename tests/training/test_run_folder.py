@@ -5,8 +5,8 @@ import resource
 import pytest
 import torch
 
+from slothcore.training.optimizer_step import OptimizerStep
 from slothcore.training.run_state import checkpoints
-from slothcore.training.trainer import SFTTrainer
 from tests.training.tiny import random_rows, train
 
 
@@ -46,7 +46,7 @@ def test_a_run_that_failed_before_its_first_line_is_in_nobodys_way(tmp_path, mon
         raise torch.OutOfMemoryError
 
     with monkeypatch.context() as patched:
-        patched.setattr(SFTTrainer, "_optimizer_step", no_memory)
+        patched.setattr(OptimizerStep, "run", no_memory)
         with pytest.raises(torch.OutOfMemoryError):
             train(tmp_path, random_rows(4), max_steps=1)
     train(tmp_path, random_rows(4), max_steps=1)
