@@ -14,9 +14,9 @@ from torch import Tensor
 
 SPECIAL_TOKENS = ["<s>", "</s>", "<pad>", "<unk>"]
 WEIGHT_STD = 0.02
-
-
 MEMORY_FOLDER = Path("/dev/shm")
+# Written last, so that a checkpoint cut short is none.
+FINISHED = "finished.json"
 
 
 def default_folder(config: dict[str, Any]) -> Path:
@@ -26,8 +26,11 @@ def default_folder(config: dict[str, Any]) -> Path:
     """
     shape = f"{config['hidden_size']}x{config['num_hidden_layers']}x{config['vocab_size']}"
     size = 2 * sum(math.prod(weight) for shard in shard_shapes(config) for weight in shard.values())
+    name = f"slothcore-benchmark-llama-{shape}"
     in_memory = MEMORY_FOLDER.is_dir() and shutil.disk_usage(MEMORY_FOLDER).free > 2 * size
-    return (MEMORY_FOLDER if in_memory else Path(tempfile.gettempdir())) / f"slothcore-benchmark-llama-{shape}"
+    if in_memory or (MEMORY_FOLDER / name / FINISHED).exists():
+        return MEMORY_FOLDER / name
+    return Path(tempfile.gettempdir()) / name
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any], *, device: str, seed: int = 0) -> Path:
@@ -37,7 +40,7 @@ def write_checkpoint(folder: Path, config: dict[str, Any], *, device: str, seed:
 
     Returns: the folder.
     """
-    finished = folder / "finished.json"
+    finished = folder / FINISHED
     wanted = {"config": config, "seed": seed, "device": device}
     if finished.exists() and json.loads(finished.read_text(encoding="utf-8")) == wanted:
         return folder

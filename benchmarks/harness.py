@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import io
 import os
 import re
 import subprocess
@@ -58,21 +59,58 @@ def commit() -> str:
 
 
 def append_csv(folder: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
-    """Append rows to `folder`/<gpu>.csv, each with the environment; fields that a row lacks stay empty.
+    """Append rows to `folder`/<gpu>.csv. Returns: the file. Raises: ValueError as `Journal.add` does."""
+    journal = Journal(folder)
+    journal.add(rows)
+    return journal.path
 
-    Returns: the file.
-    Raises: ValueError if a row has a field that the file has not.
+
+class Journal:
+    """Rows of a run in the CSV of this GPU as they come, so that a run that is cut short loses none.
+
+    Attributes:
+        path: the file, which is begun where there is none.
     """
-    about = environment()
-    path = folder / f"{re.sub(r'[^a-z0-9]+', '-', about['gpu'].lower()).strip('-')}.csv"
-    folder.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, CSV_FIELDS, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(about | dict(row) for row in rows)
-    return path
+
+    def __init__(self, folder: Path) -> None:
+        self.about = environment()
+        self.path = folder / f"{re.sub(r'[^a-z0-9]+', '-', self.about['gpu'].lower()).strip('-')}.csv"
+        self._lines: list[str] = []
+
+    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rows, each with the environment; fields that a row lacks stay empty.
+
+        Raises: ValueError if a row has a field that the file has not.
+        """
+        lines = [csv_line(self.about | dict(row)) for row in rows]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not self.path.exists()
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            file.write("".join([*([",".join(CSV_FIELDS) + "\n"] if is_new else []), *lines]))
+        self._lines += lines
+
+    @property
+    def lines(self) -> set[str]:
+        """What this run has in the file, until it is settled."""
+        return set(self._lines)
+
+    def settle(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Put these rows in the place of all that were added: the figures that stand when everything has run."""
+        if self._lines:
+            kept = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            for line in self._lines:
+                # The last of equal ones: an earlier run's is further up.
+                del kept[len(kept) - 1 - kept[::-1].index(line)]
+            self._lines = []
+            self.path.write_text("".join(kept), encoding="utf-8", newline="\n")
+        self.add(rows)
+
+
+def csv_line(row: Mapping[str, Any]) -> str:
+    """A row as it stands in the file."""
+    text = io.StringIO()
+    csv.DictWriter(text, CSV_FIELDS, lineterminator="\n").writerow(row)
+    return text.getvalue()
 
 
 def format_table(header: list[str], rows: list[list[str]]) -> str:

@@ -1,6 +1,6 @@
 """Where the time of one training step of slothcore goes: kernels by share, and the host's operations.
 
-python benchmarks/profile_step.py [--cases 4x2048,2x256] [--bits 4] [--lora-r 16] [--recompute] [--layers 32]
+python benchmarks/profile_step.py [--cases 4x2048,2x256] [--bits 4] [--lora-r 16] [--recompute mlp] [--layers 32]
 """
 
 import argparse
@@ -16,7 +16,7 @@ import torch
 from torch.profiler import DeviceType, ProfilerActivity, profile
 
 from benchmarks import checkpoint, harness, shapes, worker
-from benchmarks.peers import Settings, peer
+from benchmarks.peers import RECOMPUTE, Settings, peer
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--cases", default="4x2048,2x256", help="ROWSxLENGTH, comma-separated")
     parser.add_argument("--bits", type=int, default=4, choices=(4, 16))
     parser.add_argument("--lora-r", type=int, default=16, metavar="R")
-    parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--recompute", default="no", choices=RECOMPUTE)
     parser.add_argument("--layers", type=int, default=shapes.LLAMA_3_1_8B["num_hidden_layers"])
     parser.add_argument("--kernels", type=int, default=25, help="how many kernels to list")
     args = parser.parse_args()

@@ -1,197 +1,224 @@
 """Time an optimizer step of slothcore beside its peers and print one table.
 
-    python benchmarks/run.py --cases 4x2048,2x256,alpaca --recompute both --within 7.8,36 --compare
-    python benchmarks/run.py --bits 16 --cases 2x4096
+    python benchmarks/run.py
+    python benchmarks/run.py --cases 4x2048:no+mlp+offload+yes,2x256:no+decoded --within 7.8,36 --compare
     python benchmarks/run.py --growth
 
 Every system loads the same random-weight checkpoint, gets the same LoRA factors and the same tokens, and steps with the
-same optimizer, each in a process of its own with a time limit. With --rounds they take turns, and each keeps its best
+same optimizer, in a process of its own with a time limit. With --rounds they take turns, and each keeps its best
 round: other work on the machine only ever adds time, and most to small cases, which wait for the host. A figure is
 refused, and the exit status is 1, unless the first loss agrees with that of transformers and every gradient norm is
 finite and above zero. A case that runs out of memory is run once more with recomputation, in a row of its own.
-Beside slothcore's time stands the floor of the same step, measured in the same run (see floor.py).
+Beside each time stands the floor of the same step, measured in the same run (see floor.py).
+
+What is planned is printed first, with an estimate of its time. Rows are appended to the CSV as they come, and put in
+order when all have run, so that a run that is killed loses nothing but what it had not measured.
 """
 
 import argparse
 import sys
-from dataclasses import replace
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
 from benchmarks import chart, checkpoint, compare, harness, report, shapes, worker
+from benchmarks.arguments import parse_arguments
 from benchmarks.floor import Floor
-from benchmarks.peers import MODULES, Settings, installed, variants
+from benchmarks.peers import FIXED_AT_LOADING, Settings
+from benchmarks.plan import OWN, Job, Run, fallbacks, jobs_of, runs_of
 from benchmarks.processes import run_module
-from benchmarks.report import OWN, Row, believed
+from benchmarks.report import Row, believed
+from benchmarks.worker import OUT_OF_MEMORY
 
-# What worker.py calls it; the one problem that is no failure.
-OUT_OF_MEMORY = "out of memory"
-RECOMPUTE = {"no": [False], "yes": [True], "both": [False, True]}
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--systems", help=f"of {', '.join(MODULES)}, comma-separated; default: all installed")
-    parser.add_argument(
-        "--cases",
-        default="4x2048,2x256",
-        help="comma-separated: ROWSxLENGTH, or alpaca, 8 sequences of Alpaca's lengths; "
-        "with /N, N sequences of the step at a time",
-    )
-    parser.add_argument("--bits", type=int, default=4, choices=(4, 16, 32))
-    parser.add_argument("--lora-r", type=int, default=16, metavar="R")
-    parser.add_argument(
-        "--recompute",
-        nargs="?",
-        const="yes",
-        default="no",
-        choices=tuple(RECOMPUTE),
-        help="compute activations again in the backward pass; both: once with and once without",
-    )
-    parser.add_argument(
-        "--within", default="", metavar="GIB", help="memory limits, comma-separated: the fastest row within each"
-    )
-    parser.add_argument(
-        "--growth", action="store_true", help="instead of --cases: 1k to 64k tokens, 1 to 16 documents; slothcore alone"
-    )
-    parser.add_argument(
-        "--compare", action="store_true", help="print the change of each figure since it last landed on this GPU"
-    )
-    parser.add_argument("--layers", type=int, help="fewer layers than the model has (32; tiny: 2)")
-    parser.add_argument("--tiny", action="store_true", help="a very small model, to try the machinery")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
-    parser.add_argument("--warmup", type=int, default=3, help="steps before the timed ones")
-    parser.add_argument("--steps", type=int, default=7, help="timed steps")
-    parser.add_argument("--rounds", type=int, default=1, help="how often each system runs; the best round counts")
-    parser.add_argument("--time-limit", type=float, default=240, metavar="SECONDS", help="of one system's process")
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="where the random checkpoint is kept")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="folder of the CSV and the chart; default: benchmarks/results on a GPU, none on a CPU",
-    )
-    args = parser.parse_args(argv)
-    args.series = shapes.growth_cases(16 if args.tiny else 1024) if args.growth else ()
-    if args.growth:
-        args.cases = ",".join(dict.fromkeys(case for cases in args.series for case in cases))
-    default_systems = [OWN] if args.growth else installed()
-    args.systems = args.systems.split(",") if args.systems else default_systems
-    args.cases = args.cases.split(",")
-    try:
-        args.within = [float(limit) for limit in args.within.split(",") if limit]
-        longest = max(shapes.parse_case(case)[0].longest for case in args.cases)
-    except ValueError as error:
-        parser.error(str(error))
-    if unknown := set(args.systems) - MODULES.keys():
-        parser.error(f"unknown system {', '.join(sorted(unknown))}; there are {', '.join(MODULES)}")
-    if args.steps < 1 or args.rounds < 1 or args.warmup < 0:
-        parser.error("--steps and --rounds must be at least 1 and --warmup at least 0")
-    args.config = dict(shapes.TINY if args.tiny else shapes.LLAMA_3_1_8B)
-    if args.layers is not None:
-        args.config["num_hidden_layers"] = args.layers
-    args.checkpoint = args.checkpoint or checkpoint.default_folder(args.config)
-    if args.out is None and args.device == "cuda":
-        args.out = harness.RESULTS
-    args.settings = Settings(str(args.checkpoint), args.bits, False, args.lora_r, longest=longest, device=args.device)
-    return args
+# What a floor takes at least, and a system.
+FLOOR_SECONDS = 8.0
+SHORTEST_LIMIT = 30.0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run, print, record. Returns: the exit status."""
-    args = parse_arguments(argv)
+    args = parse_arguments(argv, __doc__)
+    jobs = plan(args)
+    say(describe(args) + "\n".join(f"{seconds_of(job, args):5.0f} s  {job}" for job in jobs))
     checkpoint.write_checkpoint(args.checkpoint, args.config, device=args.device)
+    journal = None if args.out is None else harness.Journal(args.out)
     rows: list[Row] = []
-    for number in range(args.rounds):
-        # Every other round backwards, so that nobody is always the first or the last.
-        for system in args.systems if number % 2 == 0 else reversed(args.systems):
-            run_round(system, rows, args)
-    floors, floor_problem = measure_floors(args) if OWN in args.systems else ({}, "")
-    report.judge(rows)
-    rows = report.best_rounds(rows)
-    report.add_floors(rows, floors)
+    floors: dict[str, Floor] = {}
+    problems: list[str] = []
+    for number, job in enumerate(jobs):
+        rows += run_job(job, args, journal)
+        later = [(other.system, other.bits) for other in jobs[number + 1 :]]
+        if job.system == OWN and (OWN, job.bits) not in later:
+            found, problem = measure_floors(args, job.bits)
+            floors |= found
+            problems += [problem] if problem else []
+        if number + 1 < len(jobs):
+            # In case that no more comes.
+            say(f"so far:\n\n{report.table(presentable(rows, floors))}\n")
+    rows = presentable(rows, floors)
     report.mark_limits(rows, args.within)
-    print(describe(args))
-    print(report.table(rows))
-    if floor_text := report.floor_lines(floors, floor_problem):
-        print("\n" + floor_text)
-    if args.within:
-        print("\n" + report.limits_table(rows, args.within))
-    if args.growth:
-        print("\n" + report.growth_table([row for row in rows if row["system"] == OWN], args.series))
-    record(rows, args)
+    print_all(rows, floors, "; ".join(problems), args)
+    record(rows, journal, args)
     return int(any(row.get("problem", OUT_OF_MEMORY) != OUT_OF_MEMORY for row in rows))
 
 
-def run_round(system: str, rows: list[Row], args: argparse.Namespace) -> None:
-    """Append the rows of one system, all its cases in the ways that its users run them."""
-
-    def too_big() -> set[str]:
-        return {
-            row["case"]
-            for row in rows
-            if row["system"] == system and not row["recompute"] and row.get("problem") == OUT_OF_MEMORY
-        }
-
-    cases = list(dict.fromkeys(variant for case in args.cases for variant in variants(system, case)))
-    for recompute in RECOMPUTE[args.recompute]:
-        fitting = cases if recompute else [case for case in cases if case not in too_big()]
-        if fitting:
-            rows += run_system(system, fitting, replace(args.settings, recompute=recompute), args)
-    if args.recompute == "no" and (again := too_big()):
-        rows += run_system(
-            system, [case for case in cases if case in again], replace(args.settings, recompute=True), args
-        )
+def plan(args: argparse.Namespace) -> list[Job]:
+    """What is to be run, in order."""
+    jobs: list[Job] = []
+    for number in range(args.rounds):
+        # Every other round backwards, so that nobody is always the first or the last.
+        for system in args.systems if number % 2 == 0 else reversed(args.systems):
+            jobs += jobs_of(system, runs_of(system, args.specs, layers=args.config["num_hidden_layers"]))
+    # All of one kind of weights before the next: a run that is cut short then has whole comparisons.
+    bits = list(dict.fromkeys(job.bits for job in jobs))
+    return sorted(jobs, key=lambda job: bits.index(job.bits)) if args.rounds == 1 else jobs
 
 
-def run_system(system: str, cases: list[str], settings: Settings, args: argparse.Namespace) -> list[Row]:
-    """A row for each case; those that the process did not reach say why."""
-    print(f"{system}{', recompute' if settings.recompute else ''}: {', '.join(cases)}", file=sys.stderr, flush=True)
-    layers, vocab_size = args.config["num_hidden_layers"], args.config["vocab_size"]
-    request = worker.request(
-        system, settings, cases, layers=layers, vocab_size=vocab_size, warmup=args.warmup, steps=args.steps
+def seconds_of(job: Job, args: argparse.Namespace) -> float:
+    return job.seconds(warmup=args.warmup, steps=args.steps, budget=args.budget)
+
+
+def run_job(job: Job, args: argparse.Namespace, journal: harness.Journal | None) -> list[Row]:
+    """A row for each run of a job, and for what it had to be run again with."""
+    rows = run_system(job, args, journal)
+    if job.system not in FIXED_AT_LOADING:
+        return rows
+    # Loaded with recomputation, for what ran out of memory without.
+    short = {row["case"] for row in rows if row.get("problem") == OUT_OF_MEMORY}
+    every = runs_of(job.system, args.specs, layers=args.config["num_hidden_layers"])
+    again = [
+        Run(run.case, run.bits, recompute)
+        for run in job.runs
+        if run.case in short
+        for recompute in fallbacks(job.system, run, every)
+    ]
+    return rows + (run_system(Job(job.system, tuple(again)), args, journal) if again else [])
+
+
+def run_system(job: Job, args: argparse.Namespace, journal: harness.Journal | None) -> list[Row]:
+    """The rows of one process; those that it did not reach say why."""
+    limit, estimate = args.time_limit, seconds_of(job, args)
+    if args.deadline is not None:
+        left = args.deadline - (time.monotonic() - args.begun)
+        limit = min(limit, left)
+        if left < max(SHORTEST_LIMIT, 0.7 * estimate):
+            return missing(job, [], f"not run: {left:.0f} s are left of {args.deadline:g}")
+    say(f"{job}; about {estimate:.0f} s, at most {limit:.0f}")
+    first = job.runs[0]
+    settings = Settings(
+        str(args.checkpoint),
+        job.bits,
+        first.recompute,
+        args.lora_r,
+        longest=args.longest,
+        device=args.device,
+        graphs=not args.no_graphs,
     )
-    rows, problem = run_module("benchmarks.worker", request, args.time_limit)
-    done = {row["case"] for row in rows}
-    missing = [case for case in cases if case not in done]
-    return rows + [
-        {"system": system, "case": case, "recompute": settings.recompute, "problem": problem} for case in missing
+    request = worker.request(
+        job.system,
+        settings,
+        job.runs,
+        layers=args.config["num_hidden_layers"],
+        vocab_size=args.config["vocab_size"],
+        warmup=args.warmup,
+        steps=args.steps,
+        budget=args.budget,
+    )
+    begun = time.monotonic()
+
+    def landed(row: Row) -> None:
+        """Keep a row at once, unless it is wrong on the face of it; what others say of it comes later."""
+        figures = dict(row)
+        if "problem" not in figures:
+            report.check_alone(figures)
+        text = figures.get("problem") or f"{row['median_ms']:.1f} ms, {row['tokens_per_second']:,.0f} tokens/s"
+        say(f"  {time.monotonic() - begun:5.1f} s  {row['case']}, {report.way_of(row)}: {text}")
+        if journal is not None and "problem" not in figures:
+            journal.add([report.csv_row(figures, csv_settings(row, args))])
+
+    rows, problem = run_module("benchmarks.worker", request, limit, landed)
+    return rows + missing(job, rows, problem)
+
+
+def missing(job: Job, rows: Iterable[Row], problem: str) -> list[Row]:
+    """A row for each run of a job that has none."""
+    done = {(row["case"], row["recompute"], row["decoded"]) for row in rows}
+    return [
+        {
+            "system": job.system,
+            "case": run.case,
+            "bits": run.bits,
+            "recompute": run.recompute,
+            "decoded": run.decoded,
+            "problem": problem,
+        }
+        for run in job.runs
+        if (run.case, run.recompute, run.decoded) not in done
     ]
 
 
-def measure_floors(args: argparse.Namespace) -> tuple[dict[str, Floor], str]:
-    """The floor of every step, and why some are missing, or ""."""
-    steps = list(dict.fromkeys(shapes.step_name(case) for case in args.cases))
-    print(f"floor: {', '.join(steps)}", file=sys.stderr, flush=True)
-    request: dict[str, Any] = {
-        "config": args.config,
-        "cases": steps,
-        "bits": args.bits,
-        "device": args.device,
-        "warmup": args.warmup,
-        "steps": args.steps,
-    }
-    found, problem = run_module("benchmarks.floor", request, args.time_limit)
-    return {row.pop("case"): Floor(**row) for row in found}, problem
+def measure_floors(args: argparse.Namespace, bits: int) -> tuple[dict[str, Floor], str]:
+    """The floor of every step over weights of these bits, by its name in the tables; why some are missing, or ""."""
+    steps = list(dict.fromkeys(shapes.step_name(case) for case, of, _ in args.specs if of == bits))
+    limit = args.time_limit
+    if args.deadline is not None:
+        limit = min(limit, args.deadline - (time.monotonic() - args.begun))
+    if limit < FLOOR_SECONDS:
+        return {}, f"not run, {limit:.0f} s are left"
+    say(f"floor, {bits} bits: {', '.join(steps)}")
+    request: dict[str, Any] = {"config": args.config, "cases": steps, "bits": bits, "device": args.device}
+    found, problem = run_module("benchmarks.floor", request, limit)
+    names = [report.step_of(row) for row in found]
+    values = [{name: value for name, value in row.items() if name not in ("case", "bits")} for row in found]
+    return {name: Floor(**of) for name, of in zip(names, values, strict=True)}, problem
 
 
-def record(rows: list[Row], args: argparse.Namespace) -> None:
-    """Print what has changed, append the figures to the CSV, and draw them beside it."""
-    settings = f"bits={args.bits} r={args.lora_r} layers={args.config['num_hidden_layers']} tiny={args.tiny}"
-    good = [report.csv_row(row, settings) for row in believed(rows)]
+def presentable(rows: list[Row], floors: dict[str, Floor]) -> list[Row]:
+    """Copies of the rows so far, judged, the best of each kind, with their floors."""
+    judged = [dict(row) for row in rows]
+    report.judge(judged)
+    best = report.best_rounds(judged)
+    report.add_floors(best, floors)
+    return best
+
+
+def print_all(rows: list[Row], floors: dict[str, Floor], floor_problem: str, args: argparse.Namespace) -> None:
+    parts = [describe(args) + "\n" + report.table(rows), report.floor_lines(floors, floor_problem)]
+    if args.within:
+        parts.append(report.limits_table(rows, args.within))
+    if args.growth:
+        parts.append(report.growth_table([row for row in rows if row["system"] == OWN], args.series))
+    if not args.growth and not args.tiny:
+        parts.append(report.targets_table(rows, harness.environment()["gpu"]))
+    print("\n\n".join(part for part in parts if part), flush=True)
+
+
+def record(rows: list[Row], journal: harness.Journal | None, args: argparse.Namespace) -> None:
+    """Print what has changed, settle the figures in the CSV, and draw them beside it."""
+    good = [report.csv_row(row, csv_settings(row, args)) for row in believed(rows)]
     figures = [harness.environment() | row for row in good]
     if args.compare:
-        before = compare.landed(args.out or harness.RESULTS)
+        own = set() if journal is None else journal.lines
+        before = [row for row in compare.landed(args.out or harness.RESULTS) if harness.csv_line(row) not in own]
         print("\n" + compare.table(compare.pairs(figures, before)))
-    if args.out is not None:
-        path = harness.append_csv(args.out, good)
-        print(f"\nappended {len(good)} rows to {path}")
+    if journal is not None:
+        journal.settle(good)
+        print(f"\n{len(good)} rows in {journal.path}")
         if figures and not args.growth:
-            print(chart.draw(figures, chart.path_beside(path, args.bits), title=chart.title_of(figures[0])))
+            print(chart.draw_commit(journal.path, figures[0]["commit"], tiny=args.tiny))
+
+
+def csv_settings(row: Row, args: argparse.Namespace) -> str:
+    """What a row was run with, and does not say itself."""
+    graphs = " graphs=no" if args.no_graphs and row["system"] == OWN else ""
+    return f"r={args.lora_r} layers={args.config['num_hidden_layers']} tiny={args.tiny}{graphs}"
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def describe(args: argparse.Namespace) -> str:
@@ -199,7 +226,7 @@ def describe(args: argparse.Namespace) -> str:
     about = harness.environment()
     name = "tiny Llama" if args.tiny else "Llama-3.1-8B shape"
     return (
-        f"{name}, {args.config['num_hidden_layers']} layers, bits {args.bits}, LoRA r={args.lora_r}, "
+        f"{name}, {args.config['num_hidden_layers']} layers, LoRA r={args.lora_r}, "
         f"{about['gpu']}, torch {about['torch']}, triton {about['triton']}, {about['date']}, commit {about['commit']}\n"
     )
 

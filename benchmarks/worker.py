@@ -6,7 +6,6 @@ A line of JSON is written as soon as a case is done, so a case that hangs or fai
 print goes to the process's own output, away from the results.
 """
 
-import dataclasses
 import gc
 import json
 import re
@@ -14,6 +13,9 @@ import statistics
 import sys
 import time
 import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.checkpoint import SPECIAL_TOKENS
-from benchmarks.peers import Peer, Settings, peer
+from benchmarks.peers import FIXED_AT_LOADING, Peer, Settings, peer
+from benchmarks.plan import Run, fallbacks, timed_steps, warmup_steps
 from benchmarks.shapes import LORA_TARGETS, AlpacaCase, StepCase, parse_case
 
 LORA_B_STD = 0.01
 LEARNING_RATE = 2e-4
 MAX_GRAD_NORM = 1.0
+# The one problem that is no failure.
+OUT_OF_MEMORY = "out of memory"
 
 
 def main(request_path: str, results_path: str) -> None:
@@ -35,29 +40,55 @@ def main(request_path: str, results_path: str) -> None:
     system = peer(request["system"])
     model = system.load(settings)
     factors = lora_factors(model, layers=request["layers"])
-    for text in request["cases"]:
-        case, micro_batch = parse_case(text)
-        row: dict[str, Any] = {"system": request["system"], "case": text, "recompute": settings.recompute}
-        try:
-            row |= time_steps(
-                system,
-                model,
-                factors,
-                settings,
-                case,
-                micro_batch=micro_batch,
-                warmup=request["warmup"],
-                steps=request["steps"],
-                vocab_size=request["vocab_size"],
-            )
-        except torch.OutOfMemoryError:
-            row |= {"problem": "out of memory"}
-        model.zero_grad(set_to_none=True)
-        gc.collect()
-        if settings.device == "cuda":
-            torch.cuda.empty_cache()
-        with open(results_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    for run in request["runs"]:
+        # Where memory runs out, the case is run again with recomputation.
+        for recompute in [run["recompute"], *run["fallbacks"]]:
+            way = replace(settings, recompute=recompute, decoded=run["decoded"])
+            row = measure(system, model, factors, way, run, request)
+            with open(results_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"system": request["system"]} | row) + "\n")
+            if "problem" not in row:
+                break
+
+
+def measure(
+    system: Peer,
+    model: nn.Module,
+    factors: dict[str, nn.Parameter],
+    settings: Settings,
+    run: dict[str, Any],
+    request: dict[str, Any],
+) -> dict[str, Any]:
+    """The row of one case run in one way; afterwards all its memory is free again."""
+    case, micro_batch = parse_case(run["case"])
+    row: dict[str, Any] = {
+        "case": run["case"],
+        "bits": settings.bits,
+        "recompute": settings.recompute,
+        "decoded": settings.decoded,
+    }
+    start = time.perf_counter()
+    try:
+        system.configure(model, settings)
+        row |= time_steps(
+            system,
+            model,
+            factors,
+            settings,
+            case,
+            micro_batch=micro_batch,
+            warmup=run["warmup"],
+            steps=request["steps"],
+            budget=request["budget"],
+            vocab_size=request["vocab_size"],
+        )
+    except torch.OutOfMemoryError:
+        row |= {"problem": OUT_OF_MEMORY}
+    model.zero_grad(set_to_none=True)
+    gc.collect()
+    if settings.device == "cuda":
+        torch.cuda.empty_cache()
+    return row | {"seconds": time.perf_counter() - start}
 
 
 def time_steps(
@@ -71,54 +102,101 @@ def time_steps(
     warmup: int,
     steps: int,
     vocab_size: int,
+    budget: float = float("inf"),
 ) -> dict[str, Any]:
     """Optimizer steps on random tokens: forward, backward, clipping, AdamW. The first loss precedes any update.
 
     A step of several micro-batches of `micro_batch` sequences sums their gradients; its loss is the mean over all
-    targets of the step all the same.
+    targets of the step all the same. Timed steps follow one another as in training: nothing waits between them.
+
+    Args:
+        warmup: steps before the timed ones; fewer where those after the first take more than `budget` seconds, but
+            always one for each of the case's batches.
+        steps: timed steps, as `plan.timed_steps` has it.
     """
     set_factors(factors)
     optimizer = make_optimizer(system, list(factors.values()), settings)
     synchronize = torch.cuda.synchronize if settings.device == "cuda" else lambda: None
     if settings.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    milliseconds, tokens, losses, norms = [], [], [], []
-    for step in range(warmup + steps):
-        lengths = case.lengths(step)
-        sequences = random_sequences(lengths, step, vocab_size)
+    tokens: list[int] = []
+    losses: list[Tensor] = []
+    norms: list[Tensor] = []
+
+    def step() -> None:
+        number = len(tokens)
+        lengths = case.lengths(number)
+        sequences = random_sequences(lengths, number, vocab_size)
         micro_batches = [sequences[i : i + micro_batch] for i in range(0, len(sequences), micro_batch)]
         num_items = sum(lengths) - len(lengths) if len(micro_batches) > 1 else None
         parts = []
-        synchronize()
-        start = time.perf_counter()
         for part in micro_batches:
             loss = system.loss(model, part, settings, num_items)
             loss.backward()
             parts.append(loss.detach())
-        norm = nn.utils.clip_grad_norm_(factors.values(), MAX_GRAD_NORM)
+        norms.append(nn.utils.clip_grad_norm_(factors.values(), MAX_GRAD_NORM))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        synchronize()
-        milliseconds.append(1e3 * (time.perf_counter() - start))
         tokens.append(sum(lengths))
-        losses.append(sum(part.item() for part in parts))
-        norms.append(norm.item())
-    timed = sorted(milliseconds[warmup:])
+        losses.append(torch.stack(parts).sum())
+
+    def seconds() -> float:
+        synchronize()
+        return time.perf_counter()
+
+    ends = [seconds()]
+    while len(tokens) < warmup:
+        step()
+        ends.append(seconds())
+        if len(tokens) > case.batches and ends[-1] - ends[1] > budget:
+            break
+    expected_ms = 1e3 * statistics.mean(later - before for before, later in pairwise(ends[-3:])) if warmup else 0.0
+    clock = Clock(settings.device)
+    clock.mark()
+    warm = len(tokens)
+    for _ in range(timed_steps(expected_ms, steps=steps, batches=case.batches, budget=budget)):
+        step()
+        clock.mark()
+    milliseconds = clock.milliseconds()
+    timed = sorted(milliseconds)
     return {
         "median_ms": statistics.median(timed),
         "p20_ms": timed[len(timed) // 5],
         "p80_ms": timed[len(timed) * 4 // 5],
-        "tokens_per_second": tokens_per_second(tokens[warmup:], milliseconds[warmup:]),
+        "tokens_per_second": tokens_per_second(tokens[warm:], milliseconds),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if settings.device == "cuda" else None,
-        "losses": losses,
-        "gradient_norms": norms,
+        "losses": [loss.item() for loss in losses],
+        "gradient_norms": [norm.item() for norm in norms],
     }
+
+
+class Clock:
+    """Marks moments without waiting for them: by events in the GPU's queue, or on a CPU by the time."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.marks: list[Any] = []
+
+    def mark(self) -> None:
+        if self.device == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def milliseconds(self) -> list[float]:
+        """Between each mark and the next, once the last has been reached."""
+        if self.device == "cuda":
+            self.marks[-1].synchronize()
+            return [before.elapsed_time(later) for before, later in pairwise(self.marks)]
+        return [1e3 * (later - before) for before, later in pairwise(self.marks)]
 
 
 def tokens_per_second(tokens: list[int], milliseconds: list[float]) -> float:
     """Real tokens, padding not counted: by the median step if all have as many.
 
-    If not, all tokens over all the time: a system that stops to prepare for a length it has not met is to pay for it.
+    If not, all tokens over all the time, since the median step has no number of tokens.
     """
     if len(set(tokens)) == 1:
         return 1e3 * tokens[0] / statistics.median(milliseconds)
@@ -172,18 +250,35 @@ def set_factors(factors: dict[str, nn.Parameter]) -> None:
 
 
 def request(
-    system: str, settings: Settings, cases: list[str], *, layers: int, vocab_size: int, warmup: int, steps: int
+    system: str,
+    settings: Settings,
+    runs: Sequence[Run],
+    *,
+    layers: int,
+    vocab_size: int,
+    warmup: int,
+    steps: int,
+    budget: float,
 ) -> dict[str, Any]:
     """What `main` reads back from the request file."""
     return {
         "system": system,
-        "settings": dataclasses.asdict(settings),
-        "cases": cases,
+        "settings": asdict(settings),
+        "runs": [
+            asdict(run)
+            | {"warmup": warmup_steps(system, run.case, warmup), "fallbacks": reachable_fallbacks(system, run, runs)}
+            for run in runs
+        ],
         "layers": layers,
         "vocab_size": vocab_size,
-        "warmup": warmup,
         "steps": steps,
+        "budget": budget,
     }
+
+
+def reachable_fallbacks(system: str, run: Run, runs: Sequence[Run]) -> list[str]:
+    """`plan.fallbacks`, as far as the system can change its mind once it is loaded."""
+    return [] if system in FIXED_AT_LOADING else fallbacks(system, run, runs)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """The floor of a step: what it counts, and that its attentions do the same."""
 
-import statistics
-
 import pytest
 import torch
 from torch import Tensor
@@ -40,7 +38,8 @@ def test_every_attention_of_the_floor_runs_on_a_gpu(lengths: list[int]) -> None:
         assert relative_error(packed(out), ours) < 0.01, name
         torch.autograd.grad(out, leaves, torch.randn_like(out))
     measured = floor.measure(shapes.TINY | {"head_dim": 64}, long, dtype=torch.bfloat16, device="cuda")
-    assert measured.step_ms(recompute=True) > measured.step_ms(recompute=False) > 0
+    assert measured.step_ms("yes") > measured.step_ms("mlp") > measured.step_ms("no") > 0
+    assert measured.host > 0
 
 
 def packed(out: Tensor) -> Tensor:
@@ -51,28 +50,73 @@ def packed(out: Tensor) -> Tensor:
 
 
 def test_the_floor_counts_what_a_step_cannot_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With 1 ms a call: 4 products a layer each way, but no input gradient of the first; 2 in the head."""
-    monkeypatch.setattr(floor, "milliseconds", lambda function, device: 1.0)
-    monkeypatch.setattr(floor, "HEAD_ROWS", 7)
+    """With 1 ms a launch: 4 products a layer each way, none for the first layer's input; 2 a slice of the head."""
+    monkeypatch.setattr(floor, "time_parts", lambda launches, device: ([1.0] * len(launches), 0.5))
+    monkeypatch.setattr(floor, "HEAD_ROWS", 6)
     config = shapes.TINY | {"num_hidden_layers": 5}
     found = floor.measure(config, [8, 8], dtype=torch.float32, device="cpu")
-    assert (found.products_forward, found.products_backward) == (20.0, 19.0)
+    assert (found.products_forward, found.products_backward, found.gate_up) == (20.0, 19.0, 5.0)
     assert (found.attention_forward, found.attention_backward) == (5.0, 5.0)
-    assert found.head == pytest.approx(2 * 14 / 7), "14 targets, in slices of 7"
-    assert found.step_ms(recompute=False) == pytest.approx(53.0)
-    assert found.step_ms(recompute=True) == pytest.approx(78.0)
+    assert found.head == 2 * 3, "14 targets, in slices of 6, 6 and 2"
+    assert found.host == 0.5
+    assert [found.step_ms(way) for way in ("no", "mlp", "offload", "yes")] == [55.0, 60.0, 60.0, 80.0]
+    assert found.times(2.0).step_ms("yes") == 160.0
 
 
-def test_the_products_of_the_floor_have_the_models_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(floor, "linear_ms", lambda *args: asked.append(args[:3]) or (1.0, 1.0))
-    monkeypatch.setattr(floor, "attention_ms", lambda *args: (1.0, 1.0, ""))
-    floor.measure(shapes.LLAMA_3_1_8B, [2048] * 4, dtype=torch.bfloat16, device="cpu")
-    sizes = [(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)]
-    assert asked == [*((8192, *size) for size in sizes), (8188, 4096, 128256)]
+def test_the_bare_step_has_the_models_shapes_in_the_steps_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    def products(rows: int, in_features: int, out_features: int, *where: object) -> tuple[str, str]:
+        name = f"{rows}x{in_features}x{out_features}"
+        return f"{name} forward", f"{name} backward"
+
+    monkeypatch.setattr(floor, "products", products)
+    config = shapes.LLAMA_3_1_8B | {"num_hidden_layers": 2}
+    found = list(floor.bare_step(config, [2048] * 4, "attend", "attend back", torch.bfloat16, "cpu"))
+    qkv, o, gate_up, down = (f"8192x{size}" for size in ("4096x6144", "4096x4096", "4096x28672", "14336x4096"))
+    layer = [f"{qkv} forward", "attend", f"{o} forward", f"{gate_up} forward", f"{down} forward"]
+    back = [f"{down} backward", f"{gate_up} backward", f"{o} backward", "attend back", f"{qkv} backward"]
+    head = [f"{rows}x4096x128256 {way}" for rows in (2048, 2048, 2048, 2044) for way in ("forward", "backward")]
+    assert [launch for _, launch in found] == [*layer, *layer, *head, *back, *back[:-1]]
+    assert {kind for kind, launch in found if launch == f"{gate_up} forward"} == {"gate_up"}
+
+
+def test_the_products_of_the_floor_are_products() -> None:
+    torch.manual_seed(0)
+    forward, backward = floor.products(5, 7, 3, torch.float32, "cpu")
+    (x, weight_t), (dy, weight) = forward.args, backward.args
+    assert (x.shape, weight.shape, dy.shape) == ((5, 7), (3, 7), (5, 3))
+    torch.testing.assert_close(forward(), x @ weight_t)
+    torch.testing.assert_close(backward(), dy @ weight)
+    assert all(operand.std() > 0.5 for operand in (x, dy, weight)), "zeros would be multiplied faster"
+
+
+def test_parts_share_the_time_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The marks inside a step make it 4 ms; without them it is 2."""
+
+    def back_to_back(launches: list, marked: list[bool], device: str, seconds: float) -> tuple[list[float], float]:
+        return ([1.0, 3.0] if all(marked) else [2.0]), 0.1
+
+    monkeypatch.setattr(floor, "back_to_back", back_to_back)
+    assert floor.time_parts([lambda: None] * 2, "cpu") == ([0.5, 1.5], 0.1)
+
+
+def test_steps_follow_one_another_and_each_is_timed() -> None:
+    calls: list[str] = []
+    launches = [lambda: calls.append("a"), lambda: calls.append("b"), lambda: calls.append("c")]
+    times, host = floor.back_to_back(launches, [False, True, True], "cpu", 0.0)
+    assert calls == ["a", "b", "c"] * floor.FEWEST_STEPS
+    assert len(times) == 2
+    assert min(times) > 0
+    assert host == 0.0
 
 
 def test_the_floor_is_that_of_the_typical_step() -> None:
-    assert floor.typical_lengths("2x8", 3, 7) == [8, 8]
-    timed = [sum(shapes.AlpacaCase().lengths(step)) for step in range(3, 10)]
-    assert sum(floor.typical_lengths("alpaca", 3, 7)) == statistics.median(timed)
+    assert floor.typical_lengths("2x8") == [8, 8]
+    case = shapes.AlpacaCase()
+    drawn = sorted(sum(case.lengths(step)) for step in range(case.batches))
+    assert sum(floor.typical_lengths("alpaca")) == drawn[1]
+
+
+def test_long_steps_are_measured_in_part() -> None:
+    assert floor.shortened([1024] * 64) == [1024] * 16
+    assert floor.shortened([32768]) == [32768]
+    assert floor.shortened([9000, 9000, 10]) == [9000, 9000, 10]

@@ -1,11 +1,12 @@
 """What becomes of landed figures: their comparison, and the chart."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks import chart, compare, harness, run
+from benchmarks import chart, compare, harness, plan, run
 
 
 def figure(**other: str) -> dict[str, str]:
@@ -84,15 +85,15 @@ def test_a_run_is_compared_before_it_is_recorded(
 ) -> None:
     times = iter((10.0, 12.0))
 
-    def run_system(system: str, cases: list[str], settings: object, args: object) -> list[dict]:
+    def run_system(job: plan.Job, args: object, journal: harness.Journal) -> list[dict]:
         values = {"median_ms": next(times), "tokens_per_second": 1.0, "peak_gib": None}
         return [
-            {"system": system, "case": case, "recompute": False, "losses": [6.0], "gradient_norms": [1.0], **values}
-            for case in cases
+            {"system": job.system, "losses": [6.0], "gradient_norms": [1.0], **dataclasses.asdict(run), **values}
+            for run in job.runs
         ]
 
     monkeypatch.setattr(run, "run_system", run_system)
-    monkeypatch.setattr(run, "measure_floors", lambda args: ({}, ""))
+    monkeypatch.setattr(run, "measure_floors", lambda args, bits: ({}, ""))
     options = ["--systems", "slothcore", "--cases", "2x8", "--tiny", "--device", "cpu", "--compare"]
     folders = ["--checkpoint", str(tmp_path / "model"), "--out", str(tmp_path / "csv")]
     verdicts = []
@@ -106,17 +107,19 @@ def test_a_run_is_compared_before_it_is_recorded(
 
 def test_the_title_says_what_was_trained() -> None:
     assert chart.title_of(figure()).startswith(
-        "Training step, Llama-3.1-8B's shape, 32 layers, LoRA r=16, NF4\nNVIDIA H100"
+        "One LoRA training step: Llama-3.1-8B's shape, 32 layers, r=16 on all seven linears\nNVIDIA H100, 2026-11-01"
     )
-    tiny = chart.title_of(figure(settings="bits=16 r=4 layers=2 tiny=True recompute=no"))
-    assert "a tiny Llama, 2 layers, LoRA r=4, 16-bit weights" in tiny
+    assert "a tiny Llama, 2 layers" in chart.title_of(figure(settings="bits=16 r=4 layers=2 tiny=True recompute=no"))
+    assert chart.panel_title(figure()) == "4 x 2048 tokens, NF4: tokens/s (GiB)"
+    alpaca = figure(case="alpaca/2", settings="bits=16 r=16 layers=32 tiny=False recompute=no")
+    assert chart.panel_title(alpaca) == "8 sequences of Alpaca's lengths, bfloat16: tokens/s (GiB)"
 
 
 def test_the_chart_shows_every_bar_of_a_step_in_one_panel(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     figures = [
         figure(),
-        figure(settings="bits=4 recompute=yes", tokens_per_second="9000"),
+        figure(settings="bits=4 recompute=mlp decoded=32 graphs=no", tokens_per_second="9000"),
         figure(system="transformers", case="alpaca/2", tokens_per_second="300", peak_gib=""),
     ]
     path = tmp_path / "chart.png"
@@ -131,10 +134,11 @@ def test_the_chart_shows_every_bar_of_a_step_in_one_panel(tmp_path: Path) -> Non
     assert heights[0] > heights[1] > heights[2]
     assert [chart.bar_label(row) for row in figures] == [
         "slothcore",
-        "slothcore, recompute",
+        "slothcore, recompute gate and up, decoded weights kept, no graphs",
         "transformers, 2 at a time",
     ]
-    assert [chart.value_label(row) for row in figures] == ["16,384  (33.0 GiB)", "9,000  (33.0 GiB)", "300"]
+    labels = [chart.value_label(row, figures[0]) for row in figures]
+    assert labels == ["16,384  (33.0 GiB)", "9,000  (33.0 GiB)  1/1.8", "300  1/54.6"]
 
 
 def test_without_matplotlib_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -150,20 +154,40 @@ def test_a_chart_of_results_takes_the_last_figures_of_one_commit() -> None:
         figure(commit="new", median_ms="480"),
         figure(commit="new", median_ms="470"),
         figure(commit="new", system="unsloth"),
+        figure(commit="new", case="1x1024"),
         figure(commit="new", settings="bits=16 r=16 layers=32 tiny=False recompute=no"),
         figure(commit="new", settings="bits=4 r=16 layers=2 tiny=True recompute=no"),
         figure(commit="newer", benchmark="loading"),
     ]
-    found = chart.of_commit(rows, 4, None)
+    found = chart.of_commit(rows, None)
     assert [(row["system"], row["median_ms"]) for row in found] == [("slothcore", "470"), ("unsloth", "500")]
-    assert [row["commit"] for row in chart.of_commit(rows, 4, "old")] == ["old"]
-    assert chart.of_commit(rows, 32, None) == []
-    assert chart.path_beside(Path("results/h100.csv"), 16) == Path("results/h100-step-16bit.png")
+    assert [row["commit"] for row in chart.of_commit(rows, "old")] == ["old"], "nobody to compare with"
+    assert chart.of_commit(rows, "older") == []
+    assert len(chart.of_commit(rows, "new", tiny=True)) == 1
+    assert chart.path_beside(Path("results/h100.csv")) == Path("results/h100-step.png")
 
 
 def test_no_chart_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "gpu.csv"
     path.write_text(",".join(harness.CSV_FIELDS) + "\n", encoding="utf-8")
     with pytest.raises(SystemExit):
-        chart.main([str(path), "--bits", "16"])
-    assert "has no step with 16 bits" in capsys.readouterr().err
+        chart.main([str(path), "--commit", "abc"])
+    assert "has no step of abc" in capsys.readouterr().err
+    assert "no figure" in chart.draw_commit(path, None)
+
+
+def test_a_journal_keeps_rows_at_once_and_puts_the_last_word_in_their_place(tmp_path: Path) -> None:
+    harness.append_csv(tmp_path, [{"system": "earlier", "median_ms": "1"}])
+    journal = harness.Journal(tmp_path)
+    journal.add([{"system": "a", "median_ms": "1"}, {"system": "b", "median_ms": "2"}])
+    journal.add([{"system": "earlier", "median_ms": "1"}])
+
+    def systems() -> list[str]:
+        return [row["system"] for row in compare.read([journal.path])]
+
+    assert systems() == ["earlier", "a", "b", "earlier"], "there even if nothing more comes"
+    assert len(journal.lines) == 3
+    journal.settle([{"system": "b", "median_ms": "2", "fraction_of_floor": "0.9"}])
+    assert systems() == ["earlier", "b"]
+    assert compare.read([journal.path])[1]["fraction_of_floor"] == "0.9"
+    assert journal.path.read_text(encoding="utf-8").startswith("date,commit,")

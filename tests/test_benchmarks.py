@@ -3,13 +3,14 @@
 import csv
 import dataclasses
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import harness, processes, report, run, shapes, zoo
+from benchmarks import harness, plan, processes, report, run, shapes, zoo
 from benchmarks.ops.bench_ops import wrong_result
 from benchmarks.ops.case import OpCase
 from benchmarks.ops.cases import all_cases
@@ -25,7 +26,9 @@ def row(
     return {
         "system": system,
         "case": "2x64",
-        "recompute": False,
+        "bits": 4,
+        "recompute": "no",
+        "decoded": 0,
         "median_ms": milliseconds,
         "p20_ms": milliseconds,
         "p80_ms": milliseconds,
@@ -39,10 +42,8 @@ def row(
 
 def run_canned(monkeypatch: pytest.MonkeyPatch, folder: Path, rows: list[dict[str, Any]]) -> tuple[int, list[dict]]:
     """Exit status and CSV of a run whose workers report `rows`."""
-    monkeypatch.setattr(
-        run, "run_system", lambda system, cases, settings, args: [r for r in rows if r["system"] == system]
-    )
-    monkeypatch.setattr(run, "measure_floors", lambda args: ({}, ""))
+    monkeypatch.setattr(run, "run_system", lambda job, args, journal: [r for r in rows if r["system"] == job.system])
+    monkeypatch.setattr(run, "measure_floors", lambda args, bits: ({}, ""))
     systems = ",".join(dict.fromkeys(r["system"] for r in rows))
     options = ["--tiny", "--device", "cpu", "--checkpoint", str(folder / "model"), "--out", str(folder / "csv")]
     status = run.main(["--systems", systems, "--cases", "2x64", *options])
@@ -119,24 +120,47 @@ def test_without_transformers_the_table_says_that_the_loss_is_unverified(monkeyp
     assert "loss unverified" in capsys.readouterr().out
 
 
-def test_out_of_memory_is_tried_again_with_recomputation(monkeypatch, tmp_path: Path) -> None:
+def test_out_of_memory_takes_another_process_where_loading_settles_recomputation(monkeypatch, tmp_path: Path) -> None:
     calls = []
 
-    def run_system(system: str, cases: list[str], settings, args) -> list[dict]:
-        calls.append((system, cases, settings.recompute))
-        if system == "transformers" and not settings.recompute:
-            return [{"system": system, "case": "2x64", "recompute": False, "problem": "out of memory"}]
-        return [row(system, recompute=settings.recompute)]
+    def run_system(job: plan.Job, args, journal) -> list[dict]:
+        (one,) = job.runs
+        calls.append((job.system, one.case, one.recompute))
+        if one.recompute == "no":
+            return [row(job.system, problem=run.OUT_OF_MEMORY)]
+        return [row(job.system, recompute=one.recompute)]
 
     monkeypatch.setattr(run, "run_system", run_system)
-    monkeypatch.setattr(run, "measure_floors", lambda args: ({}, ""))
+    monkeypatch.setattr(run, "measure_floors", lambda args, bits: ({}, ""))
     options = ["--tiny", "--device", "cpu", "--checkpoint", str(tmp_path / "model")]
-    assert run.main(["--systems", "slothcore,transformers", "--cases", "2x64", *options]) == 0
-    assert calls == [
-        ("slothcore", ["2x64"], False),
-        ("transformers", ["2x64"], False),
-        ("transformers", ["2x64"], True),
-    ]
+    assert run.main(["--systems", "slothcore,unsloth", "--cases", "2x64", *options]) == 0
+    # slothcore's own process has tried already.
+    assert calls == [("slothcore", "2x64", "no"), ("unsloth", "2x64", "no"), ("unsloth", "2x64", "yes")]
+    calls.clear()
+    run.main(["--systems", "unsloth", "--cases", "2x64:no+yes", *options])
+    assert calls == [("unsloth", "2x64", "no"), ("unsloth", "2x64", "yes")], "planned, so not run twice"
+
+
+def test_results_are_told_as_they_come(tmp_path: Path) -> None:
+    (tmp_path / "talker.py").write_text(
+        "import sys, time\n"
+        "file = open(sys.argv[2], 'a', buffering=1)\n"
+        'file.write(\'{"number": 1}\\n{"num\')\n'
+        "time.sleep(1)\n"
+        "file.write('ber\": 2}\\n')\n"
+        "sys.exit(3)\n",
+        encoding="utf-8",
+    )
+    told: list[tuple[int, float]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path))
+        results, problem = processes.run_module(
+            "talker", {}, 60, lambda result: told.append((result["number"], time.monotonic()))
+        )
+    assert results == [{"number": 1}, {"number": 2}]
+    assert problem == "failed: exit status 3"
+    assert [number for number, _ in told] == [1, 2]
+    assert told[1][1] - told[0][1] > 0.3, "the first before the process had ended"
 
 
 def test_a_failing_or_hanging_process_is_named(tmp_path: Path) -> None:
@@ -157,6 +181,9 @@ def test_a_failing_or_hanging_process_is_named(tmp_path: Path) -> None:
         ("--cases", "alpaca/3", "must divide the 8 sequences"),
         ("--cases", "4x32/", "must divide the 4 sequences"),
         ("--within", "7.8GiB", "7.8GiB"),
+        ("--cases", "2x8@5", "4, 16, 32"),
+        ("--cases", "2x8:mpl", "mpl"),
+        ("--recompute", "no,half", "half"),
     ],
 )
 def test_bad_arguments_are_refused(capsys: pytest.CaptureFixture[str], option: str, value: str, message: str) -> None:
@@ -199,11 +226,19 @@ def test_a_wrong_operation_is_refused(kernel_device: str) -> None:
 
 
 def test_the_best_round_counts_and_no_problem_is_passed_over() -> None:
-    def row(system: str, median_ms: float, **more: object) -> dict:
-        return {"system": system, "case": "1x8", "recompute": False, "median_ms": median_ms, **more}
+    def timed(system: str, median_ms: float, **more: object) -> dict:
+        return row(system, milliseconds=median_ms, **more)
 
-    rows = [row("a", 3.0), row("b", 1.0, problem="refused: loss"), row("b", 2.0), row("a", 2.5), row("a", 4.0)]
-    assert report.best_rounds(rows) == [row("a", 2.5), row("b", 1.0, problem="refused: loss")]
+    rows = [
+        timed("a", 3.0),
+        timed("b", 1.0, problem="refused: loss"),
+        timed("b", 2.0),
+        timed("a", 2.5),
+        timed("a", 4.0),
+    ]
+    assert report.best_rounds(rows) == [timed("a", 2.5), timed("b", 1.0, problem="refused: loss")]
+    ways = [timed("a", 3.0), timed("a", 2.0, decoded=32), timed("a", 1.0, bits=16), timed("a", 4.0, recompute="mlp")]
+    assert report.best_rounds(ways) == ways, "another way is no other round"
 
 
 @pytest.mark.parametrize("bits", ["32", "4"])

@@ -95,7 +95,7 @@ def main() -> None:
 
     config = shapes.LLAMA_3_1_8B | {"num_hidden_layers": args.layers}
     folder = checkpoint.write_checkpoint(checkpoint.default_folder(config), config, device="cuda")
-    settings = Settings(str(folder), 4, False, 16, longest=args.tokens, device="cuda")
+    settings = Settings(str(folder), 4, "no", 16, longest=args.tokens, device="cuda", graphs=False)
     system = peer("slothcore")
     model = system.load(settings)
     case = shapes.StepCase.parse(f"2x{args.tokens // 2}")

@@ -9,16 +9,22 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-MODULES = {"slothcore": "slothcore_", "transformers": "hf", "liger": "liger", "unsloth": "unsloth"}
+# In the order in which they run: whoever needs most of a time limit comes last.
+MODULES = {"slothcore": "slothcore_", "unsloth": "unsloth", "liger": "liger", "transformers": "hf"}
 # What must be installed for each.
 PACKAGES = {
     "slothcore": (),
-    "transformers": ("transformers", "peft"),
-    "liger": ("transformers", "peft", "liger_kernel"),
     "unsloth": ("unsloth",),
+    "liger": ("transformers", "peft", "liger_kernel"),
+    "transformers": ("transformers", "peft"),
 }
 # Sequences of a micro-batch that users of padded training choose for short sequences.
 PADDED_MICRO_BATCH = 2
+# What may be computed again in the backward pass: nothing; gate and up; those, the rest waiting in the host's memory;
+# all of a layer.
+RECOMPUTE = ("no", "mlp", "offload", "yes")
+# Systems that settle recomputation when they load the model.
+FIXED_AT_LOADING = ("unsloth",)
 
 
 @dataclass(frozen=True)
@@ -28,18 +34,22 @@ class Settings:
     Attributes:
         folder: the checkpoint.
         bits: 4 (NF4, double quantisation), 16 (bfloat16) or 32.
-        recompute: whether activations are computed again in the backward pass.
+        recompute: one of `RECOMPUTE`; the peers know "no" and "yes".
         lora_r: rank of LoRA on all seven linears of a layer; lora_alpha equals it.
         longest: most tokens of a sequence.
         device: "cuda" or "cpu".
+        decoded: how many layers keep their NF4 weights decoded; slothcore alone.
+        graphs: whether short steps may be replayed as CUDA graphs; slothcore alone.
     """
 
     folder: str
     bits: int
-    recompute: bool
+    recompute: str
     lora_r: int
     longest: int
     device: str
+    decoded: int = 0
+    graphs: bool = True
 
     @property
     def dtype(self) -> torch.dtype:
@@ -52,6 +62,12 @@ class Peer(Protocol):
 
     def load(self, settings: Settings) -> nn.Module:
         """The model with LoRA attached, in training mode; exactly the LoRA factors train."""
+
+    def configure(self, model: nn.Module, settings: Settings) -> None:
+        """Make a loaded model run as the settings have it, whatever it ran like before.
+
+        Called before every case. A system of `FIXED_AT_LOADING` has nothing to do.
+        """
 
     def adamw_8bit(self, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
         """bitsandbytes' 8-bit AdamW, as the system offers it."""
@@ -72,7 +88,7 @@ def installed() -> list[str]:
 
 
 def variants(system: str, case: str) -> list[str]:
-    """The ways in which the users of a system run a case.
+    """The ways in which the users of a system cut a case into micro-batches.
 
     Sequences of different lengths cost padding: whoever pads is measured in micro-batches of two, as in the peers'
     notebooks, and in a single one, which pads more but dequantises the model once. slothcore packs them all.

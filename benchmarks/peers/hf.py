@@ -27,19 +27,23 @@ def load(settings: Settings) -> nn.Module:
     model = AutoModelForCausalLM.from_pretrained(
         settings.folder, dtype=settings.dtype, attn_implementation="sdpa", **options
     )
-    not_reentrant = {"use_reentrant": False}
     if settings.bits == 4:
-        model = prepare_model_for_kbit_training(
-            model, use_gradient_checkpointing=settings.recompute, gradient_checkpointing_kwargs=not_reentrant
-        )
-    elif settings.recompute:
-        model.gradient_checkpointing_enable(not_reentrant)
-        model.enable_input_require_grads()
+        # Recomputation is for `configure`, which does the same as this function would.
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     # As transformers' Trainer does; the model would otherwise copy every key and value into a cache.
     model.config.use_cache = False
     rank = settings.lora_r
     lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS, bias="none", task_type="CAUSAL_LM")
-    return get_peft_model(model, lora).train()
+    model = get_peft_model(model, lora).train()
+    configure(model, settings)
+    return model
+
+
+def configure(model: nn.Module, settings: Settings) -> None:
+    if settings.recompute == "no":
+        model.gradient_checkpointing_disable()
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def adamw_8bit(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:

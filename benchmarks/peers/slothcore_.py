@@ -2,12 +2,17 @@
 
 from collections.abc import Iterable
 from itertools import accumulate
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 import slothcore
 from benchmarks.peers import Settings
+from slothcore.models.decoder import Decoder
+from slothcore.training.decoded import keep_decoded_layers
+
+GRADIENT_CHECKPOINTING: dict[str, Any] = {"no": False, "mlp": "mlp", "offload": "offload", "yes": True}
 
 
 def load(settings: Settings) -> nn.Module:
@@ -15,8 +20,19 @@ def load(settings: Settings) -> nn.Module:
         settings.folder, bits=settings.bits, device=settings.device, max_seq_length=settings.longest
     )
     model = slothcore.add_lora(model, r=settings.lora_r, lora_alpha=settings.lora_r)
-    model.gradient_checkpointing = settings.recompute
+    configure(model, settings)
     return model.train()
+
+
+def configure(model: nn.Module, settings: Settings) -> None:
+    decoder = cast(Decoder, model)
+    if settings.device == "cuda":
+        # Graphs hold the addresses of what they were captured with.
+        decoder.disable_graphs()
+    decoder.gradient_checkpointing = GRADIENT_CHECKPOINTING[settings.recompute]
+    keep_decoded_layers(decoder, settings.decoded)
+    if settings.graphs and settings.device == "cuda":
+        decoder.enable_graphs()
 
 
 def adamw_8bit(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:

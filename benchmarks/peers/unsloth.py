@@ -9,7 +9,7 @@ from benchmarks.peers import Settings
 from benchmarks.peers.hf import adamw_8bit, loss
 from benchmarks.shapes import LORA_TARGETS
 
-__all__ = ["adamw_8bit", "load", "loss"]
+__all__ = ["adamw_8bit", "configure", "load", "loss"]
 
 
 def load(settings: Settings) -> nn.Module:
@@ -26,7 +26,11 @@ def load(settings: Settings) -> nn.Module:
         target_modules=LORA_TARGETS,
         lora_dropout=0,
         bias="none",
-        use_gradient_checkpointing="unsloth" if settings.recompute else False,
+        use_gradient_checkpointing=False if settings.recompute == "no" else "unsloth",
         max_seq_length=settings.longest,
     )
     return model.train()
+
+
+def configure(model: nn.Module, settings: Settings) -> None:
+    """Nothing: Unsloth settles recomputation when it loads the model."""
