@@ -30,7 +30,7 @@ class GatedUnit(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         (gate_up,) = ctx.saved_tensors
         ops = fused if gate_up.is_cuda else eager
-        d_gate_up, _ = ops.glu_backward(dy, gate_up, activation=ctx.activation, inplace=ctx.inplace)
+        d_gate_up, _ = ops.glu_backward(dy, gate_up, activation=ctx.activation, inplace=ctx.inplace, output=False)
         if ctx.inplace:
             # torch does not see what a Triton kernel writes; once told, it refuses a second backward.
             torch.autograd.graph.increment_version(gate_up)

@@ -3,7 +3,7 @@
 The equations of one group of projections (forward, dx, dA, dB, db) stand in `lora_projection.py`. The gated MLP is
 
     [g | u] = x [W_g; W_u]^T + LoRA        h = act(g) * u        y = h W_d^T + LoRA
-    dh = dy W_d + LoRA                     [dg | du], h = glu_backward(dh, [g | u])
+    dh = dy W_d + LoRA                     [dg | du], h = glu_backward(dh, [g | u]), h for dA of down alone
     dx = [dg | du] [W_g; W_u] + LoRA       the factors' gradients from (dy, h) and ([dg | du], x)
 
 so the backward recomputes h instead of keeping it. Gate and up are two projections, or one whose rows are those of the
@@ -33,7 +33,6 @@ from slothcore.autograd.lora_projection import (
     bias_grads,
     factor_grads,
     input_grad,
-    joined_dA,
     lora_input,
     project,
     v_and_dB,
@@ -150,8 +149,8 @@ class _LoraFused(torch.autograd.Function):
 
         v, dB = v_and_dB(dy, B, u, group)
         dx = input_grad(dy, v, group, A) if ctx.needs_input_grad[0] else None
-        dA = joined_dA(v if ctx.needs_A else None, Source.restored(of_x, ctx.rule), group)
-        every_dA, every_dB = factor_grads(dA, dB, group)
+        source = Source.restored(of_x, ctx.rule)
+        every_dA, every_dB = factor_grads(dy, u, v if ctx.needs_A else None, source, group, dB=dB)
         return dx, *every_dA, *every_dB, *bias_grads(dy, group, needs_bias), None, None
 
 
@@ -210,13 +209,16 @@ class _LoraMlp(torch.autograd.Function):
             # A kernel's writes are invisible to autograd; this makes a second backward raise instead of lie.
             torch.autograd.graph.increment_version(gate_up)
         v_for_A = v_down if ctx.needs_down_A else None
-        d_gate_up, dA_down = _glu_grads(dh, gate_up, v_for_A, last, how.activation, inplace=inplace)
+        d_gate_up, h, dA_down = _glu_grads(dh, gate_up, v_for_A, last, how.activation, inplace=inplace)
         del dh, gate_up
-        of_down = *factor_grads(dA_down, dB_down, last), bias_grads(dy, last, needs_bias[-1:])
+        grads_down = factor_grads(dy, u_down, v_for_A, Source(h), last, dA=dA_down, dB=dB_down)
+        of_down = *grads_down, bias_grads(dy, last, needs_bias[-1:])
+        del h
 
-        v, dB = v_and_dB(d_gate_up, B, u if ctx.needs_first_B else None, first)
-        dA = joined_dA(v if ctx.needs_first_A else None, source, first)
-        of_gate_up = *factor_grads(dA, dB, first), bias_grads(d_gate_up, first, needs_bias[:-1])
+        u_for_B = u if ctx.needs_first_B else None
+        v, dB = v_and_dB(d_gate_up, B, u_for_B, first)
+        grads = factor_grads(d_gate_up, u_for_B, v if ctx.needs_first_A else None, source, first, dB=dB)
+        of_gate_up = *grads, bias_grads(d_gate_up, first, needs_bias[:-1])
         dx = input_grad(d_gate_up, v, first, A) if ctx.needs_input_grad[0] else None
         # As the inputs came: every A, every B, every bias, those of down last.
         by_kind = (grad for kind in zip(of_gate_up, of_down, strict=True) for grads in kind for grad in grads)
@@ -225,14 +227,14 @@ class _LoraMlp(torch.autograd.Function):
 
 def _glu_grads(
     dh: Tensor, gate_up: Tensor, v: Tensor | None, last: Group, activation: Activation, *, inplace: bool
-) -> tuple[Tensor, JoinedA | None]:
-    """The gradient of [g | u], and v^T h for dA of down where v is given: h exists only here, if at all."""
+) -> tuple[Tensor, Tensor | None, JoinedA | None]:
+    """The gradient of [g | u]; and h or, where one pass makes it, v^T h for dA of down. Neither where v is None."""
     if v is not None and last.seed is None and dh.is_cuda and glu.takes_dA(dh, gate_up, v):
         d_gate_up, dA = glu.glu_backward_and_dA(dh, gate_up, v, activation=activation, inplace=inplace)
-        return d_gate_up, JoinedA(dA)
+        return d_gate_up, None, JoinedA(dA)
     ops = glu if dh.is_cuda else glu_eager
-    d_gate_up, h = ops.glu_backward(dh, gate_up, activation=activation, inplace=inplace)
-    return d_gate_up, joined_dA(v, Source(h), last)
+    d_gate_up, h = ops.glu_backward(dh, gate_up, activation=activation, inplace=inplace, output=v is not None)
+    return d_gate_up, h, None
 
 
 def _input(x: Tensor | Normed) -> tuple[Tensor, Normed | None]:

@@ -52,6 +52,16 @@ class Projection:
             raise ValueError("a LoRA term needs both lora_A and lora_B; one of them is None")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"LoRA dropout must be at least 0 and below 1, got {self.dropout}")
+        if self.lora_A is None or self.lora_B is None:
+            return
+        # Kernels would read beyond a factor that is too small.
+        out_features, in_features = self.weight.shape
+        shapes, rank = (self.lora_A.shape, self.lora_B.shape), self.lora_A.shape[0]
+        if shapes != ((rank, in_features), (out_features, rank)):
+            raise ValueError(
+                f"LoRA factors of a weight {(out_features, in_features)} must be [r, in] and [out, r], "
+                f"got {tuple(shapes[0])} and {tuple(shapes[1])}"
+            )
 
 
 class Layout(NamedTuple):
@@ -112,11 +122,6 @@ class Group(NamedTuple):
     B_dtypes: Dtypes
     bias_dtypes: Dtypes
     seed: int | None
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether Triton's kernels take it."""
-        return self.weights[0].device.type == "cuda"
 
     @staticmethod
     def of(projections: Sequence[Projection]) -> "Group":

@@ -19,13 +19,14 @@ Source    Hu et al. 2021, arXiv:2106.09685; Dettmers et al. 2023, arXiv:2305.143
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from slothcore.autograd.lora_group import Dtypes, Group, dense_blocks, dropout_masks, has_copies
 from slothcore.autograd.lora_source import JoinedA, Source
-from slothcore.kernels import lora_gemm, lora_gemm_eager, lora_grads, lora_grads_eager, nf4_gemm
+from slothcore.kernels import lora_gemm, lora_gemm_eager, lora_grads, lora_grads_eager, lora_grads_few, nf4_gemm
 from slothcore.kernels.lora_grads_eager import transposed_product
 from slothcore.kernels.nf4_tensor import BLOCK, Nf4Tensor
 
@@ -33,7 +34,12 @@ from slothcore.kernels.nf4_tensor import BLOCK, Nf4Tensor
 NF4_IN_KERNEL_ROWS = 256
 
 # The same where a decoded copy is kept: a product of so few rows is bound by reading the weight, and NF4 is a quarter.
+# Weights of so many elements are decoded by permutes fast enough for more rows: at 64 on an H100, 38.6 and 33.9 us for
+# 14336 x 4096 and 4096 x 14336 against cuBLAS's 44.2 and 47.3 for the copy alone, and 15.1 against 14.8 for 4096 x 4096,
+# with the LoRA term inside. Smaller weights are bound by their launches.
 NF4_OVER_COPY_ROWS = 16
+NF4_OVER_COPY_ROWS_OF_LARGE = 64
+NF4_LARGE = 4096 * 4096
 
 
 def project(x: Tensor, u: Tensor | None, group: Group, B: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -74,10 +80,16 @@ def _linear_and_blocks(
 
 def decodes_in_kernel(x: Tensor, group: Group) -> bool:
     """Whether x has so few rows that decoding a weight costs more than multiplying by it."""
-    if not x.is_cuda or x.shape[0] > NF4_IN_KERNEL_ROWS or x.shape[1] % BLOCK != 0:
+    rows, in_features = x.shape
+    if not x.is_cuda or rows > NF4_IN_KERNEL_ROWS or in_features % BLOCK != 0:
         return False
-    few_enough = x.shape[0] <= NF4_OVER_COPY_ROWS or not has_copies(group, x.dtype)
-    return few_enough and all(isinstance(w, Nf4Tensor) for w in group.weights)
+    weights = [w for w in group.weights if isinstance(w, Nf4Tensor)]
+    if len(weights) < len(group.weights):
+        return False
+    if rows <= NF4_OVER_COPY_ROWS or not has_copies(group, x.dtype):
+        return True
+    large = all(w.shape[0] * in_features >= NF4_LARGE and nf4_gemm.can_permute(x, w) for w in weights)
+    return large and rows <= NF4_OVER_COPY_ROWS_OF_LARGE
 
 
 def lora_input(x: Tensor, group: Group, A: Tensor | None) -> Tensor | None:
@@ -113,19 +125,19 @@ def input_grad(dy: Tensor, v: Tensor | None, group: Group, A: Tensor | None) -> 
 
 
 def v_and_dB(dy: Tensor, B: Tensor | None, u: Tensor | None, group: Group) -> tuple[Tensor | None, Tensor | None]:
-    """v = dy B [T, sum r] and dy^T u [sum N, sum r], in one pass over dy where that pays.
+    """v = dy B [T, sum r]; and dy^T u [sum N, sum r] where one pass over dy makes both, else None.
 
     Args:
         dy: [T, sum N].
         B: as `joined_factors` makes it, or None if v is not wanted.
         u: as `lora_input` made it, or None if no dB is wanted.
     """
-    if B is None or u is None:
-        return None if B is None else torch.mm(dy, B), None if u is None else transposed_product(dy, u)
+    if B is None:
+        return None, None
     out_features, ranks = group.layout.out_features, group.layout.ranks
-    one_pass = dy.is_cuda and lora_grads.takes_one_pass(dy, B, u, out_features=out_features, ranks=ranks)
-    ops = lora_grads if one_pass else lora_grads_eager
-    return ops.v_and_dB(dy, B, u, out_features=out_features, ranks=ranks)
+    if u is not None and dy.is_cuda and lora_grads.takes_one_pass(dy, B, u, out_features=out_features, ranks=ranks):
+        return lora_grads.v_and_dB(dy, B, u, out_features=out_features, ranks=ranks)
+    return torch.mm(dy, B), None
 
 
 def joined_dA(v: Tensor | None, source: Source, group: Group) -> JoinedA | None:
@@ -143,24 +155,50 @@ def joined_dA(v: Tensor | None, source: Source, group: Group) -> JoinedA | None:
 
 
 def factor_grads(
-    dA: JoinedA | None, dB: Tensor | None, group: Group
+    dy: Tensor,
+    u: Tensor | None,
+    v: Tensor | None,
+    source: Source,
+    group: Group,
+    *,
+    dA: JoinedA | None = None,
+    dB: Tensor | None = None,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """dA_i and dB_i of all projections, each in its factor's dtype; None for a projection without LoRA.
 
     Args:
-        dA: from `joined_dA`, overwritten; or None if no dA is wanted.
-        dB: [sum N, sum r] from `v_and_dB`, or None if no dB is wanted.
+        dy: [T, sum N].
+        u: as `lora_input` made it, or None if no dB is wanted.
+        v: dy B, or None if no dA is wanted.
+        source: what tells x; not asked where v is None or `dA` is given.
+        dA: v^T x, if another pass over x has summed it already; overwritten.
+        dB: dy^T u, if another pass over dy has summed it already.
     """
-    ops = lora_grads if group.on_gpu else lora_grads_eager
-    every_dA, every_dB = ops.grads_apart(
-        None if dA is None else dA.grad,
-        dB,
-        out_features=group.layout.out_features,
-        ranks=group.layout.ranks,
-        scalings=group.scalings,
-        scale=None if dA is None else dA.scale,
-    )
+    layout: dict[str, Any] = {
+        "out_features": group.layout.out_features,
+        "ranks": group.layout.ranks,
+        "scalings": group.scalings,
+    }
+    h, dy_of_B = None if v is None else source.base, None if u is None else dy
+    if dA is None and dB is None and in_one_launch(h, dy_of_B, group):
+        every_dA, every_dB = lora_grads_few.factor_grads(
+            h, v, dy_of_B, u, rstd=source.rstd, scale=source.scale, **layout
+        )
+    else:
+        dA = joined_dA(v, source, group) if dA is None else dA
+        dB = transposed_product(dy, u) if dB is None and u is not None else dB
+        ops = lora_grads if dy.is_cuda else lora_grads_eager
+        joined, scale = (None, None) if dA is None else dA
+        every_dA, every_dB = ops.grads_apart(joined, dB, scale=scale, **layout)
     return _in_dtypes(every_dA, group.A_dtypes), _in_dtypes(every_dB, group.B_dtypes)
+
+
+def in_one_launch(h: Tensor | None, dy: Tensor | None, group: Group) -> bool:
+    """Whether one kernel makes dA, from h, and dB, from dy, because the tokens are few; either may be None."""
+    wide = h if dy is None else dy
+    if wide is None or not wide.is_cuda or group.seed is not None:
+        return False
+    return lora_grads_few.takes_one_launch(h, dy, ranks=group.layout.ranks)
 
 
 def bias_grads(dy: Tensor, group: Group, wanted: Sequence[bool]) -> list[Tensor | None]:

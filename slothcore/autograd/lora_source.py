@@ -8,7 +8,8 @@ and h is the residual stream, which the norm's own backward keeps anyway. r * v 
 [ranks, K]: next to nothing. x was rounded once or twice on its way, h is what it was, so this dA is the closer one.
 
 In float16 r * v may leave the range (r is 1 / rms(h)), and a dropout mask lies on x, not on h: there x is made again
-from h, r and s, one pass over memory, to the bits that it had.
+from h, r and s, one pass over memory, to the bits that it had. At few tokens, where a launch counts for more than
+arithmetic, r goes to h instead, inside the product (`slothcore.kernels.lora_grads_few`).
 
 Shapes    x, h [T, K]; r [T]; s = weight + offset [K]; v [T, ranks]; dA [ranks, K].  T = tokens, K = in_features.
 """
@@ -69,6 +70,11 @@ class Source(NamedTuple):
         """What `save_for_backward` takes of it."""
         return self.base, self.rstd, self.weight
 
+    @property
+    def scale(self) -> ColumnScale | None:
+        """s; None if base is x."""
+        return None if self.weight is None or self.rule is None else ColumnScale(self.weight, self.rule.weight_offset)
+
     def input(self) -> Tensor:
         """x [T, K], made again if a norm made it."""
         assert self.base is not None
@@ -85,9 +91,8 @@ class Source(NamedTuple):
 
     def times(self, v: Tensor) -> JoinedA:
         """v^T x for v [T, ranks], by way of h if that is what there is and the range allows it."""
-        if self.rstd is None or self.weight is None or self.rule is None or v.dtype == torch.float16:
+        if self.base is None or self.rstd is None or v.dtype == torch.float16:
             return JoinedA(transposed_product(v, self.input()))
-        assert self.base is not None
+        # In the dtype of r and back: rounded once.
         scaled_v = torch.mul(v, self.rstd[:, None], out=torch.empty_like(v))
-        scale = ColumnScale(self.weight, self.rule.weight_offset)
-        return JoinedA(transposed_product(scaled_v, self.base), scale)
+        return JoinedA(transposed_product(scaled_v, self.base), self.scale)

@@ -154,13 +154,27 @@ def dot_rows(a, b):
 
 
 @triton.jit
+def _add_product(sums, weights, rows):
+    """sums + weights rows.
+
+    Products of float32 are summed one after another, sums first: along a whole document, that is a chain so long that
+    its rounding shows. So each block has a sum of its own. It is added by an fma, because the compiler turns the
+    addition of a product into a product that starts from the other summand.
+    """
+    if weights.dtype == tl.float32:
+        return tl.fma(tl.dot(weights, rows, input_precision="ieee"), 1.0, sums)
+    else:
+        return tl.dot(weights, rows, sums, input_precision="ieee")
+
+
+@triton.jit
 def add_weighted_rows(sums, weights, rows):
     """sums + weights rows, with `sums` and `rows` in pieces."""
-    wide = tl.dot(weights, rows[0], sums[0], input_precision="ieee")
+    wide = _add_product(sums[0], weights, rows[0])
     if len(rows) == 1:
         return (wide,)
     else:
-        return (wide, tl.dot(weights, rows[1], sums[1], input_precision="ieee"))
+        return (wide, _add_product(sums[1], weights, rows[1]))
 
 
 @triton.jit

@@ -6,7 +6,7 @@ Forward   y = f(gate) * up
             tanh-GELU   t = 2 z, z = sqrt(2/pi) (g + 0.044715 g^3), because (1 + tanh z) / 2 = sigmoid(2 z).
           A sigmoid neither overflows nor cancels, where 1 + tanh(z) loses every digit for z << 0.
 Backward  f'(g) = s + g * s * (1 - s) * t'(g);   dgate = dy * up * f'(gate),   dup = dy * f(gate)
-          Nothing but gate_up is saved: f is computed again, and with it y, which the next product's backward needs.
+          Nothing but gate_up is saved: f is computed again, and with it y, if the next product's backward needs it.
           If all that it needs is the gradient of a LoRA factor there, dA = v^T y, that is summed in the same pass and
           y never reaches memory: a program owns a strip of columns and a share of the rows.
 Shapes    gate_up, d_gate_up [T, 2 I], the gate first; y, dy [T, I]; v [T, R]; dA [R, I].
@@ -99,6 +99,7 @@ def glu_backward_kernel(
     BLOCK_COLUMNS: tl.constexpr,
 ):
     """This program differentiates BLOCK_COLUMNS outputs of one row; `d_gate_up_ptr` may be `gate_up_ptr`."""
+    dtype: tl.constexpr = gate_up_ptr.dtype.element_ty
     pieces: tl.constexpr = (WIDTH + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     row = (tl.program_id(0) // pieces).to(tl.int64)
     column = (tl.program_id(0) % pieces) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
@@ -108,11 +109,12 @@ def glu_backward_kernel(
     up = tl.load(gate_ptr + WIDTH, mask=exists, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + row * stride_dy_row + column, mask=exists, other=0.0).to(tl.float32)
     activated, slope = activate(gate, ACTIVATION)
-    activated = activated.to(y_ptr.dtype.element_ty).to(tl.float32)
+    activated = activated.to(dtype).to(tl.float32)
     d_gate_ptr = d_gate_up_ptr + row * stride_d_gate_up_row + column
-    tl.store(d_gate_ptr, (dy * up * slope).to(y_ptr.dtype.element_ty), mask=exists)
-    tl.store(d_gate_ptr + WIDTH, (dy * activated).to(y_ptr.dtype.element_ty), mask=exists)
-    tl.store(y_ptr + row * WIDTH + column, (activated * up).to(y_ptr.dtype.element_ty), mask=exists)
+    tl.store(d_gate_ptr, (dy * up * slope).to(dtype), mask=exists)
+    tl.store(d_gate_ptr + WIDTH, (dy * activated).to(dtype), mask=exists)
+    if y_ptr is not None:
+        tl.store(y_ptr + row * WIDTH + column, (activated * up).to(dtype), mask=exists)
 
 
 @triton.jit(do_not_specialize=["T", "tiles_per_share"])
@@ -177,22 +179,23 @@ def glu_forward(gate_up: Tensor, *, activation: Activation) -> Tensor:
 
 
 def glu_backward(
-    dy: Tensor, gate_up: Tensor, *, activation: Activation, inplace: bool = False
-) -> tuple[Tensor, Tensor]:
+    dy: Tensor, gate_up: Tensor, *, activation: Activation, inplace: bool = False, output: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """Gradient of `glu_forward`, and its output once more.
 
     Args:
         dy: [T, I].
         gate_up: [T, 2 I], any row stride.
         inplace: overwrite `gate_up` with its gradient (its last dimension must be contiguous).
-    Returns: d_gate_up [T, 2 I], which is `gate_up` if `inplace`; y [T, I].
+        output: whether y is wanted.
+    Returns: d_gate_up [T, 2 I], which is `gate_up` if `inplace`; y [T, I] or None.
     """
     num_tokens, width = dy.shape
     assert gate_up.shape == (num_tokens, 2 * width), f"dy {tuple(dy.shape)}, gate_up {tuple(gate_up.shape)}"
     assert not inplace or gate_up.stride(-1) == 1, "overwriting gate_up needs contiguous rows"
     dy, gate_up = with_contiguous_rows(dy), with_contiguous_rows(gate_up)
     d_gate_up = gate_up if inplace else gate_up.new_empty(gate_up.shape)
-    y = gate_up.new_empty(dy.shape)
+    y = gate_up.new_empty(dy.shape) if output else None
     tile = partial_row_tile(width)
     glu_backward_kernel[(num_tokens * ceil_div(width, tile.columns),)](
         dy,

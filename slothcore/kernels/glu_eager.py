@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from slothcore.kernels.lora_grads_eager import transposed_product
+
 Activation = Literal["silu", "gelu_pytorch_tanh"]
 
 
@@ -20,13 +22,13 @@ def glu_forward(gate_up: Tensor, *, activation: Activation) -> Tensor:
 
 
 def glu_backward(
-    dy: Tensor, gate_up: Tensor, *, activation: Activation, inplace: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Gradient [T, 2 I] of `glu_forward` against dy [T, I] (over `gate_up` itself if `inplace`), and its output y."""
+    dy: Tensor, gate_up: Tensor, *, activation: Activation, inplace: bool = False, output: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient [T, 2 I] of `glu_forward` against dy [T, I] (over `gate_up` itself if `inplace`), and y or None."""
     gate, up = halves(gate_up)
     wide_dy = dy.to(gate.dtype)
     activated = activate(gate, activation).to(gate_up.dtype)
-    y = (activated * up).to(gate_up.dtype)
+    y = (activated * up).to(gate_up.dtype) if output else None
     d_gate_up = torch.cat((wide_dy * up * slope_of(gate, activation), wide_dy * activated), dim=-1).to(gate_up.dtype)
     return (gate_up.copy_(d_gate_up) if inplace else d_gate_up), y
 
@@ -36,9 +38,8 @@ def glu_backward_and_dA(
 ) -> tuple[Tensor, Tensor]:
     """Gradient [T, 2 I] of `glu_forward` as `glu_backward` gives it, and dA = v^T y [R, I] for v [T, R]."""
     d_gate_up, y = glu_backward(dy, gate_up, activation=activation, inplace=inplace)
-    return d_gate_up, v.t().to(torch.promote_types(v.dtype, torch.float32)) @ y.to(
-        torch.promote_types(y.dtype, torch.float32)
-    )
+    assert y is not None
+    return d_gate_up, transposed_product(v, y)
 
 
 def halves(gate_up: Tensor) -> tuple[Tensor, Tensor]:

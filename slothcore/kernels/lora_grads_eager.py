@@ -4,6 +4,7 @@ Takes float64 too. Sums of 16-bit products are float32.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -56,6 +57,19 @@ def grads_apart(
         row += rows
         column += padded_rank(rank)
     return every_dA, every_dB
+
+
+def ranks_apart(dA: Tensor, ranks: Sequence[int]) -> list[Tensor | None]:
+    """dA_i [r_i, K] out of dA [R, K], without the padding of each; None where r_i is 0."""
+    starts = accumulate(map(padded_rank, ranks), initial=0)
+    return [dA[start : start + rank] if rank else None for start, rank in zip(starts, ranks, strict=False)]
+
+
+def blocks_apart(dB: Tensor, out_features: Sequence[int], ranks: Sequence[int]) -> list[Tensor | None]:
+    """dB_i [N_i, r_i] out of one vector in which they lie end to end; None where r_i is 0."""
+    blocks = dB.split([n * rank for n, rank in zip(out_features, ranks, strict=True)])
+    shapes = zip(blocks, out_features, ranks, strict=True)
+    return [block.view(n, rank) if rank else None for block, n, rank in shapes]
 
 
 def transposed_product(left: Tensor, right: Tensor) -> Tensor:

@@ -22,13 +22,11 @@ from torch import Tensor
 
 from slothcore.kernels.launch import ceil_div, with_contiguous_rows
 from slothcore.kernels.nf4 import Decode, absmax_arguments
-from slothcore.kernels.nf4_gemm_permute import nf4_linear_registers_kernel, nf4_linear_shared_kernel
+from slothcore.kernels.nf4_gemm_permute import BLOCKS_OF_STEP, nf4_linear_registers_kernel
 from slothcore.kernels.nf4_gemm_table import nf4_linear_kernel, nf4_linear_one_row_kernel, nf4_linear_reduce_kernel
 from slothcore.kernels.nf4_tensor import BLOCK, Nf4Tensor, check_linear, nf4_code
 
 REDUCE_COLUMNS = 256
-STEP_OF_REGISTERS = 4
-"""Blocks in a step of the kernel that decodes into registers: one for each of the four lanes that share a row."""
 
 
 @dataclass(frozen=True)
@@ -36,21 +34,26 @@ class LinearConfig:
     """How nf4_linear is launched."""
 
     block_m: int
-    """Tokens of a tile, times slices at least 16; 1 chooses the table kernel for a single row."""
+    """Tokens of a tile; for "registers", times slices, at least 16; for "table", 1 chooses the kernel of a single row."""
     block_n: int
     """Weight rows of a tile; for "registers", times slices, a multiple of 16 * num_warps."""
     parts: int
     """Parts into which the columns are cut; fewer if there are not as many blocks of 64."""
-    step: int = 1
-    """Blocks of 64 columns in one turn of the loop; always 4 for "registers"."""
     num_warps: int = 4
+    kernel: Literal["table", "registers"] = "table"
+    """Decode by a table, or by permutes into registers. What follows is for one of the two."""
+    step: int = 1
+    """For "table": blocks of 64 columns in one turn of the loop."""
     num_stages: int = 4
-    kernel: Literal["table", "registers", "shared"] = "table"
-    """Decode by a table, or by permutes into registers or shared memory."""
+    """For "table": turns in flight."""
     decode: Decode = "gather"
-    """Which table."""
+    """For "table": which table."""
     slices: int = 1
-    """Slices of its columns that a program of "registers" sums side by side, for few tokens."""
+    """For "registers": slices of its columns that a program sums side by side, for few tokens."""
+    prefetch: bool = False
+    """For "registers": whether the next step's weights are loaded while this one's are decoded."""
+    max_registers: int | None = None
+    """For "registers": what a thread may use, where fewer than the compiler likes let more programs run at once."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +66,28 @@ class _Rule:
     columns: int
 
 
+# Microseconds on an H100 (bfloat16, LoRA of rank 16, weights not in cache) by rows and N x K; as many by the table, and
+# by dequantising, then multiplying:
+#         4096 x 4096       14336 x 4096        4096 x 14336
+#   1      8.7  14  29       21.1  39  103       22.3  41  103
+#   4      8.7  15  29       21.2  49  104       23.6  40  103
+#   8     10.1  15  29       23.2  49  104       22.9  40  102
+#  16     10.3  16  30       24.4  49  104       23.4  41  103
+#  32     11.7  32  28       29.0  49  102       25.6  44  104
+#  64     15.1  34  28       38.6  55  102       33.9  48  105
+# 128     24.3  24  33       62.7  61  104       64.5  73  111
+# Only at 128 rows was a prefetch not tried: its sums fill the registers.
 PERMUTE_RULES = (
-    _Rule(4, LinearConfig(4, 16, 1, 4, num_stages=3, kernel="registers", slices=4), programs=256, columns=2048),
-    _Rule(8, LinearConfig(8, 32, 1, 4, num_stages=3, kernel="registers", slices=2), programs=256, columns=2048),
-    _Rule(16, LinearConfig(16, 64, 1, 4, num_stages=3, kernel="registers"), programs=528, columns=512),
-    _Rule(32, LinearConfig(32, 64, 1, 4, num_stages=3, kernel="registers"), programs=528, columns=512),
-    _Rule(64, LinearConfig(64, 128, 1, 2, num_stages=2, kernel="shared"), programs=396, columns=512),
-    _Rule(128, LinearConfig(128, 128, 1, 2, num_warps=8, num_stages=2, kernel="shared"), programs=264, columns=1024),
-    _Rule(2**31, LinearConfig(256, 128, 1, 2, num_warps=8, num_stages=2, kernel="shared"), programs=132, columns=1024),
+    _Rule(4, LinearConfig(4, 16, 1, kernel="registers", slices=4, prefetch=True), programs=256, columns=4096),
+    _Rule(16, LinearConfig(16, 64, 1, kernel="registers", prefetch=True), programs=896, columns=512),
+    _Rule(32, LinearConfig(32, 128, 1, 8, kernel="registers", prefetch=True), programs=256, columns=512),
+    _Rule(
+        64,
+        LinearConfig(64, 128, 1, 8, kernel="registers", prefetch=True, max_registers=128),
+        programs=256,
+        columns=1024,
+    ),
+    _Rule(128, LinearConfig(128, 128, 1, 8, kernel="registers"), programs=132, columns=1024),
 )
 TABLE_RULES = (
     _Rule(1, LinearConfig(1, 8, 1, step=4, num_stages=3), programs=512, columns=2048),
@@ -91,6 +108,9 @@ def linear_config(
     permute: whether the kernels that decode by permutes can be used.
     """
     assert itemsize == 2 or not permute, "permutes give 16-bit weights"
+    # For more tokens the decoding hides behind the products, and the table's simpler loop keeps them busier; up to the
+    # last of the rules that is so only where the columns are too few to be cut into many parts.
+    permute = permute and (rows <= 64 or (rows <= 128 and in_features > out_features))
     rule = next(rule for rule in (PERMUTE_RULES if permute else TABLE_RULES) if rows <= rule.rows)
     tile = rule.tile
     if itemsize != 2:
@@ -151,11 +171,11 @@ def nf4_linear(
     )
     blocks = in_features // BLOCK
     blocks_per_part = ceil_div(blocks, config.parts)
-    if config.kernel != "table":
-        blocks_per_part = ceil_div(blocks_per_part, config.step) * config.step
+    if config.kernel == "registers":
+        blocks_per_part = ceil_div(blocks_per_part, BLOCKS_OF_STEP) * BLOCKS_OF_STEP
     parts = ceil_div(blocks, blocks_per_part)
     target = out if parts == 1 else torch.empty(parts, rows, out_features, dtype=torch.float32, device=x.device)
-    launch = _launch_table if config.kernel == "table" else _launch_permute
+    launch = _launch_table if config.kernel == "table" else _launch_registers
     launch(x, weight, lora_x, lora_B, bias, out, target, config, blocks_per_part, parts)
     if parts > 1:
         nf4_linear_reduce_kernel[(ceil_div(out_features, REDUCE_COLUMNS), rows)](
@@ -165,28 +185,25 @@ def nf4_linear(
     return out
 
 
-def _launch_permute(
+def _launch_registers(
     x: Tensor, weight: Nf4Tensor, lora_x: Tensor | None, lora_B: Tensor | None, bias: Tensor | None,
     out: Tensor, target: Tensor, config: LinearConfig, blocks_per_part: int, parts: int,
 ) -> None:  # fmt: skip
     rows, (out_features, in_features) = x.shape[0], weight.shape
     rank = 0 if lora_B is None else lora_B.shape[1]
-    in_registers = config.kernel == "registers"
-    kernel, constants = nf4_linear_shared_kernel, {"STEP": config.step}
-    if in_registers:
-        assert config.step == STEP_OF_REGISTERS, f"four lanes share a row, not {config.step}"
-        rows_of_product = config.block_n * config.slices
-        assert rows_of_product % (16 * config.num_warps) == 0, f"{rows_of_product} rows are no whole fragments"
-        kernel, constants = nf4_linear_registers_kernel, {"WARPS": config.num_warps, "SLICES": config.slices}
+    rows_of_product = config.block_n * config.slices
+    assert rows_of_product % (16 * config.num_warps) == 0, f"{rows_of_product} rows are no whole fragments"
+    limits = {} if config.max_registers is None or not x.is_cuda else {"maxnreg": config.max_registers}
     grid = (ceil_div(out_features, config.block_n), ceil_div(rows, config.block_m), parts)
-    kernel[grid](
+    nf4_linear_registers_kernel[grid](
         x, weight.packed.view(torch.int32), *absmax_arguments(weight), lora_x, lora_B, bias, target,
         x.stride(0), 0 if lora_x is None else lora_x.stride(0), out.stride(0),
         rows, out_features, in_features, rank, blocks_per_part,
         NESTED=weight.is_nested, HAS_LORA=lora_B is not None, HAS_BIAS=bias is not None, IN_PARTS=parts > 1,
         ON_GPU=x.is_cuda,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=_rank_step(rank), STAGES=config.num_stages,
-        num_warps=config.num_warps, enable_fp_fusion=False, **constants,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=_rank_step(rank), SLICES=config.slices,
+        WARPS=config.num_warps, PREFETCH=config.prefetch,
+        num_warps=config.num_warps, enable_fp_fusion=False, **limits,
     )  # fmt: skip
 
 

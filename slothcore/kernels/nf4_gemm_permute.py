@@ -1,17 +1,15 @@
-"""The two kernels of nf4_gemm.py that decode by byte permutes (nf4_permute.py), for 16-bit x.
+"""The kernel of nf4_gemm.py that decodes by byte permutes (nf4_permute.py), for 16-bit x.
 
-The order of the columns within a sum is free, so both kernels choose one in which a thread owns whole blocks of 64, and
-read x in the same order. They differ in how the weights reach the tensor cores:
+The order of the columns within a sum is free, so the kernel chooses one in which a thread owns whole blocks of 64, and
+reads x in the same order. The weight is the first operand [N, K], which Hopper's tensor cores take from registers: lane
+l of a warp holds columns 2 (l % 4) + {0, 1} of each 8 and rows l // 4 and l // 4 + 8 of each 16. Giving lane l the
+block number l % 4 of four makes that fragment out of the lane's own 64 weights, with no exchange at all.
+The price: neighbouring columns of x must come from four blocks. Read as they lie, 16 bytes at a time, they are put in
+that order on their way into shared memory, 4 bytes at a time.
 
-Registers  The weight is the first operand [N, K], which Hopper's tensor cores take from registers: lane l of a warp
-           holds columns 2 (l % 4) + {0, 1} of each 8 and rows l // 4 and l // 4 + 8 of each 16. Giving lane l the
-           block number l % 4 of four makes that fragment out of the lane's own 64 weights, with no exchange at all.
-           The price: neighbouring columns of x come from four blocks, so x is copied 4 bytes at a time.
-Shared     The weight is the second operand and goes through shared memory once for all tokens of the tile; x is read
-           in pieces of 64 bytes.
-
-A step of either handles half of each block at a time (32 weights, one 16-byte load), so that x and the weight need
-half the room. Letters, dtypes and rounding are those of nf4_gemm.py.
+A step handles half of each block at a time (32 weights, one 16-byte load), so that x and the weight need half the
+room. The loop is not pipelined by the compiler: the words would pass through shared memory, which costs more than it
+hides. Letters, dtypes and rounding are those of nf4_gemm.py.
 """
 
 import triton
@@ -20,6 +18,9 @@ import triton.language as tl
 from slothcore.kernels.nf4 import load_absmax
 from slothcore.kernels.nf4_gemm_table import store_result
 from slothcore.kernels.nf4_permute import decode_words, products
+
+BLOCKS_OF_STEP = 4
+"""Blocks of a row in a step: one for each of the four lanes that share a row."""
 
 
 @triton.jit
@@ -37,18 +38,15 @@ def _load_products(
 
 
 @triton.jit
-def _word_pointers(words_ptr, row, blocks, BLOCKS: tl.constexpr):
-    """[BLOCKS, rows, 4]: where the first half of each of a row's first blocks lies."""
-    block = row[None, :].to(tl.int64) * blocks + tl.arange(0, BLOCKS)[:, None]
+def _word_pointers(words_ptr, row, blocks):
+    """[4, rows, 4]: where the first half of each of a row's first blocks lies."""
+    block = row[None, :].to(tl.int64) * blocks + tl.arange(0, 4)[:, None]
     return words_ptr + (block * 8)[:, :, None] + tl.arange(0, 4)[None, None, :]
 
 
 @triton.jit
-def _decode(
-    words_ptr, mask, low_0, low_1, low_2, low_3, high_0, high_1, high_2, high_3, ON_GPU: tl.constexpr
-):  # fmt: skip
-    """[blocks, rows, 4, 2, 2, 2] bits of weights at words_ptr [blocks, rows, 4]."""
-    word = tl.load(words_ptr, mask=mask, other=0)
+def _decode(word, low_0, low_1, low_2, low_3, high_0, high_1, high_2, high_3, ON_GPU: tl.constexpr):
+    """[blocks, rows, 4, 2, 2, 2] bits of weights from words [blocks, rows, 4] and planes [blocks, rows]."""
     return decode_words(
         word,
         low_0[:, :, None], low_1[:, :, None], low_2[:, :, None], low_3[:, :, None],
@@ -58,15 +56,12 @@ def _decode(
 
 
 @triton.jit
-def _load_lora(
-    lora_x_ptr, lora_B_ptr, stride_lora_x_row, token, weight_row, mask, start, R, BLOCK_R: tl.constexpr
-):  # fmt: skip
-    """[tokens, BLOCK_R] of lora_x and [rows, BLOCK_R] of lora_B, zero beyond R and where `mask` says so."""
-    rank = start + tl.arange(0, BLOCK_R)
-    in_rank = (rank < R)[None, :]
-    lora_B = tl.load(lora_B_ptr + weight_row[:, None] * R + rank[None, :], mask=in_rank & mask, other=0.0)
-    lora_x = tl.load(lora_x_ptr + token[:, None] * stride_lora_x_row + rank[None, :], mask=in_rank, other=0.0)
-    return lora_x, lora_B
+def _fetch_absmax(absmax_ptr, nested_absmax_ptr, block, mask, NESTED: tl.constexpr):
+    """What memory holds of the absmax of a tile of blocks: code and scale, or where it is not nested itself, twice."""
+    block = tl.max_contiguous(block.to(tl.uint32), [1, 1])
+    absmax = tl.load(absmax_ptr + block, mask=mask, other=0)
+    scale = tl.load(nested_absmax_ptr + block // 256, mask=mask, other=0.0) if NESTED else absmax
+    return absmax, scale
 
 
 @triton.jit(do_not_specialize=["M", "blocks_per_part"])
@@ -75,13 +70,14 @@ def nf4_linear_registers_kernel(
     bias_ptr, out_ptr, stride_x_row, stride_lora_x_row, stride_out_row, M, N, K, R, blocks_per_part,
     NESTED: tl.constexpr, HAS_LORA: tl.constexpr, HAS_BIAS: tl.constexpr, IN_PARTS: tl.constexpr, ON_GPU: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SLICES: tl.constexpr, WARPS: tl.constexpr,
-    STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """This program sums one part of the columns for BLOCK_N weight rows and BLOCK_M tokens, four blocks a step.
 
     SLICES cuts the program's columns once more. The tensor cores multiply at least 64 rows by 16 tokens; where the
     tokens are fewer, row s * BLOCK_N + n of the product is weight row n in slice s, its column s * BLOCK_M + m is token
     m in slice s, and what rows and columns of unequal slices make together is dropped in the end.
+    PREFETCH: the words and scales of the next step are loaded into registers while this one is decoded.
     """
     ROWS: tl.constexpr = BLOCK_N * SLICES
     COLUMNS: tl.constexpr = BLOCK_M * SLICES
@@ -97,33 +93,59 @@ def nf4_linear_registers_kernel(
     row = tl.minimum(tl.program_id(0) * BLOCK_N + name % BLOCK_N, N - 1)
     row_first = first + name // BLOCK_N * slice_blocks
     row_last = tl.minimum(row_first + slice_blocks, last)
-    word_ptrs = _word_pointers(words_ptr, row, blocks, 4) + (row_first * 8)[None, :, None]
+    word_ptrs = _word_pointers(words_ptr, row, blocks) + (row_first * 8)[None, :, None]
 
     j = tl.arange(0, COLUMNS)
     token = tl.minimum(tl.program_id(1) * BLOCK_M + j % BLOCK_M, M - 1).to(tl.int64)
     token_first = first + j // BLOCK_M * slice_blocks
     token_last = tl.minimum(token_first + slice_blocks, last)
-    # Column k of a half step, in binary: word (2 bits), pair of weights (2), block (2), weight of the pair (1).
+    # Column k of a half step of x, in binary: block (2 bits), word (2), pair of weights (2), weight of the pair (1).
     k = tl.arange(0, 128)
-    column = tl.max_contiguous((k // 2 % 4) * 64 + (k // 32) * 8 + (k // 8 % 4) * 2 + k % 2, 2)
-    x_ptrs = x_ptr + (token * stride_x_row + token_first * 64)[:, None] + column[None, :]
+    x_ptrs = x_ptr + (token * stride_x_row + token_first * 64)[:, None] + (k // 32 * 64 + k % 32)[None, :]
 
+    four = tl.arange(0, 4)[:, None]
+    block = row[None, :] * blocks + row_first[None, :] + four
+    if PREFETCH:
+        mask = row_first[None, :] + four < row_last[None, :]
+        absmax, scale = _fetch_absmax(absmax_ptr, nested_absmax_ptr, block, mask, NESTED)
+        word_0 = tl.load(word_ptrs, mask=mask[:, :, None], other=0)
+        word_1 = tl.load(word_ptrs + 4, mask=mask[:, :, None], other=0)
+        if NESTED:
+            offset = tl.load(nested_offset_ptr)
     sums = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-    for start in tl.range(0, slice_blocks, 4, num_stages=STAGES):
-        block = row_first[None, :] + start + tl.arange(0, 4)[:, None]
-        mask = block < row_last[None, :]
-        x_mask = token_first[:, None] + start + (k // 2 % 4)[None, :] < token_last[:, None]
-        low_0, low_1, low_2, low_3, high_0, high_1, high_2, high_3 = _load_products(
-            absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, row[None, :] * blocks + block, mask,
-            NESTED, x_ptr.dtype.element_ty, ON_GPU,
-        )  # fmt: skip
-        for half in tl.static_range(2):
-            bits = _decode(
-                word_ptrs + (start * 8 + half * 4), mask[:, :, None],
-                low_0, low_1, low_2, low_3, high_0, high_1, high_2, high_3, ON_GPU,
+    for start in tl.range(0, slice_blocks, 4, num_stages=1):
+        x_mask = token_first[:, None] + start + (k // 32)[None, :] < token_last[:, None]
+        if PREFETCH:
+            if NESTED:
+                absmax = tl.load(nested_code_ptr + absmax.to(tl.int32)) * scale + offset
+            low_0, low_1, low_2, low_3, high_0, high_1, high_2, high_3 = products(
+                absmax, x_ptr.dtype.element_ty, ON_GPU
+            )
+            mask = row_first[None, :] + start + 4 + four < row_last[None, :]
+            absmax, scale = _fetch_absmax(absmax_ptr, nested_absmax_ptr, block + start + 4, mask, NESTED)
+        else:
+            mask = row_first[None, :] + start + four < row_last[None, :]
+            low_0, low_1, low_2, low_3, high_0, high_1, high_2, high_3 = _load_products(
+                absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, block + start, mask,
+                NESTED, x_ptr.dtype.element_ty, ON_GPU,
             )  # fmt: skip
+        for half in tl.static_range(2):
             x = tl.load(x_ptrs + (start * 64 + half * 32), mask=x_mask, other=0.0)
-            # From [block, tile of 16 a warp, upper 8 or not, warp, 8, word, pair, pair, weight] to the name's order.
+            x = tl.reshape(tl.permute(tl.reshape(x, [COLUMNS, 4, 16, 2]), (0, 2, 1, 3)), [COLUMNS, 128])
+            half_ptrs = word_ptrs + (start * 8 + half * 4)
+            if PREFETCH:
+                word = word_0 if half == 0 else word_1
+            else:
+                word = tl.load(half_ptrs, mask=mask[:, :, None], other=0)
+            bits = _decode(word, low_0, low_1, low_2, low_3, high_0, high_1, high_2, high_3, ON_GPU)
+            if PREFETCH:
+                following = tl.load(half_ptrs + 32, mask=mask[:, :, None], other=0)
+                if half == 0:
+                    word_0 = following
+                else:
+                    word_1 = following
+            # From [block, tile of 16 a warp, upper 8 or not, warp, 8, word, pair, pair, weight] to the name's order,
+            # and the columns from (block, word, pairs, weight) to (word, pairs, block, weight).
             bits = tl.reshape(bits, [4, ROWS // (16 * WARPS), 2, WARPS, 8, 4, 2, 2, 2])
             bits = tl.reshape(tl.permute(bits, (1, 3, 2, 4, 5, 6, 7, 0, 8)), [ROWS, 128])
             weight = bits.to(x.dtype, bitcast=True)
@@ -134,10 +156,14 @@ def nf4_linear_registers_kernel(
             # Of the slices, the first takes the LoRA product.
             lora_row = tl.minimum(tl.program_id(0) * BLOCK_N + i % BLOCK_N, N - 1).to(tl.int64)
             for start in tl.range(0, R, BLOCK_R, num_stages=1):
-                lora_x, lora_B = _load_lora(
-                    lora_x_ptr, lora_B_ptr, stride_lora_x_row,
-                    token, lora_row, (i < BLOCK_N)[:, None], start, R, BLOCK_R,
-                )  # fmt: skip
+                rank = start + tl.arange(0, BLOCK_R)
+                in_rank = (rank < R)[None, :]
+                lora_B = tl.load(
+                    lora_B_ptr + lora_row[:, None] * R + rank[None, :], mask=in_rank & (i < BLOCK_N)[:, None], other=0.0
+                )
+                lora_x = tl.load(
+                    lora_x_ptr + token[:, None] * stride_lora_x_row + rank[None, :], mask=in_rank, other=0.0
+                )
                 sums = tl.dot(lora_B, tl.trans(lora_x), sums, input_precision="ieee")
     if SLICES > 1:
         same = (i // BLOCK_N)[:, None] == (j // BLOCK_M)[None, :]
@@ -146,53 +172,3 @@ def nf4_linear_registers_kernel(
     token = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     channel = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     store_result(sums, token[None, :], channel[:, None], out_ptr, bias_ptr, stride_out_row, M, N, IN_PARTS, HAS_BIAS)
-
-
-@triton.jit(do_not_specialize=["M", "blocks_per_part"])
-def nf4_linear_shared_kernel(
-    x_ptr, words_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, lora_x_ptr, lora_B_ptr,
-    bias_ptr, out_ptr, stride_x_row, stride_lora_x_row, stride_out_row, M, N, K, R, blocks_per_part,
-    NESTED: tl.constexpr, HAS_LORA: tl.constexpr, HAS_BIAS: tl.constexpr, IN_PARTS: tl.constexpr, ON_GPU: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """This program sums one part of the columns for BLOCK_M tokens and BLOCK_N weight rows, STEP blocks a step."""
-    token = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    channel = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = tl.minimum(channel, N - 1).to(tl.int32)
-    blocks = K // 64
-    first = tl.program_id(2) * blocks_per_part
-    last = tl.minimum(first + blocks_per_part, blocks)
-
-    k = tl.arange(0, STEP * 32)
-    # Tokens and rows beyond the last repeat it, which costs no mask; they are never stored.
-    token_row = tl.minimum(token, M - 1)
-    x_ptrs = x_ptr + token_row[:, None] * stride_x_row + (k // 32 * 64 + k % 32)[None, :]
-    word_ptrs = _word_pointers(words_ptr, row, blocks, STEP)
-
-    sums = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for start in tl.range(first, last, STEP, num_stages=STAGES):
-        block = start + tl.arange(0, STEP)
-        mask = tl.broadcast_to((block < last)[:, None], [STEP, BLOCK_N])
-        x_mask = (start + k // 32 < last)[None, :]
-        low_0, low_1, low_2, low_3, high_0, high_1, high_2, high_3 = _load_products(
-            absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr,
-            row[None, :] * blocks + block[:, None], mask, NESTED, x_ptr.dtype.element_ty, ON_GPU,
-        )  # fmt: skip
-        for half in tl.static_range(2):
-            bits = _decode(
-                word_ptrs + (start * 8 + half * 4), mask[:, :, None],
-                low_0, low_1, low_2, low_3, high_0, high_1, high_2, high_3, ON_GPU,
-            )  # fmt: skip
-            x = tl.load(x_ptrs + (start * 64 + half * 32), mask=x_mask, other=0.0)
-            bits = tl.reshape(tl.permute(bits, (1, 0, 2, 3, 4, 5)), [BLOCK_N, STEP * 32])
-            weight = bits.to(x.dtype, bitcast=True)
-            sums = tl.dot(x, tl.trans(weight), sums, input_precision="ieee")
-
-    if HAS_LORA:  # noqa: SIM102
-        if tl.program_id(2) == 0:
-            for start in tl.range(0, R, BLOCK_R, num_stages=1):
-                lora_x, lora_B = _load_lora(
-                    lora_x_ptr, lora_B_ptr, stride_lora_x_row, token_row, row.to(tl.int64), True, start, R, BLOCK_R
-                )  # fmt: skip
-                sums = tl.dot(lora_x, tl.trans(lora_B), sums, input_precision="ieee")
-    store_result(sums, token[:, None], channel[None, :], out_ptr, bias_ptr, stride_out_row, M, N, IN_PARTS, HAS_BIAS)

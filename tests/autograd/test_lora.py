@@ -296,6 +296,10 @@ def test_errors_name_rule_and_value() -> None:
         replace(p, dropout=1.0)
     with pytest.raises(ValueError, match="both lora_A and lora_B"):
         replace(p, lora_B=None)
+    with pytest.raises(ValueError, match=r"\[r, in\] and \[out, r\], got \(2, 6\) and \(5, 3\)"):
+        replace(p, lora_B=torch.randn(5, 3))
+    with pytest.raises(ValueError, match=r"got \(2, 5\)"):
+        replace(p, lora_A=torch.randn(2, 5))
     with pytest.raises(ValueError, match="gate and up"):
         lora_mlp(x, (p, p), projection(6, 4), activation="silu")
     with pytest.raises(ValueError, match="gate and up"):

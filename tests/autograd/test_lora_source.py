@@ -7,15 +7,16 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
+from slothcore.autograd import lora_projection
 from slothcore.autograd.lora import Projection, lora_fused, lora_mlp
 from slothcore.autograd.lora_source import Source
 from slothcore.autograd.rms_norm import Normed, NormRule, add_rms_norm, rms_norm
 from slothcore.autograd.sandwich_norm import post_norm_add_norm
-from slothcore.kernels import rms_norm_eager
+from slothcore.kernels import lora_grads_few, rms_norm_eager
 from slothcore.kernels.lora_grads_eager import ColumnScale, grads_apart, transposed_product
 from tests.autograd.lora_reference import leaves, plain_fused, plain_mlp, projection, widened_projection
 from tests.autograd.test_lora_memory import saved_shapes
-from tests.numerics import assert_as_accurate_as_eager
+from tests.numerics import assert_as_accurate_as_eager, relative_error
 
 LLAMA = {"eps": 1e-5}
 GEMMA = {"eps": 1e-6, "weight_offset": 1.0, "cast_before_weight": False}
@@ -126,6 +127,38 @@ def test_dA_from_h_is_the_closer_one(rule: NormRule, share: float) -> None:
     assert (ours - exact).norm() <= share * (transposed_product(v, y) - exact).norm()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel runs for real: see the gpu test")
+@pytest.mark.parametrize("frozen", ["lora_A", "lora_B", None])
+@pytest.mark.parametrize("source", ["x", "norm"])
+@pytest.mark.parametrize("name", MAPS)
+def test_one_launch_gives_the_same_gradients(
+    name: str, source: str, frozen: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What few tokens take on a GPU, in Triton's interpreter; once for each group whose gradients are wanted."""
+    projections = projections_for(name, 64, 96, 8, dtype=torch.float32, scaling=0.7, bias="trainable")
+    if frozen:
+        getattr(projections[0], frozen).requires_grad_(False)
+        getattr(projections[-1], frozen).requires_grad_(False)
+    branch, weight = torch.randn(33, 64, requires_grad=True), torch.randn(64)
+    inputs = leaves(branch, projections)
+
+    def gradients() -> Sequence[Tensor]:
+        normed = rms_norm(branch, weight, **GEMMA)
+        y = MAPS[name](normed if source == "norm" else normed.y, projections)
+        return torch.autograd.grad(y, inputs, torch.linspace(-1, 1, y.numel()).view_as(y))
+
+    expected, launches = gradients(), []
+    original = lora_grads_few.factor_grads
+    monkeypatch.setattr(lora_projection, "in_one_launch", lambda h, dy, group: True)
+    monkeypatch.setattr(
+        lora_grads_few, "factor_grads", lambda *args, **kw: launches.append(args) or original(*args, **kw)
+    )
+    for ours, theirs in zip(gradients(), expected, strict=True):
+        assert ours.shape == theirs.shape
+        assert relative_error(ours, theirs) <= 1e-6
+    assert len(launches) == (1 if name == "qkv" else 2)
+
+
 def test_float16_makes_the_input_again() -> None:
     """r v would be 6e4 * 8: beyond float16, whose dA must be as finite as it was."""
     h, weight, v = torch.full((4, 8), 2.0**-16).half(), torch.ones(8).half(), torch.full((4, 2), 8.0).half()
@@ -193,10 +226,10 @@ def plain_norm(
 @pytest.mark.gpu
 @RULES
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("tokens", [33, 600, 4096])
+@pytest.mark.parametrize("tokens", [33, 600, 1500, 4096])
 @pytest.mark.parametrize("name", MAPS)
 def test_gradients_on_gpu(name: str, tokens: int, dtype: torch.dtype, rule: dict) -> None:
-    """At 4096 tokens of an MLP of this width each of v, dB and dA of down comes from one pass."""
+    """Up to 600 tokens dA and dB come from one launch, at 4096 v and dB from one pass, and dA of down from another."""
     hidden, inner = 1024, 12288
     kind = {"dtype": dtype, "factor_dtype": torch.float32, "device": "cuda", "scaling": 2.0}
     shapes = [(inner, hidden), (inner, hidden), *([] if name == "qkv" else [(hidden, inner)])]

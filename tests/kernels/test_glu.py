@@ -95,6 +95,16 @@ def test_inplace_overwrites_its_input_with_the_same_gradient(
     assert torch.equal(y, expected_y)
 
 
+@OPS
+@pytest.mark.parametrize("inplace", [True, False])
+def test_the_output_is_not_made_where_it_is_not_wanted(ops: ModuleType, inplace: bool, kernel_device: str) -> None:
+    gate_up, dy = make_inputs(7, 37, torch.float16, kernel_device)
+    expected, _ = ops.glu_backward(dy, gate_up, activation="silu")
+    d_gate_up, y = ops.glu_backward(dy, gate_up, activation="silu", inplace=inplace, output=False)
+    assert y is None
+    assert torch.equal(d_gate_up, expected)
+
+
 def test_strides_do_not_change_a_bit(kernel_device: str) -> None:
     gate_up, dy = make_inputs(7, 37, torch.float32, kernel_device)
     dy = dy[:, :1].expand(7, 37)

@@ -31,7 +31,14 @@ PERMUTE_CONFIGS = {
     "registers, eight warps": LinearConfig(32, 128, parts=3, step=4, num_warps=8, kernel="registers"),
     "shared": LinearConfig(64, 64, parts=1, step=2, kernel="shared"),
     "shared, three parts": LinearConfig(64, 32, parts=3, step=1, kernel="shared"),
-    "shared, a step beyond the end": LinearConfig(128, 128, parts=2, step=4, kernel="shared"),
+    "registers, not pipelined": LinearConfig(16, 64, parts=1, step=4, num_stages=1, kernel="registers"),
+    "registers, prefetched": LinearConfig(
+        16, 64, parts=2, step=4, num_stages=1, kernel="registers", prefetch=True, chained=True, max_registers=96
+    ),
+    "registers, prefetched by four slices": LinearConfig(
+        4, 16, parts=1, step=4, num_stages=1, kernel="registers", slices=4, prefetch=True
+    ),
+    "shared, a step beyond the end": LinearConfig(128, 128, parts=2, step=4, num_stages=2, kernel="shared"),
 }
 
 
@@ -190,7 +197,9 @@ def test_launch_configuration_is_sane_for_every_model_shape() -> None:
     for rows, out_features, in_features in itertools.product((1, 2, 16, 17, 64, 65, 300), sizes, sizes):
         for permute in (False, True):
             config = linear_config(rows, out_features, in_features, permute=permute)
-            assert (config.kernel == "table") == (not permute)
+            assert (config.kernel == "table") == (
+                not permute or rows == 300 or (rows == 65 and in_features <= out_features)
+            )
             assert (config.block_m == 1) == (rows == 1 and not permute)
             assert rows == 1 or config.block_m >= min(16, rows)
             assert config.parts == 1 or in_features // config.parts >= 512
@@ -198,6 +207,15 @@ def test_launch_configuration_is_sane_for_every_model_shape() -> None:
                 assert config.step == 4
                 assert config.block_n * config.slices % (16 * config.num_warps) == 0
                 assert config.block_m * config.slices >= 16
+
+
+@pytest.mark.parametrize(
+    "config", [*PERMUTE_CONFIGS.values(), *(rule.tile for rule in nf4_gemm.PERMUTE_RULES)], ids=str
+)
+def test_blocks_in_flight_fit_the_shared_memory_of_hopper(config) -> None:
+    """A lower bound of what a kernel needs: the tokens and the words of all turns but one."""
+    tokens, rows = config.block_m * config.slices, config.block_n * config.slices
+    assert (config.num_stages - 1) * config.step * (tokens * 128 + rows * 32) <= 227 * 1024
 
 
 @pytest.mark.parametrize("rows", [1, 40, 300])
