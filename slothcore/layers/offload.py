@@ -23,6 +23,7 @@ Source    Rhu et al. 2016 (vDNN), arXiv:1602.08124.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 from weakref import ref
 
 import torch
@@ -77,6 +78,16 @@ class ActivationOffload:
         # Blocks whose memory of the forward pass is held, oldest first. They belong to the graph: if it is dropped,
         # they go too.
         self._resident: list[ref[Block]] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ActivationOffload":
+        """For a copy of the model: host memory of its own, of which it has none yet."""
+        return ActivationOffload(
+            num_layers=self._num_layers,
+            keep_last=self._keep_last,
+            resident_layers=self._resident_layers,
+            min_bytes=self._min_bytes,
+            transfer=self._transfer,
+        )
 
     @property
     def host_bytes(self) -> int:

@@ -110,21 +110,24 @@ class Decoder(Generates, nn.Module):
     def gradient_checkpointing(self, mode: GradientCheckpointing) -> None:
         self.model.gradient_checkpointing = mode
 
-    def enable_graphs(self, max_tokens: int = 2048) -> None:
-        """Replay training passes of at most `max_tokens` tokens as CUDA graphs: the host issues one launch, not 900.
+    def enable_graphs(self, max_tokens: int = 2048) -> StepGraphs:
+        """Replay training passes of at most `max_tokens` tokens as CUDA graphs: two launches instead of thousands.
 
         A training pass is a call with labels, on host tensors, in training mode with gradients enabled; its
         `loss.backward()` is replayed too. It is padded to one of a few sizes, of which each is captured when it comes
         the second time. Whatever cannot be replayed runs as before: `graphs.why_not` lists it. What is computed depends
         on the inputs alone, not on what was captured before, but padding and thus enabling this changes last bits.
+        Set `graphs.expected_tokens` to the longest pass to come, if it is known: that saves captures.
 
         The adapter's parameters are laid end to end (`graphs.flat`), and so are their gradients. A gradient is valid
         until the next backward pass that finds it None; `torch.autograd.grad` with respect to a parameter, and hooks on
         parameters or layers, are not served by a replay.
 
+        Returns: `model.graphs`.
         Raises: ValueError if max_tokens is not positive.
         """
         self.graphs = StepGraphs(self.model, self.config, max_tokens=max_tokens)
+        return self.graphs
 
     def disable_graphs(self) -> None:
         """Run every pass as before, and give the memory of the graphs back."""

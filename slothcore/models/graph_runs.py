@@ -5,9 +5,12 @@ So a pass neither reads nor writes the autograd state of the parameters themselv
 the stream on which it ran, and to touch it breaks a capture; and gradients go where `FlatFactors` wants them.
 """
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +29,19 @@ class CudaRecorder:
     """Records functions as CUDA graphs whose temporaries share one pool of memory.
 
     Sharing is sound where what one recorded function leaves in temporaries is read before another function begins that
-    is not its successor; `StepGraphs` sees to it.
+    is not its successor; `StepGraphs` sees to it. The pool lives as long as the recorder and what it recorded.
     """
 
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        """A new pool. What is recorded on one stream shares the workspaces of matrix products, which torch keeps."""
-        self._stream = stream
-        with torch.cuda.device(stream.device):
+    _idle: ClassVar[dict[torch.device, list[torch.cuda.Stream]]] = {}
+    """Streams on which earlier recorders recorded. Each has workspaces, which two graphs at once must not share."""
+
+    def __init__(self, device: torch.device) -> None:
+        """A new pool, and a stream that no other recorder has."""
+        idle = self._idle.setdefault(device, [])
+        self._stream = idle.pop() if idle else _stream_with_workspaces(device)
+        self._gives_stream_back = weakref.finalize(self, idle.append, self._stream)
+        self._gives_stream_back.atexit = False
+        with torch.cuda.device(device):
             self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
@@ -53,17 +62,36 @@ class CudaRecorder:
             except BaseException:
                 self._recover(stream, generator, state)
                 raise
-        return graph.replay
+        return partial(self._replay, graph)
+
+    def _replay(self, graph: torch.cuda.CUDAGraph) -> None:
+        """A method, so that what was recorded keeps its recorder, and with it the stream from others."""
+        graph.replay()
 
     def _recover(self, stream: torch.cuda.Stream, generator: torch.Generator, state: torch.Generator) -> None:
         """Older torch leaves a spoilt capture half open: its stream current, generator and allocator recording."""
         torch.cuda.set_stream(stream)
+        self._gives_stream_back.detach()  # nobody should have to rely on a stream whose capture went wrong
         generator.graphsafe_set_state(state)
         try:
             torch._C._cuda_endAllocateToPool(stream.device_index, self._pool)  # type: ignore[attr-defined]
         except RuntimeError:
             return  # the allocator had stopped, and the graph's own destructor gives its share of the pool back
         torch._C._cuda_releasePool(stream.device_index, self._pool)  # type: ignore[attr-defined]
+
+
+def _stream_with_workspaces(device: torch.device) -> torch.cuda.Stream:
+    """A new stream on which products of both directions have run.
+
+    At the first product on a stream cuBLAS gets a workspace of torch, which torch never frees; each thread that calls
+    it, ours and autograd's, has its own. In a capture they would come from the pool of the graph. Backward's would lie
+    in whatever segment has room, such as that of the largest decoded weight, and hold all of it when the pool is gone.
+    """
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream), torch.enable_grad():
+        matrix = torch.zeros(16, 16, device=device, requires_grad=True)
+        torch.autograd.grad((matrix @ matrix).sum(), matrix)
+    return stream
 
 
 @dataclass(frozen=True)
@@ -117,14 +145,36 @@ class PaddedRun:
             self._output = self._body(inputs.input_ids, inputs.position_ids, inputs.documents)
         return self._output.detach()
 
-    def backward(self, grad_hidden: Tensor) -> None:
-        """Add the gradients of the factors to the vectors of `FlatFactors`; grad_hidden is [T, H]."""
+    def gradients(self, grad_hidden: Tensor) -> tuple[Tensor | None, ...]:
+        """Those of the factors, in the order of `FlatFactors`; grad_hidden is [T, H]."""
         assert self._output is not None
         output, self._output = self._output, None
         # Recomputed layers look their parameters up again.
         with self._factors.replaced_by(self._stand_ins):
-            gradients = torch.autograd.grad(output, self._stand_ins, grad_hidden.contiguous(), allow_unused=True)
-        self._factors.flat.add(gradients)
+            return torch.autograd.grad(output, self._stand_ins, grad_hidden.contiguous(), allow_unused=True)
+
+    def backward(self, grad_hidden: Tensor) -> None:
+        """Add the gradients of the factors to the vectors of `FlatFactors`."""
+        # All at once, though until then they take as much memory as the vector: a few large launches, where an add for
+        # each layer would leave most of the GPU idle each time.
+        self._factors.flat.add(self.gradients(grad_hidden))
+
+
+def rehearse(body: DecoderBody, factors: Factors, bucket: Bucket) -> None:
+    """Run a pass of this bucket by Python and keep nothing of it: every kernel that a capture needs is compiled."""
+    run = PaddedRun(body, factors)
+    hidden = run.forward(_one_document(bucket, body.embed_tokens.weight.device))
+    run.gradients(torch.zeros_like(hidden))
+
+
+def _one_document(bucket: Bucket, device: torch.device) -> PackedInputs:
+    """A pass of the bucket's shapes: one document of token 0, and empty ones."""
+    ids = torch.zeros(bucket.tokens, dtype=torch.int64, device=device)
+    positions = torch.arange(bucket.tokens, dtype=torch.int64, device=device)
+    boundaries = torch.full((bucket.documents + 1,), bucket.tokens, dtype=torch.int32, device=device)
+    boundaries[:1].zero_()
+    documents = Documents(boundaries, max_seqlen=bucket.tokens)
+    return PackedInputs(ids, positions, documents, targets=None, rows=None, places=None, shape=ids.shape)
 
 
 @dataclass(frozen=True)
@@ -155,12 +205,8 @@ class RecordedRun:
         """
         Raises: what the recorder raises.
         """
-        device = buffers.hidden.device
-        ids, positions = (torch.zeros(bucket.tokens, dtype=torch.int64, device=device) for _ in range(2))
-        boundaries = torch.zeros(bucket.documents + 1, dtype=torch.int32, device=device)
-        documents = Documents(boundaries, max_seqlen=bucket.tokens)
-        inputs = PackedInputs(ids, positions, documents, targets=None, rows=None, places=None, shape=ids.shape)
-        self._inputs = ids, positions, boundaries
+        inputs = _one_document(bucket, buffers.hidden.device)
+        self._inputs = inputs.input_ids, inputs.position_ids, inputs.documents.cu_seqlens
         self._hidden = hidden = buffers.hidden[: bucket.tokens]
         self._grad_hidden = grad_hidden = buffers.grad_hidden[: bucket.tokens]
         run = PaddedRun(body, factors)

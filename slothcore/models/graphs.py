@@ -11,8 +11,12 @@ runs it, as at the first sight of a bucket, or a graph does, the kernels and the
 bits. A run that is resumed therefore gives what it would have given.
 
 All graphs share one pool of memory, so one pass at a time may be between its forward and its backward. Another one that
-begins meanwhile is run by Python. A bucket larger than all before it is captured into a new pool, and the smaller ones
-anew into that: in rising order each would only add to the memory of those before.
+begins meanwhile is run by Python.
+
+The pool is as large as its largest bucket needs, if that is captured first: in rising order, where every tensor is a
+little larger than the place that one like it left, the pool of an 8B model grows to three times of that. So whoever
+knows the longest pass to come says so (`expected_tokens`), and its bucket is captured before any other. A bucket larger
+than all captured ones begins a new pool, into which the smaller ones are captured anew when they come again.
 """
 
 import copy
@@ -29,7 +33,7 @@ from slothcore.layers.packed import PackedInputs
 from slothcore.models.config import DecoderConfig
 from slothcore.models.decoder_body import DecoderBody
 from slothcore.models.flat_factors import FlatFactors
-from slothcore.models.graph_runs import Buffers, CudaRecorder, Factors, PaddedRun, RecordedRun, Recorder
+from slothcore.models.graph_runs import Buffers, CudaRecorder, Factors, PaddedRun, RecordedRun, Recorder, rehearse
 from slothcore.models.graph_watch import GraphWatch, adapted_layers
 
 MOST_BUCKETS = 32
@@ -42,6 +46,8 @@ class StepGraphs:
 
     Attributes:
         max_tokens: the longest pass that is replayed.
+        expected_tokens: the longest pass that will come, as far as anybody knows; 0: nobody does. Set it before the
+            first pass, to save captures that would be thrown away.
         flat: the trained parameters of the layers, end to end; None while the model cannot be captured.
         captures: buckets captured so far, replays: passes replayed, padded: passes run by Python that a graph could
             have run, eager: passes that were not for a graph.
@@ -58,7 +64,7 @@ class StepGraphs:
         """
         if max_tokens < 1:
             raise ValueError(f"max_tokens of a pass for graphs must be at least 1, got {max_tokens}")
-        self.max_tokens = max_tokens
+        self.max_tokens, self.expected_tokens = max_tokens, 0
         self.captures = self.replays = self.padded = self.eager = 0
         self.reason: str | None = None
         self._body, self._config = body, config
@@ -69,7 +75,6 @@ class StepGraphs:
         self._has_failed = False
         self._seen: set[Bucket] = set()  # run once by Python, so that every kernel is compiled
         self._under_way: weakref.ref[_Pass] | None = None
-        self._stream: torch.cuda.Stream | None = None
         self._recorder: Recorder | None = None
         self._buffers: Buffers | None = None
         self._recorded: dict[Bucket, RecordedRun] = {}
@@ -124,7 +129,9 @@ class StepGraphs:
     def __deepcopy__(self, memo: dict[int, Any]) -> "StepGraphs":
         """For a copy of the model: nothing captured, and vectors of its own."""
         body = copy.deepcopy(self._body, memo)
-        return StepGraphs(body, self._config, max_tokens=self.max_tokens, recorder=self._given_recorder)
+        graphs = StepGraphs(body, self._config, max_tokens=self.max_tokens, recorder=self._given_recorder)
+        graphs.expected_tokens = self.expected_tokens
+        return graphs
 
     @property
     def _device(self) -> torch.device:
@@ -148,15 +155,24 @@ class StepGraphs:
             return self._recorded.get(bucket)
         if len(self._recorded) == MOST_BUCKETS:
             return None
-        if all(bucket.tokens > other.tokens for other in self._recorded):
+        longest = bucket_for(min(self.max_tokens, self.expected_tokens), documents=1)
+        if self._recorded and all(bucket.tokens > other.tokens for other in self._recorded):
             self._drop()
+        if not self._recorded and longest.tokens > bucket.tokens and not self._record(longest):
+            return None
+        return self._record(bucket)
+
+    def _record(self, bucket: Bucket) -> RecordedRun | None:
+        """Capture a bucket; None, and no graphs from now on, if that fails."""
         assert self._factors is not None
-        if self._recorder is None:
-            self._recorder = self._given_recorder or CudaRecorder(self._stream_on(self._device))
-        if self._buffers is None:
-            most = bucket_for(self.max_tokens, documents=1).tokens
-            self._buffers = Buffers.of(self._body, most)
         try:
+            if bucket not in self._seen:
+                rehearse(self._body, self._factors, bucket)
+                self._seen.add(bucket)
+            if self._recorder is None:
+                self._recorder = self._given_recorder or CudaRecorder(self._device)
+            if self._buffers is None:
+                self._buffers = Buffers.of(self._body, bucket_for(self.max_tokens, documents=1).tokens)
             run = RecordedRun(self._body, self._factors, bucket, self._buffers, self._recorder)
         except Exception as error:
             self._drop()
@@ -171,12 +187,6 @@ class StepGraphs:
         self._recorded[bucket] = run
         self.captures += 1
         return run
-
-    def _stream_on(self, device: torch.device) -> torch.cuda.Stream:
-        """The one on which everything is recorded."""
-        if self._stream is None or self._stream.device != device:
-            self._stream = torch.cuda.Stream(device)
-        return self._stream
 
     def _drop(self) -> None:
         """Let go of all graphs and their memory; a pass under way keeps what it needs until its backward pass."""
@@ -204,17 +214,7 @@ class StepGraphs:
         """Why no pass of the model, as it is now, can be captured."""
         if self._given_recorder is None and self._device.type != "cuda":
             return f"the model is on {self._device}, and CUDA graphs need a GPU"
-        if self._body.gradient_checkpointing == "offload":
-            return 'gradient_checkpointing is "offload", whose copies to the host are not captured'
-        if self._config.moe is not None and self._config.moe.use_aux_loss:
-            return "the auxiliary loss of the experts averages over tokens, and padding would count"
-        if any(layer.lora_dropout > 0 for layer in adapted_layers(self._body)):
-            return "LoRA dropout draws its seed on the host, and a graph would repeat one mask for ever"
-        trained = [name for name, parameter in self._body.named_parameters() if parameter.requires_grad]
-        others = [name for name in trained if name.rpartition(".")[2] not in TRAINED]
-        if others:
-            return f"{others[0]} trains, and graphs are made for LoRA factors and biases only"
-        return None if trained else "nothing in the layers trains"
+        return obstacle_in(self._body, self._config)
 
 
 class _Pass:
@@ -257,3 +257,18 @@ class _Replayed(torch.autograd.Function):
     def backward(ctx: Any, grad_hidden: Tensor) -> tuple[None, None, None]:
         ctx.current.backward(grad_hidden)
         return None, None, None
+
+
+def obstacle_in(body: DecoderBody, config: DecoderConfig) -> str | None:
+    """Why no pass through `body`, as it is now, can be captured on any GPU; None if some can."""
+    if body.gradient_checkpointing == "offload":
+        return 'gradient_checkpointing is "offload", whose copies to the host are not captured'
+    if config.moe is not None and config.moe.use_aux_loss:
+        return "the auxiliary loss of the experts averages over tokens, and padding would count"
+    if any(layer.lora_dropout > 0 for layer in adapted_layers(body)):
+        return "LoRA dropout draws its seed on the host, and a graph would repeat one mask for ever"
+    trained = [name for name, parameter in body.named_parameters() if parameter.requires_grad]
+    others = [name for name in trained if name.rpartition(".")[2] not in TRAINED]
+    if others:
+        return f"{others[0]} trains, and graphs are made for LoRA factors and biases only"
+    return None if trained else "nothing in the layers trains"

@@ -15,9 +15,9 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
+from slothcore.hub_errors import HUB_ADDRESS, HUB_NAME, explain, without_network
 from slothcore.models.checkpoint import INDEX_FILE, SINGLE_FILE
 from slothcore.models.hf_config import read_json
-from slothcore.models.hub_errors import HUB_ADDRESS, HUB_NAME, explain, without_network
 from slothcore.version import __version__
 
 CONFIG_FILE = "config.json"
@@ -48,6 +48,7 @@ def model_folder(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     progress: bool = True,
+    weights: bool = True,
     check: Callable[[Path], object] | None = None,
 ) -> Path:
     """The folder with the files of a model or an adapter; of a repository, only those that slothcore reads.
@@ -59,6 +60,7 @@ def model_folder(
         cache_dir: where snapshots are kept; default: huggingface_hub's cache (HF_HUB_CACHE, HF_HOME).
         local_files_only: use the cache and never the network, as with HF_HUB_OFFLINE=1.
         progress: show huggingface_hub's progress bars.
+        weights: False: the small files are enough, and nothing else is fetched.
         check: called with the folder when the small files are in it and before weights are fetched; what it raises
             spares the user the download.
     Raises: ValueError, in one sentence that says what to do, if there is no such folder, repository or revision,
@@ -91,14 +93,16 @@ def model_folder(
     with _progress_bars(shown=progress):
         snapshot = fetch(list(SMALL_FILES), revision)
         commit = snapshot.name
-        weights = weight_files(snapshot)
-        if missing := _missing(snapshot, weights):
+        if not weights:
+            return snapshot
+        files = weight_files(snapshot)
+        if missing := _missing(snapshot, files):
             if reason := without_network(local_files_only):
                 raise ValueError(f"the download cache has {name} only in part: {missing[0]} is missing, and {reason}")
-            check_listed(weights, ask(api.list_repo_files, revision=commit), name)
+            check_listed(files, ask(api.list_repo_files, revision=commit), name)
             if check is not None:
                 check(snapshot)
-            fetch(weights, commit)
+            fetch(files, commit)
     return snapshot
 
 

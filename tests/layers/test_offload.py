@@ -1,5 +1,6 @@
 """Activations that leave the device: same gradients, bounded memory, nothing left behind, nothing wrong in silence."""
 
+import copy
 import gc
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -485,3 +486,14 @@ def test_nothing_happens_without_gradients_or_without_cuda() -> None:
 def test_options_out_of_range_raise(option: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(option))):
         ActivationOffload(**option)
+
+
+def test_a_copy_has_no_host_memory_yet() -> None:
+    """As of a model that is copied after training steps."""
+    offload, transfer = offload_with()
+    forward(offload, [[torch.ones(SIZE)], [torch.ones(SIZE)]]).backward()
+    assert offload.host_bytes > 0
+    other = copy.deepcopy(offload)
+    assert other.host_bytes == 0
+    forward(other, [[torch.ones(SIZE)], [torch.ones(SIZE)]]).backward()
+    assert len(transfer.out) == 4

@@ -12,15 +12,14 @@ import torch
 from torch import nn
 
 import slothcore
-from benchmarks.shapes import LLAMA_3_1_8B
 from slothcore.lora.adapter_io import adapter_state
 from slothcore.models.decoder import Decoder
-from tests.models.graph_models import Batch, batch, loss_of, step, trained
+from tests.models.graph_models import loss_of, step, trained
+from tests.models.llama_on_gpu import PASSES, TWO_LAYERS, llama, tokens, without_replays
 from tests.numerics import relative_error
 
 pytestmark = pytest.mark.gpu
 
-TWO_LAYERS = LLAMA_3_1_8B | {"num_hidden_layers": 2}
 SMALL_EXPERTS = {
     "model_type": "mixtral",
     "vocab_size": 1000,
@@ -32,8 +31,6 @@ SMALL_EXPERTS = {
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
 }
-PASSES = [[200, 37, 90], [512, 300], [60, 20, 11]]
-"""Documents of passes in buckets of 384, 896 and 128 tokens; the last takes the path for few rows."""
 
 
 @pytest.fixture(autouse=True)
@@ -42,28 +39,6 @@ def given_back() -> Iterator[None]:
     yield
     gc.collect()
     torch.cuda.empty_cache()
-
-
-def llama(bits: int = 4, config: dict[str, Any] = TWO_LAYERS, dtype: torch.dtype = torch.bfloat16) -> Decoder:
-    """A model with random factors; the same one at every call."""
-    torch.manual_seed(0)
-    model = slothcore.from_config(config, bits=bits, dtype=dtype, device="cuda")
-    slothcore.add_lora(model, r=16, lora_alpha=16)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("lora_B"):
-                parameter.normal_(0.0, 0.01)
-    return model.train()
-
-
-def tokens(lengths: list[int], seed: int = 0) -> Batch:
-    return batch(lengths, seed, vocab_size=1000)
-
-
-def without_replays(model: Decoder, max_tokens: int = 2048) -> None:
-    """Padded passes that Python runs, and nothing else."""
-    model.enable_graphs(max_tokens=max_tokens)
-    model.graphs._has_failed = True
 
 
 @pytest.mark.parametrize("checkpointing", [False, True, "mlp"])
@@ -163,66 +138,6 @@ def test_a_loss_of_an_earlier_plain_pass_may_be_kept() -> None:
     assert torch.rand(4, device="cuda").isfinite().all()
 
 
-def reserved() -> int:
-    gc.collect()
-    torch.cuda.empty_cache()
-    return torch.cuda.memory_reserved()
-
-
-def waits(*unused: object) -> None:
-    torch.cuda.current_stream().synchronize()
-
-
-def raises(*unused: object) -> None:
-    raise ValueError("no such thing in a graph")
-
-
-@pytest.mark.parametrize("fault", [waits, raises])
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_a_failed_capture_leaves_everything_usable(fault: Any, direction: str) -> None:
-    model, data = llama(), tokens([1500, 530])
-    base = reserved()
-    without_replays(model)
-    expected = step(model, data)
-
-    def only_in_a_graph(*arguments: Any) -> None:
-        if torch.cuda.is_current_stream_capturing():
-            fault()
-
-    def hook(module: nn.Module, inputs: Any, outputs: Any) -> None:
-        if direction == "forward":
-            only_in_a_graph()
-        else:
-            outputs[0].register_hook(only_in_a_graph)
-
-    handle = model.model.layers[1].register_forward_hook(hook)
-    model.enable_graphs()
-    torch.cuda.manual_seed(5)
-    numbers = torch.rand(8, device="cuda")
-    torch.cuda.manual_seed(5)
-    stream = torch.cuda.current_stream()
-    assert all(map(torch.equal, step(model, data), expected))
-    with pytest.warns(UserWarning, match="2048 tokens cannot be captured as a CUDA graph"):
-        second = step(model, data)
-    assert torch.cuda.current_stream() == stream
-    assert torch.equal(torch.rand(8, device="cuda"), numbers)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for actual in (second, step(model, data)):
-            assert all(map(torch.equal, actual, expected))
-    assert (model.graphs.padded, model.graphs.captures) == (3, 0)
-    # Asked again without the fault, it works.
-    handle.remove()
-    model.enable_graphs()
-    for _ in range(3):
-        assert all(map(torch.equal, step(model, data), expected))
-    assert model.graphs.replays == 2
-    model.disable_graphs()
-    model.zero_grad()
-    del second, actual, expected
-    assert reserved() < base + 2**28, "a failed capture holds on to its memory"
-
-
 def test_another_thread_may_pin_memory_meanwhile() -> None:
     model, data = llama(), tokens(PASSES[0])
     model.enable_graphs()
@@ -265,31 +180,3 @@ def test_an_adapter_is_saved_and_loaded_between_replays(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, stored[name]) for name, tensor in adapter_state(model).items())
     step(model, data)
     assert model.graphs.replays == 3
-
-
-def test_buckets_share_their_memory() -> None:
-    model = llama()
-    step(model, tokens([2048]))
-    model.zero_grad()
-    base = reserved()
-    model.enable_graphs()
-
-    def capture(length: int) -> int:
-        for _ in range(3):
-            step(model, tokens([length]))
-        return reserved() - base
-
-    largest = capture(2048)
-    assert largest > 2**28, "nothing was captured"
-    for length in (1024, 1536, 512, 1792):
-        assert capture(length) < 1.25 * largest
-    assert model.graphs.captures == 5
-    # In rising order every larger one begins anew.
-    model.enable_graphs()
-    for length in (512, 1024, 2048):
-        most = capture(length)
-    assert most < 1.25 * largest
-    assert model.graphs.captures == 3
-    model.disable_graphs()
-    model.zero_grad()
-    assert reserved() - base < 2**28, "graphs that are gone hold on to memory"
