@@ -11,7 +11,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "slothcore" / "version.py")
 EXTRAS = {
     "plots": ["matplotlib>=3.6"],
     "gguf": ["gguf>=0.10"],
-    "data": ["pyarrow>=14"],
+    "parquet": ["pyarrow>=14"],
     "logging": ["tensorboard>=2.14", "wandb>=0.16"],
     "test": [
         "pytest>=8",
@@ -19,6 +19,7 @@ EXTRAS = {
         "pytest-timeout>=2.2",
         "transformers>=5.0",
         "peft>=0.17",
+        "pyarrow>=14",
         "ruff>=0.12",
         "mypy>=1.11",
         "types-PyYAML",
@@ -35,7 +36,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["slothcore", "slothcore.*"]),
-    package_data={"slothcore": ["py.typed"]},
+    package_data={
+        "slothcore": ["py.typed"],
+        "slothcore.data.templates": ["*.jinja"],
+        "slothcore.report": ["*.css", "*.js"],
+    },
     install_requires=[
         "torch>=2.10",  # addmm with out_dtype, for 16-bit products summed into float32
         'triton>=3.6; platform_system == "Linux"',  # tensor descriptors made on the host

@@ -14,7 +14,9 @@ from typing import get_args, get_type_hints
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from slothcore.cli import COMMANDS  # noqa: E402
 from slothcore.data.formats import LAYOUTS  # noqa: E402
+from slothcore.data.templates import BUILTIN_TEMPLATES  # noqa: E402
 from slothcore.models.families import supported_families_table  # noqa: E402
 from slothcore.training.config import TrainConfig  # noqa: E402
 
@@ -29,6 +31,7 @@ def options_table() -> str:
     rows = {
         "base weights (`bits`)": choices("bits"),
         "record formats": ", ".join(f"`{name}`" for name in LAYOUTS),
+        "chat templates beside the model's own (`chat_template`)": ", ".join(f"`{name}`" for name in BUILTIN_TEMPLATES),
         "optimizers (`optim`)": choices("optim"),
         "schedules (`lr_scheduler_type`)": choices("lr_scheduler_type"),
         "trained biases (`bias`)": choices("bias"),
@@ -36,9 +39,16 @@ def options_table() -> str:
     return "\n".join(["| Option | Choices |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in rows.items())])
 
 
+def commands_table() -> str:
+    """Every command, with the line that `slothcore --help` has for it."""
+    rows = (f"| `slothcore {command.name}` | {command.help} |" for command in COMMANDS.values())
+    return "\n".join(["| Command | What it does |", "| --- | --- |", *rows])
+
+
 def with_tables(readme: str) -> str:
     """The README with every generated table replaced by its current form."""
-    for name, table in {"families": supported_families_table(), "options": options_table()}.items():
+    tables = {"commands": commands_table(), "families": supported_families_table(), "options": options_table()}
+    for name, table in tables.items():
         block = re.compile(rf"(<!-- generated: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not block.search(readme):
             raise SystemExit(f"README.md has no block <!-- generated: {name} --> ... <!-- end -->")

@@ -5,17 +5,23 @@ model = slothcore.add_lora(model, r=16)
 slothcore.SFTTrainer(model, tokenizer, records, config=slothcore.TrainConfig(max_steps=100)).train()
 """
 
-from slothcore.data.files import load_dataset
-from slothcore.data.tokenizer import Tokenizer
-from slothcore.export.merged import save_merged
-from slothcore.inference.generate import generate
-from slothcore.loading import load
-from slothcore.lora.adapter_io import load_adapter, save_adapter
-from slothcore.lora.attach import add_lora
-from slothcore.models.load import from_config
-from slothcore.training.config import TrainConfig
-from slothcore.training.trainer import SFTTrainer, TrainResult
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from slothcore.version import __version__
+
+if TYPE_CHECKING:
+    from slothcore.data.files import load_dataset
+    from slothcore.data.standardize import standardize
+    from slothcore.data.tokenizer import Tokenizer
+    from slothcore.export.merged import save_merged
+    from slothcore.inference.generate import generate
+    from slothcore.loading import load
+    from slothcore.lora.adapter_io import load_adapter, save_adapter
+    from slothcore.lora.attach import add_lora
+    from slothcore.models.load import from_config
+    from slothcore.training.config import TrainConfig
+    from slothcore.training.trainer import SFTTrainer, TrainResult
 
 __all__ = [
     "SFTTrainer",
@@ -31,4 +37,35 @@ __all__ = [
     "load_dataset",
     "save_adapter",
     "save_merged",
+    "standardize",
 ]
+
+# Where each name comes from. It is imported when it is first asked for: torch takes a second, and the command line's
+# help needs none of it.
+_HOMES = {
+    "SFTTrainer": "slothcore.training.trainer",
+    "Tokenizer": "slothcore.data.tokenizer",
+    "TrainConfig": "slothcore.training.config",
+    "TrainResult": "slothcore.training.trainer",
+    "add_lora": "slothcore.lora.attach",
+    "from_config": "slothcore.models.load",
+    "generate": "slothcore.inference.generate",
+    "load": "slothcore.loading",
+    "load_adapter": "slothcore.lora.adapter_io",
+    "load_dataset": "slothcore.data.files",
+    "save_adapter": "slothcore.lora.adapter_io",
+    "save_merged": "slothcore.export.merged",
+    "standardize": "slothcore.data.standardize",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,7 +1,7 @@
 """`slothcore.load`: a model and its tokenizer, from a folder or from the Hugging Face Hub."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,10 @@ from typing import Any
 import torch
 
 from slothcore.data.tokenizer import Tokenizer
-from slothcore.lora.adapter_io import adapter_weights, load_adapter
-from slothcore.lora.config import LoraConfig
+from slothcore.locating import locate
+from slothcore.lora.adapter_io import load_adapter
 from slothcore.models.decoder import Decoder
-from slothcore.models.hub import ADAPTER_CONFIG_FILE, CONFIG_FILE, model_folder
-from slothcore.models.load import load_model, read_config, resolve_device, resolve_dtype
-from slothcore.training.config import TrainConfig
-from slothcore.training.run_folder import Source, find_source
+from slothcore.models.load import load_model, resolve_device, resolve_dtype
 
 
 def load(
@@ -64,106 +61,32 @@ def load(
     if max_seq_length is not None and (type(max_seq_length) is not int or max_seq_length < 1):
         raise ValueError(f"max_seq_length must be a whole number of at least 1, got {max_seq_length!r}")
     resolve_dtype(bits, dtype, resolve_device(device))
-    source = find_source(name_or_path)
-
-    def check(folder: Path) -> None:
-        """What the small files of a repository tell is said before the large ones are downloaded."""
-        if (folder / ADAPTER_CONFIG_FILE).is_file():
-            LoraConfig.from_folder(folder)
-        else:
-            read_config(folder, max_seq_length=max_seq_length, rope_scaling=rope_scaling)
-
-    hub: dict[str, Any] = {
-        "token": token,
-        "cache_dir": cache_dir,
-        "local_files_only": local_files_only,
-        "progress": progress,
-        "check": check,
-    }
-    folder = model_folder(source.path, revision=revision, **hub)
-    adapter = folder if (folder / ADAPTER_CONFIG_FILE).is_file() else None
-    base, base_revision = source.path, revision
-    if adapter is not None:
-        base, base_revision = _base_of(adapter)
-        runs = list(_runs_behind(source))
-        # On the Hub `revision` has chosen the adapter's commit; a folder has none.
-        if Path(source.path).expanduser().is_dir():
-            of_the_run = next((run.revision for run in runs if run.model == base), None)
-            base_revision = revision or base_revision or of_the_run
-        # The factors fit the angles that they were trained with; a base that turns otherwise would be another model.
-        lengths = [max_seq_length, *(run.max_seq_length for run in runs)]
-        max_seq_length = max((length for length in lengths if length is not None), default=None)
-        rope_scaling = rope_scaling or next((run.rope_scaling for run in runs if run.rope_scaling), None)
-        folder = _base_folder(base, adapter_name=str(name_or_path), revision=base_revision, **hub)
-
-    tokenizer = _tokenizer([folder] if adapter is None else [adapter, folder])
+    found = locate(
+        name_or_path,
+        max_seq_length=max_seq_length,
+        rope_scaling=rope_scaling,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        progress=progress,
+    )
+    tokenizer = found.tokenizer()
     model = load_model(
-        folder,
+        found.folder,
         bits=bits,
         dtype=dtype,
         device=device,
-        max_seq_length=max_seq_length,
-        rope_scaling=rope_scaling,
+        max_seq_length=found.max_seq_length,
+        rope_scaling=found.rope_scaling,
         progress=progress,
     )
-    model.name_or_path = base
-    # A folder has no revisions.
-    model.revision = None if Path(base).expanduser().is_dir() else base_revision
-    if adapter is not None:
-        load_adapter(model, adapter).eval()
+    model.name_or_path = found.base
+    model.revision = found.revision
+    if found.adapter is not None:
+        load_adapter(model, found.adapter).eval()
         # The base as it was found: the adapter may be saved where a path from its folder leads elsewhere.
-        model.lora_config = replace(model.lora_config, base_model_name_or_path=base, revision=model.revision)
+        model.lora_config = replace(model.lora_config, base_model_name_or_path=found.base, revision=found.revision)
     if tokenizer is None:
-        warnings.warn(f"{folder} has no tokenizer.json, so load returns None for the tokenizer", stacklevel=2)
+        warnings.warn(f"{found.folder} has no tokenizer.json, so load returns None for the tokenizer", stacklevel=2)
     return model, tokenizer
-
-
-def _runs_behind(source: Source) -> Iterator[TrainConfig]:
-    """The options of the run that an adapter came from, and of those whose adapters it went on with, newest first."""
-    run = source.config
-    while run is not None:
-        yield run
-        run = find_source(run.model).config if run.model else None
-
-
-def _base_of(adapter: Path) -> tuple[str, str | None]:
-    """The name or folder of an adapter's base model, and its revision, as `adapter_config.json` gives them.
-
-    Raises: ValueError if it names none, or the adapter cannot be used in any case: said here, before a base is
-        fetched for it.
-    """
-    config = LoraConfig.from_folder(adapter)
-    adapter_weights(adapter)
-    base = config.base_model_name_or_path
-    if not (isinstance(base, str) and base):
-        raise ValueError(
-            f"{adapter / ADAPTER_CONFIG_FILE} does not say its base model; fill in base_model_name_or_path, or load "
-            "the base and call load_adapter"
-        )
-    beside = adapter / base
-    if beside.is_dir() and not Path(base).expanduser().is_dir():
-        base = str(beside)
-    return base, config.revision
-
-
-def _base_folder(base: str, *, adapter_name: str, **hub: Any) -> Path:
-    """The folder of an adapter's base model. Raises: ValueError, naming both, if it is not to be had."""
-    try:
-        folder = model_folder(base, **hub)
-    except ValueError as error:
-        raise ValueError(f"the base model of the adapter {adapter_name} cannot be had: {error}") from None
-    # A folder may well hold a model and an adapter for it.
-    if (folder / ADAPTER_CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
-        raise ValueError(
-            f"the adapter {adapter_name} was trained on {base}, which is an adapter itself; merge that into its base "
-            "model with `slothcore merge`, and name the result in adapter_config.json"
-        )
-    return folder
-
-
-def _tokenizer(folders: list[Path]) -> Tokenizer | None:
-    """That of the first folder that has one."""
-    for folder in folders:
-        if (folder / "tokenizer.json").is_file():
-            return Tokenizer.from_folder(folder)
-    return None

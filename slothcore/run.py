@@ -2,29 +2,29 @@
 
 import shlex
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from slothcore.data.files import load_dataset
-from slothcore.data.formats import check_format_name, detect_format
+from slothcore.data.dataset import Dataset, open_dataset
+from slothcore.data.formats import INSTRUCTIONS, plain_record
+from slothcore.data.preferences import CONVERSATIONS
+from slothcore.data.templates import template_source
 from slothcore.data.tokenizer import Tokenizer
 from slothcore.loading import load
 from slothcore.lora.attach import add_lora, lora_config_of
 from slothcore.models.decoder import Decoder
 from slothcore.models.load import resolve_device
+from slothcore.notices import notices
 from slothcore.training.config import TrainConfig
 from slothcore.training.optimizer import check_8bit
-from slothcore.training.preparation import check_continued, check_evaluation
+from slothcore.training.preparation import ADAPTER_OPTIONS, check_continued, check_evaluation, shows_progress
 from slothcore.training.report import say
 from slothcore.training.run_folder import check_output_dir, find_source
 from slothcore.training.run_state import find_checkpoint
 from slothcore.training.trainer import SFTTrainer, TrainResult
-
-Records = list[dict[str, Any]]
 
 # Of the record shown in the command that talks to the result; a longer one would bury the command.
 LONGEST_EXAMPLE = 200
@@ -46,6 +46,8 @@ def train_from_config(config: TrainConfig) -> TrainResult:
     check_evaluation(config, has_data=bool(config.eval_data or config.eval_fraction))
     if config.resume_from_checkpoint is not None:
         find_checkpoint(str(config.resume_from_checkpoint), Path(config.output_dir))
+    if config.chat_template is not None:
+        template_source(config.chat_template)
     device = resolve_device(config.device)
     if config.optim == "adamw_8bit":
         check_8bit(device)
@@ -67,30 +69,16 @@ def train_from_config(config: TrainConfig) -> TrainResult:
         check_continued(model, config)
     elif not config.full_finetuning:
         torch.manual_seed(config.seed)
-        add_lora(
-            model,
-            r=config.r,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            target_modules=config.target_modules,
-            bias=config.bias,
-            use_rslora=config.use_rslora,
-            lora_dtype=config.lora_dtype,
-            modules_to_save=config.modules_to_save,
-        )
+        add_lora(model, **adapter_options(config))
     result = SFTTrainer(model, tokenizer, train_records, eval_records, config).train()
     if not result.interrupted:
         say(f"talk to it: {how_to_talk(config, train_records[0])}")
     return result
 
 
-@contextmanager
-def notices(tell: Callable[[str], None]) -> Iterator[None]:
-    """Warnings as lines for the user, without their place in the code, each once; `tell` takes them."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("default", UserWarning)
-        warnings.showwarning = lambda message, *place, **_: tell(f"note: {' '.join(str(message).split())}")
-        yield
+def adapter_options(config: TrainConfig) -> dict[str, Any]:
+    """What the configuration says of a new adapter, as `add_lora` takes it."""
+    return {name: getattr(config, name) for name in ADAPTER_OPTIONS}
 
 
 def load_both(name: str, **options: Any) -> tuple[Decoder, Tokenizer]:
@@ -98,47 +86,62 @@ def load_both(name: str, **options: Any) -> tuple[Decoder, Tokenizer]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*has no tokenizer.json")
         model, tokenizer = load(name, **options)
+    return model, require_tokenizer(tokenizer, name)
+
+
+def require_tokenizer(tokenizer: Tokenizer | None, name: str) -> Tokenizer:
+    """The tokenizer of the model `name`. Raises ValueError, saying how to make one, if there is none."""
     if tokenizer is None:
         raise ValueError(
             f"{name} has no tokenizer.json; put the tokenizer's files into that folder, or make one with "
             "transformers: AutoTokenizer.from_pretrained(..).save_pretrained(..)"
         )
-    return model, tokenizer
+    return tokenizer
 
 
-def read_records(config: TrainConfig) -> tuple[Records, Records | None]:
-    """The records to train and to evaluate on.
+def read_records(config: TrainConfig) -> tuple[Dataset, Dataset | None]:
+    """The records to train and to evaluate on, each of them checked; a wrong one is found before a model is loaded.
 
     Raises: ValueError or FileNotFoundError for files that cannot be read, or too few records to hold some out.
     """
     assert config.data is not None
-    records = load_dataset(config.data, config.format, text_field=config.text_field)
+    records = _open_records(config, config.data, weights=config.data_weights)
     if config.eval_data:
-        return records, load_dataset(config.eval_data, config.format, text_field=config.text_field)
-    if not config.eval_fraction:
-        return records, None
-    held_out = round(config.eval_fraction * len(records))
-    if not 0 < held_out < len(records):
-        raise ValueError(
-            f"eval_fraction {config.eval_fraction} of {len(records)} records holds out {held_out}; "
-            "change it, or give eval_data"
-        )
-    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    # Sorted: what is left keeps the order of the file.
-    return [records[i] for i in sorted(order[held_out:])], [records[i] for i in sorted(order[:held_out])]
+        return records, _open_records(config, config.eval_data)
+    if config.eval_fraction:
+        return records.hold_out(config.eval_fraction, seed=config.seed)
+    return records, None
 
 
-def how_to_talk(config: TrainConfig, record: dict[str, Any]) -> str:
+def _open_records(
+    config: TrainConfig, data: str | tuple[str, ...], *, weights: tuple[float, ...] | None = None
+) -> Dataset:
+    return open_dataset(
+        data,
+        config.format,
+        text_field=config.text_field,
+        prompt_template=config.prompt_template,
+        completion_template=config.completion_template,
+        weights=weights,
+        on_bad_row=config.on_bad_row,
+        token=config.token,
+        local_files_only=config.local_files_only,
+        progress=shows_progress(config),
+    )
+
+
+def how_to_talk(config: TrainConfig, record: Mapping[str, Any]) -> str:
     """The command that asks the result in the layout that it was trained on, of which `record` is one."""
-    name = check_format_name(config.format)
-    if name == "auto":
-        name = detect_format(record, text_field=config.text_field)
-    flags = {"--prompt": "Hello"}
-    if name in ("alpaca", "dolly"):
-        flags = {"--instruction": record["instruction"], "--input": record.get("input") or record.get("context") or ""}
-        if sum(map(len, flags.values())) > LONGEST_EXAMPLE:
-            flags = {"--instruction": "Hello"}
-    chat = "--chat " if name in ("messages", "conversations") else ""
+    flags, chat = {"--prompt": "Hello"}, ""
+    if config.completion_template is None:
+        name, plain = plain_record(record, format=config.format, text_field=config.text_field)
+        if name in INSTRUCTIONS:
+            question, _, context = INSTRUCTIONS[name]
+            flags = {"--instruction": str(plain[question]), "--input": str((context and plain.get(context)) or "")}
+            if sum(map(len, flags.values())) > LONGEST_EXAMPLE:
+                flags = {"--instruction": "Hello"}
+        elif name in CONVERSATIONS:
+            chat = "--chat "
     asked = " ".join(f"{flag} {shlex.quote(text)}" for flag, text in flags.items() if text)
     return f"slothcore generate --model {shlex.quote(config.output_dir)} {chat}{asked}"
 

@@ -108,6 +108,23 @@ def test_micro_batches_change_neither_loss_nor_gradient(tmp_path: Path, system: 
     assert halved["gradient_norms"] == pytest.approx(whole["gradient_norms"], rel=1e-4)
 
 
+def test_unsloths_layout_is_that_of_padding_free_training() -> None:
+    """transformers, which tells documents by their positions too, gives the padded batch's loss."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    from benchmarks.peers.hf import end_to_end, padded
+
+    sequences = [torch.tensor([7, 8, 9]), torch.tensor([5, 6])]
+    row = end_to_end(sequences)
+    assert row["input_ids"].tolist() == [[7, 8, 9, 5, 6]]
+    assert row["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert row["labels"].tolist() == [[-100, 8, 9, -100, 6]]
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shapes.TINY)).eval()
+    model.config.use_cache = False
+    losses = [model(**batch).loss.item() for batch in (row, padded(sequences))]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_alpaca_beside_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All ways of running the case, with and without recomputation: one loss, gradient norm and count of tokens."""
     pytest.importorskip("transformers")

@@ -202,6 +202,12 @@ def test_csv_grows_under_one_header(tmp_path: Path) -> None:
         harness.append_csv(tmp_path, [{"speed": 1}])
 
 
+def test_quantiles_have_as_many_values_below_as_above() -> None:
+    assert harness.quantiles([3.0, 1.0, 5.0, 2.0, 4.0]) == (3.0, 2.0, 4.0)
+    assert harness.quantiles(map(float, range(10))) == (4.5, 2.0, 7.0)
+    assert harness.quantiles([7.0]) == (7.0, 7.0, 7.0)
+
+
 def test_every_operation_passes_its_own_check(kernel_device: str) -> None:
     """In float32, because the interpreter truncates where a GPU rounds to bfloat16; varlen_attn alone needs a GPU."""
     names = set()

@@ -1,6 +1,8 @@
 """The command: help that teaches, flags that reach the call, and a round from training to an answer."""
 
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,10 +13,12 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from slothcore import cli
-from slothcore.cli import build_parser, main
+import slothcore
+from slothcore.cli import COMMANDS, build_parser, main
+from slothcore.commands.command import config_of
 from slothcore.data.formats import alpaca_prompt
-from slothcore.training.config import TrainConfig
+from slothcore.training.config import TrainConfig, field_types
+from slothcore.training.report import read_log
 from slothcore.version import __version__
 from tests.training.tiny import write_model, write_records
 
@@ -41,6 +45,7 @@ def run(folder) -> Path:
                 "bits": 4,
                 "r": 4,
                 "max_steps": 50,
+                "logging_steps": 1,
                 "plot": False,
                 "disable_tqdm": True,
             }
@@ -50,13 +55,83 @@ def run(folder) -> Path:
     return folder / "run"
 
 
-def test_flags_reach_the_run_and_the_run_repeats(folder, run) -> None:
+@pytest.mark.parametrize("words", ["{run}/config.yaml", "--config {run}/config.yaml", "{run}"])
+def test_flags_reach_the_run_and_the_run_repeats(words, run, tmp_path) -> None:
+    """From what its folder holds: the same losses and gradient norms, and the same adapter."""
     config = TrainConfig.from_yaml(run / "config.yaml")
     assert (config.max_steps, config.target_modules, config.bits) == (3, "q_proj", 4)
-    repeated = folder / "repeated"
-    assert main(["train", "--config", str(run / "config.yaml"), "--output-dir", str(repeated)]) == 0
+    assert config.max_seq_length == 128, "the model's, written down"
+    repeated = tmp_path / "repeated"
+    assert main(["train", *words.format(run=run).split(), "--output-dir", str(repeated)]) == 0
     ours, theirs = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (run, repeated))
     assert all((ours[name] == theirs[name]).all() for name in ours | theirs)
+    logs = [read_log(path / "log.jsonl") for path in (run, repeated)]
+    losses = [[(line["step"], line["loss"], line["grad_norm"]) for line in log if "loss" in line] for log in logs]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 3
+    again = TrainConfig.from_yaml(repeated / "config.yaml")
+    assert again.to_dict() == {**config.to_dict(), "output_dir": str(repeated)}
+
+
+def test_two_files_of_options_are_one_too_many(run, capsys) -> None:
+    file = str(run / "config.yaml")
+    assert main(["train", file, "--config", file]) == 2
+    assert capsys.readouterr().err.endswith("both name a file; drop one of them\n")
+
+
+def test_a_run_is_not_repeated_over_itself(run, capsys) -> None:
+    assert main(["train", str(run / "config.yaml")]) == 1
+    assert "already holds a run; choose another folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        ("train --lr 1e-4", 2),
+        ("train --bits 3", 2),
+        ("train absent.yaml", 1),
+        ("train --model a --data b --warmup-steps 1 --warmup-ratio 0.5", 2),
+        ("generate --prompt a", 2),
+        ("generate --model absent --prompt a --top-k 3", 2),
+        ("merge --model absent", 2),
+        ("merge --model ./absent --output-dir out", 1),
+        ("report", 2),
+        ("report absent", 1),
+        ("trian", 2),
+        ("", 2),
+    ],
+)
+def test_the_status_tells_a_wrong_call_from_a_failure(words, status, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(words.split()) == status
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == (1 if words else 0)
+    assert errors.startswith("slothcore: error: " if words else "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_chat_template_is_found_before_the_model(folder, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--model", "./absent", "--data", str(folder / "data.jsonl"), "--chat-template", "chatlm"]
+    assert main(["train", *words]) == 1
+    assert "unknown chat template 'chatlm' (did you mean chatml?)" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_that_are_lists_and_numbers(monkeypatch) -> None:
+    given = []
+    monkeypatch.setattr("slothcore.run.train_from_config", lambda config: given.append(config) or Stopped())
+    words = "--data a.json b.json --data-weights 1 2.5 --modules-to-save lm_head --completion-template {answer}"
+    assert main(["train", "--model", "m", *words.split(), "--mask-history", "--report", "no"]) == 130
+    (config,) = given
+    assert (config.data, config.data_weights) == (("a.json", "b.json"), (1.0, 2.5))
+    assert (config.completion_template, config.mask_history, config.report) == ("{answer}", True, False)
+
+
+class Stopped:
+    """The result of a run that Ctrl-C ended."""
+
+    interrupted = True
 
 
 @pytest.mark.parametrize(
@@ -76,8 +151,8 @@ def test_a_flag_that_is_a_kind_or_yes_or_no(words, expected, monkeypatch) -> Non
         given.append(config)
         raise ValueError("enough")
 
-    monkeypatch.setattr(cli, "train_from_config", train_from_config)
-    assert main(["train", "--model", "a", *words.split(), "--cuda-graphs", "false", "--memory-budget", "null"]) == 2
+    monkeypatch.setattr("slothcore.run.train_from_config", train_from_config)
+    assert main(["train", "--model", "a", *words.split(), "--cuda-graphs", "false", "--memory-budget", "null"]) == 1
     (config,) = given
     assert config.gradient_checkpointing == expected
     assert (config.cuda_graphs, config.memory_budget) == (False, None)
@@ -110,7 +185,7 @@ def test_sampling_flags_reach_the_generation(folder, run, capsys, monkeypatch) -
         asked.update(options, prompts=prompts)
         return ["an answer"]
 
-    monkeypatch.setattr(cli, "generate", generate)
+    monkeypatch.setattr("slothcore.inference.generate.generate", generate)
     flags = "--prompt a --max-new-tokens 5 --temperature 0.5 --top-p 0.7 --top-k 9 --seed 4".split()
     assert main(["generate", "--model", str(run), "--device", "cpu", *flags]) == 0
     assert capsys.readouterr().out == "an answer\n"
@@ -130,14 +205,14 @@ def test_where_the_model_comes_from_reaches_the_loader(command, tmp_path, capsys
         asked.update(options, name=name)
         raise ValueError("enough")
 
-    monkeypatch.setattr(cli, "open_result", open_result)
+    monkeypatch.setattr("slothcore.run.open_result", open_result)
     monkeypatch.chdir(tmp_path)
     flags = "--model me/adapter --revision v2 --token hf_secret --local-files-only --bits 16 --device cpu".split()
-    assert main([*command, *flags]) == 2
+    assert main([*command, *flags]) == 1
     given = {"revision": "v2", "token": "hf_secret", "local_files_only": True, "bits": 16, "device": "cpu"}
     assert asked == {**given, "name": "me/adapter"}
     assert capsys.readouterr().err == "slothcore: error: enough\n"
-    assert main([*command, "--model", "me/adapter"]) == 2
+    assert main([*command, "--model", "me/adapter"]) == 1
     nothing = {"revision": None, "token": None, "local_files_only": False, "bits": None, "device": None}
     assert asked == {**nothing, "name": "me/adapter"}
 
@@ -148,7 +223,8 @@ def test_chat_prompts_are_written_by_the_template(folder, tmp_path, monkeypatch)
     (tmp_path / "model" / "chat_template.jinja").write_text(template)
     asked = {}
     monkeypatch.setattr(
-        cli, "generate", lambda model, tokenizer, prompts, **options: asked.update(options, p=prompts) or []
+        "slothcore.inference.generate.generate",
+        lambda model, tokenizer, prompts, **options: asked.update(options, p=prompts) or [],
     )
     argv = ["generate", "--model", str(tmp_path / "model"), "--device", "cpu", "--chat", "--prompt", "a", "b"]
     assert main([*argv, "--system", "Be brief."]) == 0
@@ -191,15 +267,78 @@ def test_help_lists_every_option_with_its_default_and_an_example(capsys) -> None
     assert "examples:\n  slothcore train --model" in text
 
 
-def test_the_examples_of_the_help_are_valid() -> None:
-    parser = build_parser()
-    for example in (
-        "train --model meta-llama/Llama-3.2-1B --data alpaca.json --max-steps 200 --output-dir runs/alpaca",
-        "train --config run.yaml --learning-rate 1e-4",
-        "train --config runs/alpaca/config.yaml --resume-from-checkpoint latest",
-        "merge --model runs/alpaca --output-dir merged",
-    ):
-        assert parser.parse_known_args(example.split())[1] == []
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=str)
+def test_every_command_has_a_help_with_examples_that_are_valid(command, capsys) -> None:
+    """Words after two spaces are about the example."""
+    with pytest.raises(SystemExit):
+        main([command.name, "--help"])
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 120
+    examples = text.partition("examples:\n")[2].splitlines()
+    assert len(examples) >= 2
+    for example in examples:
+        words = shlex.split(example.strip().split("   ")[0])
+        assert words[:2] == ["slothcore", command.name], example
+        arguments, unknown = build_parser().parse_known_args(words[1:])
+        assert unknown == [], example
+        if command.takes_config:
+            flags = {k: v for k, v in vars(arguments).items() if k in field_types()}
+            config_of({**flags, "config": None, "config_file": None})
+
+
+def test_help_names_every_command_and_first_steps(capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for command in COMMANDS.values():
+        assert re.search(rf"^    {command.name} +{re.escape(command.help)}$", text, re.MULTILINE)
+    for line in re.findall(r"^  slothcore (.+)$", text, re.MULTILINE):
+        words = shlex.split(line.split("   ")[0].partition("  ")[0])
+        assert build_parser().parse_known_args(words)[1] == []
+
+
+def test_options_that_help_does_not_show_are_accepted_all_the_same(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["preview", "--help"])
+    text = capsys.readouterr().out
+    assert "--mask-history" in text
+    assert "--warmup-ratio" not in text
+    assert build_parser().parse_args(["preview", "--warmup-ratio", "0.5"]).warmup_ratio == "0.5"
+
+
+def test_the_command_starts_without_torch() -> None:
+    """Help and complaints come at once; torch alone would take a second."""
+    code = (
+        "import sys; from slothcore.cli import build_parser, main; build_parser().format_help(); "
+        "assert main(['train', '--bits', '3']) == 2; assert main(['doctor', '--nothing']) == 2; "
+        "assert not {'torch', 'tokenizers', 'huggingface_hub', 'triton', 'numpy'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_name_of_the_package_can_be_had() -> None:
+    """They are imported when they are asked for; a type checker reads the same names."""
+    for name in slothcore.__all__:
+        assert getattr(slothcore, name) is not None
+        assert name in dir(slothcore)
+    declared = re.search(r"if TYPE_CHECKING:\n(.*?)\n\n", Path(slothcore.__file__).read_text(), re.DOTALL)[1]
+    found = dict(re.findall(r"from ([\w.]+) import (?:\w+, )?(\w+)", declared))
+    assert {slothcore._HOMES[name]: name for name in found.values()} == found
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        slothcore.lode  # noqa: B018
+
+
+def test_report_writes_a_page_beside_the_run(run, tmp_path, capsys) -> None:
+    page = run / "report.html"
+    page.unlink(missing_ok=True)
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out == f"wrote {page}\n"
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+    both = tmp_path / "both.html"
+    assert main(["report", str(run), str(run), "-o", str(both)]) == 0
+    assert both.is_file()
 
 
 def test_the_script_works_from_a_checkout(tmp_path) -> None:

@@ -18,9 +18,15 @@ LONG = "word " * 100
         ({"instruction": "Add", "input": "1, 2", "output": "3"}, ["--instruction", "Add", "--input", "1, 2"]),
         ({"instruction": "Add", "context": "1", "response": "1"}, ["--instruction", "Add", "--input", "1"]),
         ({"instruction": LONG, "output": "?"}, ["--instruction", "Hello"]),
+        ({"question": "Why?", "answer": "So."}, ["--instruction", "Why?"]),
         ({"messages": [{"role": "user", "content": "?"}]}, ["--chat", "--prompt", "Hello"]),
     ],
 )
 def test_the_record_decides_the_flags(record: dict, expected: list[str]) -> None:
     command = shlex.split(how_to_talk(TrainConfig(output_dir="a run"), record))
     assert command == ["slothcore", "generate", "--model", "a run", *expected]
+
+
+def test_own_columns_have_no_layout_that_could_be_asked_in() -> None:
+    config = TrainConfig(output_dir="run", prompt_template="{a}", completion_template="{b}")
+    assert how_to_talk(config, {"a": "1", "b": "2"}) == "slothcore generate --model run --prompt Hello"

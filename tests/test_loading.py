@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
-from slothcore import loading
+from slothcore import loading, locating
 from slothcore.cli import main
 from slothcore.loading import load
 from slothcore.lora.adapter_io import load_adapter, save_adapter
@@ -232,7 +232,7 @@ def test_a_run_is_its_result_on_the_base_as_it_was_trained(here: Path, monkeypat
 def test_a_result_does_not_replace_the_run_that_it_goes_on_with(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = train(here / "model", here / "run", r=2)
     words = ["--model", run, "--data", here / "data.jsonl", "--output-dir", run, "--overwrite-output-dir"]
-    assert main(["train", *map(str, words)]) == 2
+    assert main(["train", *map(str, words)]) == 1
     assert "lies in output_dir" in capsys.readouterr().err
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
 
@@ -247,21 +247,21 @@ def test_the_revision_of_the_base(here: Path, monkeypatch, of_the_run, asked, ex
     config = yaml.safe_load((run / "config.yaml").read_text())
     (run / "config.yaml").write_text(yaml.safe_dump({**config, "model": "org/base", "revision": of_the_run}))
     revisions = {}
-    folder_of = loading.model_folder
+    folder_of = locating.model_folder
 
     def model_folder(name: str, *, revision: str | None, **options: Any) -> Path:
         revisions[name] = revision
         return here / "model" if name == "org/base" else folder_of(name, revision=revision, **options)
 
-    monkeypatch.setattr(loading, "model_folder", model_folder)
+    monkeypatch.setattr(locating, "model_folder", model_folder)
     load(run, bits=32, device="cpu", revision=asked)
     assert revisions["org/base"] == expected
 
 
 def test_an_adapter_names_the_base_and_its_revision_as_they_were_loaded(here: Path, monkeypatch) -> None:
-    folder_of = loading.model_folder
+    folder_of = locating.model_folder
     monkeypatch.setattr(
-        loading, "model_folder", lambda name, **o: here / "model" if name == "org/base" else folder_of(name, **o)
+        locating, "model_folder", lambda name, **o: here / "model" if name == "org/base" else folder_of(name, **o)
     )
 
     def written(model: Decoder, name: str) -> tuple[str, str | None]:

@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from slothcore.cli import build_parser
+from slothcore.cli import COMMANDS, build_parser, main
+from slothcore.training.report import read_log
 from tests.training.tiny import write_model, write_records
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,11 +43,30 @@ def test_the_first_lines_run(tmp_path, monkeypatch, capsys) -> None:
     assert (tmp_path / "run" / "log.jsonl").is_file()
 
 
+def commands() -> list[str]:
+    return [line for block in code_blocks("") for line in block.splitlines() if line.startswith("slothcore ")]
+
+
 def test_every_command_is_one_that_the_program_knows() -> None:
-    commands = [line for block in code_blocks("") for line in block.splitlines() if line.startswith("slothcore ")]
-    assert {line.split()[1] for line in commands} == {"train", "generate", "merge"}
-    for line in commands:
+    assert {line.split()[1] for line in commands()} == set(COMMANDS)
+    for line in commands():
         assert build_parser().parse_known_args(shlex.split(line, comments=True)[1:])[1] == [], line
+
+
+def test_the_commands_run(tmp_path, monkeypatch, capsys) -> None:
+    """One after the other as they stand, but for the name of the model, and fewer steps."""
+    write_model(tmp_path / "model", max_position_embeddings=2048)
+    write_records(tmp_path / "data.jsonl")
+    monkeypatch.chdir(tmp_path)
+    for line in commands():
+        line = line.replace("meta-llama/Llama-3.1-8B", "model")
+        line = line.replace("--max-steps 200", "--max-steps 2").replace("--max-steps 300", "--max-steps 3")
+        assert main(shlex.split(line, comments=True)[1:]) == 0, line
+        assert capsys.readouterr().out, line
+    losses = [[line.get("loss") for line in read_log(tmp_path / run / "log.jsonl")] for run in ("run", "run-again")]
+    assert losses[0][0] == losses[1][0]
+    assert (tmp_path / "compared.html").is_file()
+    assert (tmp_path / "merged" / "config.json").is_file()
 
 
 def test_every_relative_link_leads_somewhere() -> None:

@@ -2,12 +2,13 @@
 
 A template comes from a stranger, so it runs in jinja2's immutable sandbox: no private attributes, no change to what it
 is given. The environment matches the one that published templates are written for: `trim_blocks`, `lstrip_blocks`,
-loop controls, `raise_exception`, `strftime_now`, a `tojson` that does not escape HTML, and `{% generation %}` blocks
-(which mark the assistant's text for others and are passed through here).
+loop controls, `raise_exception`, `strftime_now`, a `tojson` that does not escape HTML, and `{% generation %}` blocks,
+which mark what the assistant says.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -15,6 +16,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 Message = Mapping[str, Any]
@@ -23,16 +25,32 @@ Message = Mapping[str, Any]
 REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 # Its last space tells whether the template trims what it is given.
 FINAL_MARK = "\N{END OF TEXT}slothcore-continues-here\N{END OF TEXT} "
+# The variable that `render_generated` sets, and what then stands around each block.
+MARKS_VARIABLE = "slothcore_marks_generation"
+GENERATED_BEGIN, GENERATED_END = (
+    "\N{START OF TEXT}slothcore-says\N{START OF TEXT}",
+    "\N{END OF TEXT}slothcore-said\N{END OF TEXT}",
+)
 
 
 class GenerationBlock(Extension):
-    """Accept `{% generation %}...{% endgeneration %}` and render what stands between."""
+    """Render what stands in `{% generation %}...{% endgeneration %}`, between marks where they are asked for.
+
+    As in transformers the block is a scope of its own: what it sets is not seen behind it.
+    """
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it as a plain set)
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("write"), [], [], body).set_lineno(line)
+
+    @jinja2.pass_context
+    def write(self, context: Context, caller: Macro) -> str:
+        """The block's text."""
+        text: str = caller()
+        return f"{GENERATED_BEGIN}{text}{GENERATED_END}" if context.get(MARKS_VARIABLE) else text
 
 
 class ChatTemplate:
@@ -41,16 +59,53 @@ class ChatTemplate:
     Args:
         source: the Jinja source, as in `chat_template.jinja`.
         special_tokens: names such as `bos_token` with their text, which templates may use.
-    Raises: ValueError if the source is not valid Jinja.
+        name: what a message about its syntax calls it, such as its file.
+    Raises: ValueError if the source is not valid Jinja, with the line.
     """
 
-    def __init__(self, source: str, *, special_tokens: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, source: str, *, special_tokens: Mapping[str, str] | None = None, name: str = "the chat template"
+    ) -> None:
         self.source = source
         self._special_tokens = dict(special_tokens or {})
         try:
             self._template = _environment().from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"{name} is not valid Jinja: line {error.lineno}: {error.message}") from error
         except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template is not valid Jinja: {error}") from error
+            raise ValueError(f"{name} is not valid Jinja: {error}") from error
+
+    @property
+    def marks_generation(self) -> bool:
+        """Whether the template says by itself what is the assistant's, with `{% generation %}` blocks."""
+        return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", self.source) is not None
+
+    def render_generated(
+        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text of a conversation, and which characters of it stand in `{% generation %}` blocks.
+
+        Raises: ValueError as `render` does; or if the template changes its text depending on what a block writes.
+        """
+        plain = self.render(messages, tools=tools)
+        asked: dict[str, Any] = {MARKS_VARIABLE: True}
+        marked = self.render(messages, tools=tools, **asked)
+        pieces = re.split(f"({GENERATED_BEGIN}|{GENERATED_END})", marked)
+        text, spans, begin = "", [], None
+        for piece in pieces:
+            if piece == GENERATED_BEGIN:
+                begin = len(text) if begin is None else begin
+            elif piece == GENERATED_END and begin is not None:
+                spans.append((begin, len(text)))
+                begin = None
+            else:
+                text += piece
+        if text != plain or begin is not None:
+            raise ValueError(
+                "the chat template works on the text of its {% generation %} blocks, so the assistant's words cannot "
+                "be told apart; set completion_only_loss to false, or move the blocks behind that work"
+            )
+        return text, spans
 
     def render(
         self,
@@ -65,8 +120,9 @@ class ChatTemplate:
         """The text of a conversation, special tokens written out.
 
         Args:
-            messages: dicts with `role`, `content` and whatever else the template reads. Thoughts may stand under
-                `reasoning_content`, `thinking` or `reasoning`; the template finds them under the names that it knows.
+            messages: dicts with `role`, `content` and whatever else the template reads; a key with null counts as
+                absent. Thoughts may stand under `reasoning_content`, `thinking` or `reasoning`; the template finds
+                them under the names that it knows. Arguments of a tool call may be JSON text, as OpenAI writes them.
             add_generation_prompt: end with the header of an assistant turn, ready to be continued.
             continue_final_message: end inside the last message, right behind its content, so that a model writes on.
             tools: JSON descriptions of functions, for templates that list them.
@@ -78,7 +134,7 @@ class ChatTemplate:
         """
         if not messages:
             raise ValueError("the conversation has no message; give it at least one")
-        conversation = [_with_reasoning(message) for message in messages]
+        conversation = [_prepared(message) for message in messages]
         if continue_final_message:
             if add_generation_prompt:
                 raise ValueError(
@@ -86,20 +142,67 @@ class ChatTemplate:
                     "choose one of them"
                 )
             conversation = _marked(conversation)
+        given = {
+            **self._special_tokens,
+            **variables,
+            "tools": tools,
+            "documents": documents,
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            text = self._template.render(
-                **{
-                    **self._special_tokens,
-                    **variables,
-                    "messages": conversation,
-                    "tools": tools,
-                    "documents": documents,
-                    "add_generation_prompt": add_generation_prompt,
-                }
-            )
+            text = self._template.render(**{**given, "messages": conversation})
         except Exception as error:  # the template is a stranger's program, and may divide by zero
-            raise ValueError(f"the chat template rejects this conversation: {error}") from error
+            try:
+                # Such as DeepSeek's: it joins the arguments of a call as text, and asks whether its content is null.
+                text = self._template.render(**{**given, "messages": _with_calls_as_text(conversation)})
+            except Exception:
+                raise ValueError(f"the chat template rejects this conversation: {error}") from error
         return _before_mark(text) if continue_final_message else text
+
+
+def _prepared(message: Message) -> Message:
+    """The message as most templates, and transformers, expect it."""
+    if any(value is None for value in message.values()):
+        # Templates ask whether a key is there, and write null as "None".
+        message = {key: value for key, value in message.items() if value is not None}
+    # A template's `tojson` would quote a text once more.
+    return _with_reasoning(_with_arguments(message, _parsed))
+
+
+def _with_calls_as_text(messages: Sequence[Message]) -> list[Message]:
+    """The messages as OpenAI writes them: arguments of calls are JSON text, and content that is absent is null."""
+    return [
+        {"content": None, **_with_arguments(message, _written)} if message.get("tool_calls") else message
+        for message in messages
+    ]
+
+
+def _with_arguments(message: Message, change: Callable[[Any], Any]) -> Message:
+    """The message with the arguments of its tool calls changed."""
+
+    def changed(call: Any) -> Any:
+        if not isinstance(call, Mapping):
+            return call
+        if isinstance(call.get("function"), Mapping):
+            return {**call, "function": changed(call["function"])}
+        return {**call, "arguments": change(call["arguments"])} if "arguments" in call else call
+
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": [changed(call) for call in calls]} if isinstance(calls, list | tuple) else message
+
+
+def _parsed(arguments: Any) -> Any:
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        parsed = json.loads(arguments)
+    except (json.JSONDecodeError, RecursionError):
+        return arguments
+    return parsed if isinstance(parsed, dict) else arguments
+
+
+def _written(arguments: Any) -> Any:
+    return _tojson(arguments) if isinstance(arguments, Mapping) else arguments
 
 
 def _with_reasoning(message: Message) -> Message:

@@ -1,24 +1,46 @@
 """Layouts of training records, and what each becomes.
 
-| format         | fields                                                | becomes                             |
-| -------------- | ----------------------------------------------------- | ----------------------------------- |
-| text           | text                                                  | a text, every token a target        |
-| document       | document                                              | running text, cut into full rows    |
-| prompt         | prompt, completion                                    | a prompt and its completion         |
-| alpaca         | instruction, output; input optional                   | the same, through Alpaca's template |
-| dolly          | instruction, response; context optional               | the same, through Alpaca's template |
-| messages       | messages: [{role, content}]; tools optional           | a conversation                      |
-| conversations  | conversations: [{from, value}] (ShareGPT); the same   | a conversation                      |
+| format        | fields                                                | becomes                                  |
+| ------------- | ----------------------------------------------------- | ---------------------------------------- |
+| preference    | chosen, rejected; prompt, messages, ... beside them   | what the chosen answer makes of the rest |
+| kto           | label or kto_tag beside any layout with an answer     | that layout, if the answer is good       |
+| messages      | messages: [{role, content}]; tools, system optional   | a conversation                           |
+| conversations | conversations: [{from, value}] (ShareGPT); the same   | a conversation                           |
+| conversation  | conversation: either kind of message; the same        | a conversation                           |
+| prompt        | prompt, completion; both text, or both messages       | a prompt and its completion              |
+| alpaca        | instruction, output; input optional                   | the same, through Alpaca's template      |
+| dolly         | instruction, response; context optional               | the same, through Alpaca's template      |
+| question      | question, answer (gsm8k)                              | the same, through Alpaca's template      |
+| reply         | question, response                                    | the same, through Alpaca's template      |
+| query         | query, response                                       | the same, through Alpaca's template      |
+| response      | prompt, response                                      | the same, through Alpaca's template      |
+| input         | input, output                                         | the same, through Alpaca's template      |
+| text          | text                                                  | a text, every token a target             |
+| document      | document                                              | running text, cut into full rows         |
 
+Layouts that go through Alpaca's template may have a system prompt (`system`, `system_prompt`), which stands before it.
 Fields beyond these are ignored. Records are numbered from 1 in messages to the user.
 """
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-Record = Mapping[str, Any]
+from slothcore.data.conversations import read_messages, read_tools
+from slothcore.data.preferences import CONVERSATIONS, VERDICTS, chosen_record, judged_record, verdict
+from slothcore.data.values import Record, field_names, text_value
+
+__all__ = [
+    "LAYOUTS",
+    "ChatExample",
+    "Example",
+    "Record",
+    "TextExample",
+    "alpaca_prompt",
+    "check_format_name",
+    "detect_format",
+    "format_example",
+]
 
 # Stanford Alpaca's wording, with the newline after "Response:" that its descendants share.
 ALPACA_PROMPT = (
@@ -34,16 +56,6 @@ ALPACA_PROMPT_WITH_INPUT = (
     "### Input:\n{input}\n\n"
     "### Response:\n"
 )
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-}
 
 
 @dataclass(frozen=True)
@@ -56,15 +68,33 @@ class Layout:
 
 # In the order of recognition: a record that fits two, fits the first.
 LAYOUTS = {
-    "messages": Layout(("messages",), ("tools",)),
-    "conversations": Layout(("conversations",), ("tools",)),
+    "preference": Layout(("chosen", "rejected")),
+    "kto": Layout(VERDICTS[:1]),
+    "messages": Layout(("messages",), ("tools", "system")),
+    "conversations": Layout(("conversations",), ("tools", "system")),
+    "conversation": Layout(("conversation",), ("tools", "system")),
     "prompt": Layout(("prompt", "completion")),
     "alpaca": Layout(("instruction", "output"), ("input",)),
     "dolly": Layout(("instruction", "response"), ("context",)),
+    "question": Layout(("question", "answer")),
+    "reply": Layout(("question", "response")),
+    "query": Layout(("query", "response")),
+    "response": Layout(("prompt", "response")),
+    "input": Layout(("input", "output")),
     "text": Layout(("text",)),
     "document": Layout(("document",)),
 }
-FORMAT_ALIASES = {"sharegpt": "conversations", "chat": "messages", "instruction": "alpaca"}
+FORMAT_ALIASES = {"sharegpt": "conversations", "chat": "messages", "instruction": "alpaca", "dpo": "preference"}
+# Layouts of a question and an answer: both fields, and the one that may hold more about the question.
+INSTRUCTIONS = {
+    "alpaca": ("instruction", "output", "input"),
+    "dolly": ("instruction", "response", "context"),
+    "question": ("question", "answer", "context"),
+    "reply": ("question", "response", "context"),
+    "query": ("query", "response", "context"),
+    "response": ("prompt", "response", "context"),
+    "input": ("input", "output", None),
+}
 
 
 @dataclass(frozen=True)
@@ -98,11 +128,19 @@ def detect_format(record: Record, *, text_field: str = "text", where: str = "rec
         where: what the message calls this record.
     Raises: ValueError naming the fields found and the ones expected.
     """
-    for name in LAYOUTS:
-        if all(field in record for field in _layout(name, text_field).required):
-            return name
-    expected = "; ".join(f"{', '.join(_layout(name, text_field).required)} ({name})" for name in LAYOUTS)
-    raise ValueError(f"{where} has the fields {_fields(record)}, but needs those of one format: {expected}")
+    plain = _plain_format(record, text_field)
+    if "chosen" in record and "rejected" in record:
+        return "preference"
+    if plain in (None, "text", "document"):
+        if plain is None:
+            expected = "; ".join(f"{', '.join(_required(name, text_field))} ({name})" for name in LAYOUTS)
+            raise ValueError(
+                f"{where} has the fields {field_names(record)}, but needs those of one format: {expected}; rename "
+                "them, or say with prompt_template and completion_template what they are"
+            )
+        return plain
+    # A label beside an answer judges it; beside a bare text it is a class, and nothing that is trained here.
+    return "kto" if verdict(record) is not None else plain
 
 
 def check_format_name(name: str) -> str:
@@ -122,33 +160,48 @@ def format_example(
 ) -> Example:
     """What a record says, whatever its layout.
 
-    Raises: ValueError naming `where`, the fields found and those expected, or the value of the wrong type.
+    Raises: ValueError naming `where`, the fields found and those expected, or the value of the wrong type; or for an
+        answer that was judged bad.
     """
     if not isinstance(record, Mapping):
         raise ValueError(f"{where} must be an object with named fields, got {type(record).__name__}")
     name = check_format_name(format)
     if name == "auto":
         name = detect_format(record, text_field=text_field, where=where)
-    missing = [field for field in _layout(name, text_field).required if field not in record]
+    if name == "kto":
+        return _judged_example(record, text_field, where)
+    missing = [field for field in _required(name, text_field) if field not in record]
     if missing:
         raise ValueError(
-            f"{where} lacks {', '.join(map(repr, missing))}: it has the fields {_fields(record)}, and the format "
-            f"{name} needs {', '.join(_layout(name, text_field).required)}"
+            f"{where} lacks {', '.join(map(repr, missing))}: it has the fields {field_names(record)}, and the format "
+            f"{name} needs {', '.join(_required(name, text_field))}; rename the fields, or choose another format"
         )
-    if name in ("messages", "conversations"):
-        messages = _messages(record[name], sharegpt=name == "conversations", where=where)
-        return ChatExample(messages, _tools(record.get("tools"), where))
+    if name == "preference":
+        return format_example(chosen_record(record, where), text_field=text_field, where=where)
+    if name in CONVERSATIONS:
+        system = record.get("system", record.get("system_prompt"))
+        messages = read_messages(record[name], where=where, system=system)
+        return ChatExample(messages, read_tools(record.get("tools"), where))
     if name == "prompt":
-        return TextExample(_text(record, "prompt", where), _text(record, "completion", where))
-    if name == "alpaca":
-        prompt = alpaca_prompt(_text(record, "instruction", where), _text(record, "input", where))
-        return TextExample(prompt, _text(record, "output", where))
-    if name == "dolly":
-        prompt = alpaca_prompt(_text(record, "instruction", where), _text(record, "context", where))
-        return TextExample(prompt, _text(record, "response", where))
+        return _prompt_example(record, where)
+    if name in INSTRUCTIONS:
+        return _instruction_example(record, *INSTRUCTIONS[name], where=where)
     if name == "document":
-        return TextExample("", _text(record, "document", where), running=True)
-    return TextExample("", _text(record, text_field, where))
+        return TextExample("", text_value(record, "document", where), running=True)
+    return TextExample("", text_value(record, text_field, where))
+
+
+def plain_record(
+    record: Record, *, format: str = "auto", text_field: str = "text", where: str = "the record"
+) -> tuple[str, Record]:
+    """The format of a record and the record; of preference data, those that its chosen answer makes."""
+    name = check_format_name(format)
+    if name == "auto":
+        name = detect_format(record, text_field=text_field, where=where)
+    if name not in ("preference", "kto"):
+        return name, record
+    plain = chosen_record(record, where) if name == "preference" else judged_record(record)
+    return plain_record(plain, text_field=text_field, where=where)
 
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:
@@ -158,88 +211,44 @@ def alpaca_prompt(instruction: str, input: str = "") -> str:
     return ALPACA_PROMPT_WITH_INPUT.format(instruction=instruction, input=input)
 
 
-def _layout(name: str, text_field: str) -> Layout:
-    return Layout((text_field,)) if name == "text" else LAYOUTS[name]
+def _judged_example(record: Record, text_field: str, where: str) -> Example:
+    good = verdict(record)
+    if good is None:
+        raise ValueError(f"{where}: 'label' must be true or false; say there whether the answer is good")
+    if not good:
+        raise ValueError(f"{where}: 'label' says that the answer is bad, so it is not to be learned; drop the row")
+    return format_example(judged_record(record), text_field=text_field, where=where)
 
 
-def _fields(record: Record) -> str:
-    return ", ".join(repr(field) for field in record) or "none"
+def _prompt_example(record: Record, where: str) -> Example:
+    prompt, completion = record["prompt"], record["completion"]
+    if isinstance(prompt, list) and isinstance(completion, list):
+        messages = read_messages([*prompt, *completion], where=where, system=record.get("system"))
+        return ChatExample(messages, read_tools(record.get("tools"), where))
+    return TextExample(text_value(record, "prompt", where), text_value(record, "completion", where))
 
 
-def _text(record: Record, field: str, where: str) -> str:
-    """The text of a field; an absent optional field or a null one is empty."""
-    value = record.get(field)
-    if value is None and field in ("input", "context"):
-        return ""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)  # JSON writers leave the quotes off numeric answers
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: {field!r} must be text, got {type(value).__name__}")
-    return _whole_characters(value, f"{where}: {field!r}")
+def _instruction_example(record: Record, question: str, answer: str, context: str | None, *, where: str) -> TextExample:
+    more = text_value(record, context, where, optional=True) if context and not _is_table(record.get(context)) else ""
+    prompt = alpaca_prompt(text_value(record, question, where), more)
+    system = next((field for field in ("system", "system_prompt") if isinstance(record.get(field), str)), None)
+    if system and record[system].strip():
+        prompt = f"{text_value(record, system, where).strip()}\n\n{prompt}"
+    return TextExample(prompt, text_value(record, answer, where))
 
 
-def _messages(value: Any, *, sharegpt: bool, where: str) -> tuple[Mapping[str, Any], ...]:
-    """Messages with `role` and `content`; other keys of a `messages` entry (tool calls) pass through."""
-    value = _parsed(value)
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise ValueError(f"{where}: a conversation must be a list of at least one message")
-    role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
-    result = []
-    for number, message in enumerate(value, start=1):
-        if not isinstance(message, Mapping) or role_key not in message or content_key not in message:
-            found = _fields(message) if isinstance(message, Mapping) else type(message).__name__
-            raise ValueError(f"{where}, message {number}: needs {role_key!r} and {content_key!r}, has {found}")
-        _check_content(message, content_key, f"{where}, message {number}")
-        if not sharegpt:
-            result.append(message)
-            continue
-        role = SHAREGPT_ROLES.get(str(message["from"]))
-        if role is None:
-            known = ", ".join(_unique(SHAREGPT_ROLES))
-            raise ValueError(f"{where}, message {number}: unknown speaker {message['from']!r}; known are {known}")
-        result.append({"role": role, "content": message["value"]})
-    return tuple(result)
+def _is_table(value: Any) -> bool:
+    """Whether a field that should hold context holds search results or the like, which are no text."""
+    return isinstance(value, Mapping | list)
 
 
-def _check_content(message: Record, key: str, where: str) -> None:
-    """Raise unless it is text, a list of parts, or null beside tool calls: templates write null as "None"."""
-    content = message[key]
-    if isinstance(content, str):
-        _whole_characters(content, where)
-    elif not (isinstance(content, list) or (content is None and message.get("tool_calls"))):
-        raise ValueError(f"{where}: {key!r} must be text, got {type(content).__name__}")
+def _plain_format(record: Record, text_field: str) -> str | None:
+    """The first layout, verdicts and pairs of answers aside, whose fields the record has."""
+    for name in LAYOUTS:
+        if name not in ("preference", "kto") and all(field in record for field in _required(name, text_field)):
+            return name
+    return None
 
 
-def _whole_characters(text: str, where: str) -> str:
-    """The text itself. Raise if it holds half a surrogate pair, which JSON can escape and UTF-8 cannot say."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        broken = f"\\u{ord(text[error.start]):04x}"
-        raise ValueError(
-            f"{where} holds half a character ({broken} at position {error.start}); repair the text"
-        ) from None
-    return text
-
-
-def _tools(value: Any, where: str) -> tuple[Mapping[str, Any], ...] | None:
-    value = _parsed(value)
-    if not value:
-        return None
-    if not isinstance(value, Sequence) or not all(isinstance(tool, Mapping) for tool in value):
-        raise ValueError(f"{where}: 'tools' must be a list of objects")
-    return tuple(value)
-
-
-def _parsed(value: Any) -> Any:
-    """A list written as JSON text, as in a CSV cell, is read; anything else stays as it is."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError:
-        return value
-
-
-def _unique(items: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(items))
+def _required(name: str, text_field: str) -> tuple[str, ...]:
+    return (text_field,) if name == "text" else LAYOUTS[name].required

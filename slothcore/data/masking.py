@@ -7,30 +7,24 @@ Labels equal the ids, or -100 where nothing is to be learned. The model shifts t
 predicted by the position before it, so the label of a row's first token never counts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import islice
+from typing import Literal, get_args
 
+from slothcore.data.chat_rows import IGNORED_LABEL, ChatRows, TokenizedRow
 from slothcore.data.formats import ChatExample, Example, Record, TextExample, format_example
+from slothcore.data.spans import Turn
+from slothcore.data.text_rows import text_rows
 from slothcore.data.tokenizer import Tokenizer
 
-IGNORED_LABEL = -100
+__all__ = ["IGNORED_LABEL", "TokenizeStats", "TokenizedRow", "tokenise_dataset", "tokenise_example", "tokenise_stream"]
+
 RECORDS_PER_BATCH = 1000
+LONGEST_SHOWN = 400
 
 Overlength = Literal["truncate", "drop"]
-
-
-@dataclass(frozen=True)
-class TokenizedRow:
-    """Token ids and labels of one document, equally long."""
-
-    input_ids: list[int]
-    labels: list[int]
-
-    @property
-    def num_targets(self) -> int:
-        """Labels that are learned; the first token is predicted by nothing."""
-        return sum(label != IGNORED_LABEL for label in self.labels[1:])
+OnBadRow = Literal["error", "skip"]
 
 
 @dataclass
@@ -45,6 +39,8 @@ class TokenizeStats:
         truncated: rows cut at the maximum length.
         dropped_overlength: rows left out because they were longer than that.
         dropped_without_target: rows left out because nothing in them is learned.
+        skipped: records left out because they are wrong.
+        first_skipped: what is wrong with the first of all that were left out for one of the last two reasons.
     """
 
     records: int = 0
@@ -54,6 +50,8 @@ class TokenizeStats:
     truncated: int = 0
     dropped_overlength: int = 0
     dropped_without_target: int = 0
+    skipped: int = 0
+    first_skipped: str | None = None
 
     def describe(self, max_seq_length: int) -> str:
         """One line for the user."""
@@ -66,6 +64,10 @@ class TokenizeStats:
             parts.append(f"{self.dropped_overlength} longer than {max_seq_length} tokens dropped")
         if self.dropped_without_target:
             parts.append(f"{self.dropped_without_target} without a token to learn dropped")
+        if self.skipped:
+            parts.append(f"{self.skipped} wrong ones skipped")
+        if self.first_skipped:
+            parts.append(f"the first left out: {self.first_skipped}")
         return "; ".join(parts)
 
 
@@ -75,7 +77,9 @@ def tokenise_dataset(
     *,
     max_seq_length: int,
     completion_only_loss: bool | None = None,
+    mask_history: bool = False,
     overlength: Overlength = "truncate",
+    on_bad_row: OnBadRow = "error",
     format: str = "auto",
     text_field: str = "text",
 ) -> tuple[list[TokenizedRow], TokenizeStats]:
@@ -87,37 +91,84 @@ def tokenise_dataset(
         max_seq_length: the longest row; at least 2.
         completion_only_loss: learn completions and assistants' turns only; None means yes. A text without a prompt
             is learned whole either way.
+        mask_history: of a conversation learn the assistant's last turn only.
         overlength: what to do with a longer row.
+        on_bad_row: what to do with a record that is wrong, or in which nothing is to be learned: "error" stops, "skip"
+            leaves it out and counts it. A row that is cut before its answer is left out and counted in any case.
         format, text_field: as in `load_dataset`; "auto" recognises each record by itself.
-    Raises: ValueError for a record that its format or the chat template rejects, or if no row is left.
+    Raises: ValueError for a record that its format or the chat template rejects, or of which nothing would be learned,
+        unless it is skipped; or if no row is left, or the arguments do not fit together.
     """
-    if max_seq_length < 2:
-        raise ValueError(f"max_seq_length must be at least 2, got {max_seq_length}: nothing predicts the first token")
-    if overlength not in ("truncate", "drop"):
-        raise ValueError(f"overlength must be 'truncate' or 'drop', got {overlength!r}")
+    stats = TokenizeStats()
+    named = ((f"record {number}", record) for number, record in enumerate(records, start=1))
+    rows = tokenise_stream(
+        named,
+        tokenizer,
+        stats,
+        max_seq_length=max_seq_length,
+        completion_only_loss=completion_only_loss,
+        mask_history=mask_history,
+        overlength=overlength,
+        on_bad_row=on_bad_row,
+        format=format,
+        text_field=text_field,
+    )
+    return list(rows), stats
+
+
+def tokenise_stream(
+    records: Iterable[tuple[str, Record | Example]],
+    tokenizer: Tokenizer,
+    stats: TokenizeStats,
+    *,
+    max_seq_length: int,
+    completion_only_loss: bool | None = None,
+    mask_history: bool = False,
+    overlength: Overlength = "truncate",
+    on_bad_row: OnBadRow = "error",
+    format: str = "auto",
+    text_field: str = "text",
+) -> Iterator[TokenizedRow]:
+    """The rows of records as they come, so that none but a batch of them is in memory; `stats` counts along.
+
+    Args:
+        records: each with what messages call it; what a record says (an `Example`) is taken as it is.
+        others: as in `tokenise_dataset`.
+    Raises: ValueError as `tokenise_dataset` does.
+    """
+    _check_arguments(max_seq_length, overlength, on_bad_row, completion_only_loss, mask_history)
     only_completions = completion_only_loss is not False
-    stats = TokenizeStats(records=len(records))
-    rows: list[TokenizedRow] = []
-    rejected: TokenizedRow | None = None
-    for start in range(0, len(records), RECORDS_PER_BATCH):
-        named = [
-            (f"record {number}", record)
-            for number, record in enumerate(records[start : start + RECORDS_PER_BATCH], start=start + 1)
-        ]
-        examples = [(w, format_example(r, format=format, text_field=text_field, where=w)) for w, r in named]
-        for example, row in _whole_rows(examples, tokenizer, only_completions):
-            for fitted in _fit(row, example, max_seq_length, overlength, stats):
-                if fitted.num_targets == 0:
+    chats = ChatRows(tokenizer, "last turn" if mask_history else "turns" if only_completions else "all")
+    source = iter(records)
+    while batch := list(islice(source, RECORDS_PER_BATCH)):
+        stats.records += len(batch)
+        examples: list[_Prepared] = []
+        for where, record in batch:
+            try:
+                example = record
+                if not isinstance(example, TextExample | ChatExample):
+                    example = format_example(example, format=format, text_field=text_field, where=where)
+                examples.append(_Prepared(where, example, _rendered(example, chats, where)))
+            except ValueError as error:
+                stats.skipped += 1
+                _note(stats, error, on_bad_row)
+        for prepared, row in _whole_rows(examples, tokenizer, chats, only_completions):
+            for fitted in _fit(row, prepared.example, max_seq_length, overlength, stats):
+                targets = fitted.num_targets
+                if targets == 0:
                     stats.dropped_without_target += 1
-                    rejected = rejected or fitted
+                    # What was cut off might have been learned; that is counted, as other truncation is.
+                    stops = on_bad_row == "error" and not row.num_targets
+                    if stops or stats.first_skipped is None:
+                        why = _why_nothing(row, prepared, max_seq_length, tokenizer)
+                        _note(stats, ValueError(why), "error" if stops else "skip")
                     continue
-                rows.append(fitted)
                 stats.rows += 1
                 stats.tokens += len(fitted.input_ids)
-                stats.targets += fitted.num_targets
-    if not rows:
-        raise ValueError(_nothing_left(stats, rejected, tokenizer, max_seq_length))
-    return rows, stats
+                stats.targets += targets
+                yield fitted
+    if not stats.rows:
+        raise ValueError(_nothing_left(stats, max_seq_length))
 
 
 def tokenise_example(
@@ -126,6 +177,7 @@ def tokenise_example(
     *,
     max_seq_length: int,
     completion_only_loss: bool | None = None,
+    mask_history: bool = False,
     overlength: Overlength = "truncate",
     format: str = "auto",
     text_field: str = "text",
@@ -139,6 +191,7 @@ def tokenise_example(
         tokenizer,
         max_seq_length=max_seq_length,
         completion_only_loss=completion_only_loss,
+        mask_history=mask_history,
         overlength=overlength,
         format=format,
         text_field=text_field,
@@ -148,106 +201,54 @@ def tokenise_example(
     return rows[0]
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """A record that could be read: its name in messages, what it says, and a conversation's text and turns."""
+
+    where: str
+    example: Example
+    rendered: tuple[str, list[Turn]] | None
+
+
+def _rendered(example: Example, chats: ChatRows, where: str) -> tuple[str, list[Turn]] | None:
+    if isinstance(example, TextExample):
+        return None
+    try:
+        return chats.render(example)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _note(stats: TokenizeStats, error: ValueError, on_bad_row: OnBadRow) -> None:
+    if on_bad_row == "error":
+        raise error
+    stats.first_skipped = stats.first_skipped or str(error)
+
+
+def _check_arguments(
+    max_seq_length: int, overlength: str, on_bad_row: str, completion_only_loss: bool | None, mask_history: bool
+) -> None:
+    if max_seq_length < 2:
+        raise ValueError(f"max_seq_length must be at least 2, got {max_seq_length}: nothing predicts the first token")
+    if overlength not in get_args(Overlength):
+        raise ValueError(f"overlength must be 'truncate' or 'drop', got {overlength!r}")
+    if on_bad_row not in get_args(OnBadRow):
+        raise ValueError(f"on_bad_row must be 'error' or 'skip', got {on_bad_row!r}")
+    if mask_history and completion_only_loss is False:
+        raise ValueError(
+            "mask_history learns the last answer only and completion_only_loss: false learns everything; choose one"
+        )
+
+
 def _whole_rows(
-    examples: Sequence[tuple[str, Example]], tokenizer: Tokenizer, only_completions: bool
-) -> Iterator[tuple[Example, TokenizedRow]]:
-    """Rows of any length, in order; all plain texts are encoded in one call."""
-    texts = [example for _, example in examples if isinstance(example, TextExample)]
-    text_rows = iter(_text_rows(texts, tokenizer, only_completions))
-    for where, example in examples:
-        if isinstance(example, TextExample):
-            yield example, next(text_rows)
-            continue
-        try:
-            yield example, _chat_row(example, tokenizer, only_completions)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-
-
-def _text_rows(examples: Sequence[TextExample], tokenizer: Tokenizer, only_completions: bool) -> list[TokenizedRow]:
-    """Targets begin at the first token that the prompt alone would not have given.
-
-    The text is encoded as one piece, because a tokenizer may mark the beginning of each piece with a space. A token
-    that joins the end of the prompt and the start of the completion is a target.
-    """
-    encoded = tokenizer.encode_batch([example.prompt + example.completion for example in examples])
-    prompts = tokenizer.encode_batch([example.prompt for example in examples]) if only_completions else []
-    rows = []
-    for index, example in enumerate(examples):
-        ids = tokenizer.single_begin(encoded[index])
-        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-            ids.append(tokenizer.eos_token_id)
-        skipped = 0
-        if only_completions and example.prompt:
-            skipped = _common_prefix(tokenizer.single_begin(prompts[index]), ids)
-        rows.append(TokenizedRow(ids, [IGNORED_LABEL] * skipped + ids[skipped:]))
-    return rows
-
-
-def _chat_row(example: ChatExample, tokenizer: Tokenizer, only_completions: bool) -> TokenizedRow:
-    """The rendered conversation; with `only_completions` the targets are the assistant's turns, end tokens included."""
-    messages, tools = example.messages, example.tools
-    text = tokenizer.apply_chat_template(messages, tools=tools)
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    if not only_completions:
-        return TokenizedRow(ids, list(ids))
-    labels = [IGNORED_LABEL] * len(ids)
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant":
-            start, end = _assistant_span(example, index, text, ids, tokenizer)
-            labels[start:end] = ids[start:end]
-    return TokenizedRow(ids, labels)
-
-
-def _assistant_span(
-    example: ChatExample, index: int, text: str, ids: list[int], tokenizer: Tokenizer
-) -> tuple[int, int]:
-    """Which of `ids` the assistant says in message `index`.
-
-    The turn begins where the conversation before it, rendered with a generation prompt, ends. It reaches as far as
-    the tokens of the conversation up to and including it agree with those of the whole: a template may close the last
-    message with something that it leaves out between turns.
-
-    Raises: ValueError if the template changes what the assistant said, or renders the turn differently once others
-        follow, as templates that drop earlier reasoning do; then no token of it can be told apart safely.
-    """
-    messages, tools = example.messages, example.tools
-    content = message_text(messages[index])
-    with_turn = tokenizer.apply_chat_template(messages[: index + 1], tools=tools)
-    if index:
-        before = tokenizer.apply_chat_template(messages[:index], add_generation_prompt=True, tools=tools)
-    else:
-        # Most templates cannot render an empty conversation; the turn then begins with its content.
-        before = with_turn[: max(with_turn.find(content), 0)]
-    content_start = with_turn.find(content, len(before))
-    content_end = content_start + len(content)
-    if content_start < 0:
-        raise ValueError(
-            f"the chat template changes the text of message {index + 1}, so the assistant's tokens cannot be told "
-            "apart; set completion_only_loss to false, or change the template"
-        )
-    if not text.startswith(before) or text[:content_end] != with_turn[:content_end]:
-        raise ValueError(
-            f"the chat template renders message {index + 1} differently depending on the messages after it, so the "
-            "assistant's tokens cannot be told apart; set completion_only_loss to false, or change the template"
-        )
-    start = _common_prefix(tokenizer.encode(before, add_special_tokens=False), ids)
-    end = _common_prefix(tokenizer.encode(with_turn, add_special_tokens=False), ids)
-    return start, end
-
-
-def message_text(message: Record) -> str:
-    """The text of a message without its margins, which many templates trim; empty if it has none."""
-    content = message["content"]
-    return content.strip() if isinstance(content, str) else ""
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading ids two sequences share."""
-    for index, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return index
-    return min(len(a), len(b))
+    examples: Sequence[_Prepared], tokenizer: Tokenizer, chats: ChatRows, only_completions: bool
+) -> Iterator[tuple[_Prepared, TokenizedRow]]:
+    """Rows of any length, in order; all plain texts are encoded in one call, and all conversations in another."""
+    texts = [prepared.example for prepared in examples if isinstance(prepared.example, TextExample)]
+    from_texts = iter(text_rows(texts, tokenizer, only_completions))
+    from_chats = iter(chats.tokenise([prepared.rendered for prepared in examples if prepared.rendered is not None]))
+    for prepared in examples:
+        yield prepared, next(from_texts if prepared.rendered is None else from_chats)
 
 
 def _fit(
@@ -268,20 +269,32 @@ def _fit(
         stats.dropped_overlength += 1
 
 
-def _nothing_left(
-    stats: TokenizeStats, rejected: TokenizedRow | None, tokenizer: Tokenizer, max_seq_length: int
-) -> str:
-    """Why no row is left, with a row to look at."""
+def _why_nothing(row: TokenizedRow, prepared: _Prepared, max_seq_length: int, tokenizer: Tokenizer) -> str:
+    """The sentence about a row of which nothing is learned, with the row to look at."""
+    example = prepared.example
+    remedy = "take the record out, or set on_bad_row to skip"
+    if row.num_targets:
+        answer = next(place for place, label in enumerate(row.labels) if place and label != IGNORED_LABEL)
+        why = f"the first word to learn is token {answer + 1}, and max_seq_length is {max_seq_length}"
+        remedy = "raise max_seq_length, or shorten what stands before it"
+    elif isinstance(example, TextExample):
+        why = "its completion is empty" if example.prompt else "it has less than two tokens"
+    elif not any(message["role"] == "assistant" for message in example.messages):
+        why = f"it has no assistant's turn (roles: {', '.join(str(m['role']) for m in example.messages)})"
+    else:
+        why = "the chat template writes nothing that the assistant says"
+    text = tokenizer.decode(row.input_ids, skip_special_tokens=False)
+    shown = text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN // 2]} ... {text[-LONGEST_SHOWN // 2 :]}"
+    return f"{prepared.where}: nothing of it is learned, because {why}; {remedy}. The row is: {shown!r}"
+
+
+def _nothing_left(stats: TokenizeStats, max_seq_length: int) -> str:
+    """Why no row is left."""
     if not stats.records:
         return "the dataset has no records"
-    if rejected is None:
-        return (
-            f"all {stats.records} records are longer than max_seq_length = {max_seq_length} tokens and were dropped; "
-            "raise max_seq_length or set overlength to truncate"
-        )
-    text = tokenizer.decode(rejected.input_ids, skip_special_tokens=False)
-    shown = text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
+    if stats.first_skipped:
+        return f"no row is left ({stats.describe(max_seq_length)})"
     return (
-        f"no row has a token to learn ({stats.describe(max_seq_length)}). With completion_only_loss a row needs a "
-        f"completion or an assistant's turn within its first {max_seq_length} tokens. One of the rows is: {shown!r}"
+        f"all {stats.records} records are longer than max_seq_length = {max_seq_length} tokens and were dropped; "
+        "raise max_seq_length or set overlength to truncate"
     )

@@ -6,17 +6,21 @@ such a file, `add_bos_token` and `add_eos_token` of `tokenizer_config.json` are 
 written.
 """
 
+import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
+from datetime import date
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from tokenizers import AddedToken
 from tokenizers import Tokenizer as TokenizerCore
 from torch import Tensor
 
 from slothcore.data import tokenizer_files as files
 from slothcore.data.chat import ChatTemplate, Message
+from slothcore.data.templates import BUILTIN_TEMPLATES, PLAIN_TEMPLATES, control_tokens, template_source
 
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 DEDICATED_PAD_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|padding|>")
@@ -58,12 +62,14 @@ class Tokenizer:
         # A tokenizer saved after a batch call keeps its truncation, and would silently cut every text.
         core.no_truncation()
         core.no_padding()
-        _add_missing_tokens(core, files.added_tokens(folder, config), folder)
+        files.add_missing_tokens(core, files.added_tokens(folder, config), folder)
         self.bos_token_id = _id_of(core, special_tokens, "bos_token", folder)
         self.eos_token_id = _id_of(core, special_tokens, "eos_token", folder)
         self.pad_token_id = _pad_token_id(core, special_tokens.get("pad_token"), self.eos_token_id)
         self.padding_side: PaddingSide = config.get("padding_side") or "right"
         _check_side(self.padding_side, f"{folder}: padding_side")
+        self._special_tokens = dict(special_tokens)
+        self._chosen_template: str | None = None
         self._templates = {
             name: ChatTemplate(source, special_tokens=special_tokens) for name, source in (chat_templates or {}).items()
         }
@@ -137,6 +143,18 @@ class Tokenizer:
         """`encode` for many texts at once, on all cores unless `TOKENIZERS_PARALLELISM=false`."""
         return [e.ids for e in self._core.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)]
 
+    def encode_with_ends(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """For each text the ids without added begin or end, and for each id the character behind its last one."""
+        encoded = self._core.encode_batch(list(texts), add_special_tokens=False)
+        return [(encoding.ids, [end for _, end in encoding.offsets]) for encoding in encoded]
+
+    @cached_property
+    def special_token_ids(self) -> frozenset[int]:
+        """Ids of the tokens that stand for no text: those the vocabulary calls special, begin and end among them."""
+        named = {token_id for token_id in (self.bos_token_id, self.eos_token_id) if token_id is not None}
+        added = self._core.get_added_tokens_decoder()
+        return frozenset(named.union(token_id for token_id, token in added.items() if token.special))
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`; no clean-up of spaces, which would corrupt byte-pair text."""
         return self._core.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -144,6 +162,42 @@ class Tokenizer:
     def token_id(self, token: str) -> int | None:
         """Id of a token given by its exact text, or None."""
         return self._core.token_to_id(token)
+
+    def template_for(self, tools: Sequence[Mapping[str, Any]] | None = None) -> ChatTemplate:
+        """The template that writes a conversation with or without tools.
+
+        Raises: ValueError if there is none; the message says which option helps.
+        """
+        name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
+        template = self._templates.get(name)
+        if template is None:
+            raise ValueError(
+                f"the tokenizer in {self._folder} has no chat template; set chat_template to a built-in one "
+                f"({', '.join(BUILTIN_TEMPLATES)}) or to a .jinja file, add a chat_template.jinja to that folder, or "
+                "write the data as prompt and completion"
+            )
+        return template
+
+    def use_chat_template(self, chosen: str) -> None:
+        """Write every conversation by another template, and save it with the tokenizer.
+
+        Args:
+            chosen: the name of a built-in template, or the path of a `.jinja` file.
+        Raises: ValueError for an unknown name, or a file that cannot be read or is not valid Jinja.
+        Warns: if the vocabulary lacks tokens that the template writes: they are then spelled out as text.
+        """
+        source = template_source(chosen)
+        name = f"the chat template {chosen}"
+        self._templates = {"default": ChatTemplate(source, special_tokens=self._special_tokens, name=name)}
+        self._chosen_template = source
+        lacking = [token for token in control_tokens(source) if self.token_id(token) is None]
+        if lacking:
+            warnings.warn(
+                f"{name} writes {', '.join(lacking)}, which the tokenizer in {self._folder} has no tokens for: each is "
+                "spelled out as text of several tokens, which costs length; these templates end turns with the "
+                f"tokenizer's own end token: {', '.join(PLAIN_TEMPLATES)}",
+                stacklevel=2,
+            )
 
     def apply_chat_template(
         self,
@@ -162,13 +216,7 @@ class Tokenizer:
 
         Raises: ValueError if there is no chat template or it rejects the conversation.
         """
-        name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
-        template = self._templates.get(name)
-        if template is None:
-            raise ValueError(
-                f"the tokenizer in {self._folder} has no chat template; add a chat_template.jinja to that folder, "
-                "or write the data as prompt and completion"
-            )
+        template = self.template_for(tools)
         return template.render(
             messages,
             add_generation_prompt=add_generation_prompt,
@@ -204,29 +252,24 @@ class Tokenizer:
             mask[index, place] = 1
         return ids, mask
 
+    def fingerprint(self) -> str:
+        """A hash of all that decides how text and conversations become ids, the day where a template tells it."""
+        sources = {name: template.source for name, template in self._templates.items()}
+        today = str(date.today()) if any("strftime_now" in source for source in sources.values()) else None
+        facts = (self._core.to_str(), self.bos_token_id, self.eos_token_id, self._special_tokens, sources, today)
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
+
     def save(self, path: str | Path) -> None:
-        """Copy the original files into the folder `path`, each under its final name only once it is complete."""
-        files.copy_files(self._folder, Path(path))
+        """Copy the original files into the folder `path`, each under its final name only once it is complete.
+
+        A template that `use_chat_template` chose takes the place of the original ones.
+        """
+        files.copy_files(self._folder, Path(path), chat_template=self._chosen_template)
 
 
 def _check_side(side: str, what: str) -> None:
     if side not in get_args(PaddingSide):
         raise ValueError(f"{what} must be 'left' or 'right', got {side!r}")
-
-
-def _add_missing_tokens(core: TokenizerCore, tokens: Mapping[int, Mapping[str, Any]], folder: Path) -> None:
-    """Add what only the files beside `tokenizer.json` list, under the ids that they give."""
-    for token_id, token in sorted(tokens.items()):
-        if core.token_to_id(token["content"]) is not None:
-            continue
-        flags = {k: bool(token.get(k, False)) for k in ("single_word", "lstrip", "rstrip", "normalized", "special")}
-        core.add_tokens([AddedToken(token["content"], **flags)])
-        given = core.token_to_id(token["content"])
-        if given != token_id:
-            raise ValueError(
-                f"{folder}: tokenizer_config.json or added_tokens.json gives {token['content']!r} the id {token_id}, "
-                f"but tokenizer.json has room for it only at {given}; the files do not belong together"
-            )
 
 
 def _id_of(core: TokenizerCore, special_tokens: Mapping[str, str], name: str, folder: Path) -> int | None:

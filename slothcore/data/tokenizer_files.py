@@ -2,16 +2,21 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as TokenizerCore
+
+CONFIG_FILE, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
 # What a tokenizer folder may hold.
 TOKENIZER_FILES = (
     "tokenizer.json",
-    "tokenizer_config.json",
+    CONFIG_FILE,
     "special_tokens_map.json",
-    "chat_template.jinja",
+    TEMPLATE_FILE,
     "added_tokens.json",
     "tokenizer.model",
     "vocab.json",
@@ -20,17 +25,35 @@ TOKENIZER_FILES = (
 ADDITIONAL_TEMPLATES = "additional_chat_templates"
 
 
-def copy_files(source: Path, target: Path) -> None:
-    """Copy what is there of a tokenizer's files into the folder `target`, each under its name once it is complete."""
-    templates = source.glob(f"{ADDITIONAL_TEMPLATES}/*.jinja")
+def copy_files(source: Path, target: Path, *, chat_template: str | None = None) -> None:
+    """Copy what is there of a tokenizer's files into the folder `target`, each under its name once it is complete.
+
+    `chat_template`, the source of another template, is written in place of all that the folder has.
+    """
+    replaced = chat_template is not None
+    templates = [] if replaced else source.glob(f"{ADDITIONAL_TEMPLATES}/*.jinja")
     for name in (*TOKENIZER_FILES, *(str(file.relative_to(source)) for file in templates)):
         original, copy = source / name, target / name
-        if not original.is_file() or original.resolve() == copy.resolve():
+        if not original.is_file() or original.resolve() == copy.resolve() or (replaced and name == TEMPLATE_FILE):
             continue
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        partial = copy.with_name(f".{copy.name}.partial")
-        shutil.copyfile(original, partial)
-        partial.replace(copy)
+        with _complete(copy) as partial:
+            shutil.copyfile(original, partial)
+    if chat_template is not None:
+        with _complete(target / TEMPLATE_FILE) as partial:
+            partial.write_text(chat_template, encoding="utf-8")
+        config = read_json(source / CONFIG_FILE)
+        if config.pop("chat_template", None) is not None:
+            with _complete(target / CONFIG_FILE) as partial:
+                partial.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _complete(file: Path) -> Iterator[Path]:
+    """Another name to write a file under, which becomes `file` once it is written."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    yield partial
+    partial.replace(file)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -68,7 +91,7 @@ def chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
             raise ValueError(f"{folder}: chat_template must list pairs of name and template") from None
     else:
         templates = {} if given is None else {"default": given}
-    file = folder / "chat_template.jinja"
+    file = folder / TEMPLATE_FILE
     if file.is_file():
         templates["default"] = file.read_text(encoding="utf-8")
     for file in sorted((folder / ADDITIONAL_TEMPLATES).glob("*.jinja")):
@@ -95,3 +118,18 @@ def added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[int, Mapping[s
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(f"{folder}: added_tokens_decoder and added_tokens.json must give tokens ids") from None
     return found
+
+
+def add_missing_tokens(core: TokenizerCore, tokens: Mapping[int, Mapping[str, Any]], folder: Path) -> None:
+    """Add what only the files beside `tokenizer.json` list, under the ids that they give."""
+    for token_id, token in sorted(tokens.items()):
+        if core.token_to_id(token["content"]) is not None:
+            continue
+        flags = {k: bool(token.get(k, False)) for k in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+        core.add_tokens([AddedToken(token["content"], **flags)])
+        given = core.token_to_id(token["content"])
+        if given != token_id:
+            raise ValueError(
+                f"{folder}: tokenizer_config.json or added_tokens.json gives {token['content']!r} the id {token_id}, "
+                f"but tokenizer.json has room for it only at {given}; the files do not belong together"
+            )

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slothcore.data.chat_rows import turn_end
 from slothcore.data.tokenizer import Tokenizer
 from slothcore.models.decoder import Decoder
 
@@ -32,7 +33,8 @@ def generate(
             the text from `tokenizer.apply_chat_template` with add_generation_prompt=True, and
             add_special_tokens=False.
         max_new_tokens, temperature, top_k, top_p, repetition_penalty: see `Decoder.generate`; temperature 0 is greedy.
-        stop: a text ends before the first of these strings; an end-of-sequence token ends it in any case.
+        stop: a text ends before the first of these strings; an end-of-sequence token, and what the chat template ends
+            an answer with, end it in any case.
         seed: of the random draws.
         batch_size: how many prompts are continued together; greedy results do not depend on it.
         add_special_tokens: let the tokenizer add its begin-of-text token.
@@ -52,6 +54,12 @@ def generate(
     eos_ids = set(model.eos_token_ids)
     if tokenizer.eos_token_id is not None:
         eos_ids.add(tokenizer.eos_token_id)
+    # A chat template may end answers with a token that the model's own files do not call an end.
+    end = turn_end(tokenizer)
+    if isinstance(end, int):
+        eos_ids.add(end)
+    elif end is not None:
+        stops.append(end)
 
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,

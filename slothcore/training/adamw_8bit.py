@@ -21,9 +21,9 @@ from bitsandbytes import functional
 from bitsandbytes.optim import AdamW8bit as BitsandbytesAdamW8bit
 from torch import Tensor, nn
 
+from slothcore.training.optimizer import LARGEST_BATCH
+
 BLOCK = 256
-# What one launch takes at most of parameters that have to be copied end to end: it bounds the extra memory.
-LARGEST_BATCH = 2**24
 
 
 class AdamW8bit(BitsandbytesAdamW8bit):

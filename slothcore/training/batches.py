@@ -6,16 +6,17 @@ function of the seed and the epoch, so a run is resumed by its step number alone
 
 import hashlib
 import math
-from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from slothcore.data.masking import TokenizedRow
 from slothcore.data.packing import pack_first_fit_decreasing
+from slothcore.data.token_store import TokenStore
 
 
 @dataclass(frozen=True)
@@ -43,25 +44,21 @@ class StepPlan:
 class RowSet:
     """Rows ready to be batched.
 
-    Tokens and labels are kept end to end in two int32 vectors, 8 bytes a token; lists of Python numbers take six times
-    as much. So a million documents fit on a host, and a micro-batch is a few slices.
+    Tokens and labels stay end to end in the flat arrays of a `TokenStore`, at most 8 bytes a token, in memory or in
+    mapped files; lists of Python numbers take six times as much. So a million documents fit on a host, and a
+    micro-batch is a few slices.
 
     Args:
-        documents: tokenised documents, every one with at least one target; they are copied and not kept.
+        documents: tokenised documents, every one with at least one target; rows are copied and not kept, a store is
+            read where it is.
         capacity: pack documents into rows of at most this many tokens; None: one document a row.
     """
 
-    def __init__(self, documents: Sequence[TokenizedRow], *, capacity: int | None = None) -> None:
-        ids, labels, self._starts = array("i"), array("i"), [0]
-        targets = []
-        for document in documents:
-            ids.extend(document.input_ids)
-            labels.extend(document.labels)
-            self._starts.append(len(ids))
-            targets.append(document.num_targets)
-        self._ids, self._labels = torch.frombuffer(ids, dtype=torch.int32), torch.frombuffer(labels, dtype=torch.int32)
-        lengths = [end - start for start, end in pairwise(self._starts)]
-        singles = [[index] for index in range(len(documents))]
+    def __init__(self, documents: Sequence[TokenizedRow] | TokenStore, *, capacity: int | None = None) -> None:
+        self._store = documents if isinstance(documents, TokenStore) else TokenStore.from_rows(documents)
+        self._starts = self._store.starts.tolist()
+        lengths, targets = self._store.lengths.tolist(), self._store.targets.tolist()
+        singles = [[index] for index in range(len(lengths))]
         self.rows = singles if capacity is None else pack_first_fit_decreasing(lengths, capacity)
         self.row_tokens = [sum(lengths[i] for i in row) for row in self.rows]
         self.row_targets = [sum(targets[i] for i in row) for row in self.rows]
@@ -69,13 +66,18 @@ class RowSet:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def document_lengths(self) -> list[int]:
+        """Tokens of each document."""
+        return self._store.lengths.tolist()
+
     def micro_batch(self, rows: Sequence[int]) -> MicroBatch:
         """The documents of `rows`, end to end."""
         pieces = [slice(self._starts[index], self._starts[index + 1]) for row in rows for index in self.rows[row]]
         boundaries = [0, *accumulate(piece.stop - piece.start for piece in pieces)]
         return MicroBatch(
-            input_ids=torch.cat([self._ids[piece] for piece in pieces]).long(),
-            labels=torch.cat([self._labels[piece] for piece in pieces]).long(),
+            input_ids=torch.from_numpy(np.concatenate([self._store.ids[piece] for piece in pieces])).long(),
+            labels=torch.from_numpy(np.concatenate([self._store.labels_of(piece) for piece in pieces])).long(),
             cu_seqlens=torch.tensor(boundaries, dtype=torch.int32),
         )
 
@@ -99,8 +101,11 @@ class RowSet:
     def fingerprint(self) -> str:
         """A hash of every token, label and boundary: equal only for the same data in the same order."""
         digest = hashlib.sha256()
-        for part in (self._ids, self._labels, torch.tensor(self._starts)):
-            digest.update(part.numpy().data)
+        for piece in self._store.blocks():
+            digest.update(np.ascontiguousarray(self._store.ids[piece]).data)
+        for piece in self._store.blocks():
+            digest.update(np.ascontiguousarray(self._store.labels_of(piece)).data)
+        digest.update(self._store.starts.data)
         digest.update(repr(self.rows).encode())
         return digest.hexdigest()
 

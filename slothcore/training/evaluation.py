@@ -8,6 +8,7 @@ import torch
 from slothcore.models.decoder import Decoder
 from slothcore.training.ahead import Ahead
 from slothcore.training.batches import RowSet
+from slothcore.training.out_of_memory import DoesNotFit, evaluation_remedy
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ def evaluate(model: Decoder, rows: RowSet, *, batch_size: int) -> EvalResult:
     """Run the model over `rows` without dropout; it is left in the mode in which it was.
 
     Each batch's loss is divided by the targets of the whole set, so the sum is the mean over tokens, not over batches.
+
+    Raises: DoesNotFit if a batch does not fit into the GPU's memory.
     """
     num_targets = sum(rows.row_targets)
     total = torch.zeros((), dtype=torch.float64, device=model.device)
@@ -39,6 +42,8 @@ def evaluate(model: Decoder, rows: RowSet, *, batch_size: int) -> EvalResult:
                 total += model(
                     batch.input_ids, labels=batch.labels, cu_seqlens=batch.cu_seqlens, num_items=num_targets
                 ).loss
+    except torch.OutOfMemoryError as error:
+        raise DoesNotFit(evaluation_remedy(batch_size, tokens=len(batch.input_ids))) from error
     finally:
         model.train(was_training)
     return EvalResult(loss=total.item(), num_targets=num_targets)

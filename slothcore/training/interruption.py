@@ -13,7 +13,8 @@ class Interruption:
     """While entered, the first SIGINT or SIGTERM only sets `requested`; a second SIGINT interrupts at once.
 
     An optimizer step cut in half leaves weights that no number of steps describes. Signals reach the main thread only,
-    so in another thread nothing is caught and nothing changes.
+    so in another thread nothing is caught and nothing changes. A signal that is ignored stays so: a script has its
+    background jobs ignore the Ctrl-C that is meant for itself.
     """
 
     def __init__(self) -> None:
@@ -23,7 +24,8 @@ class Interruption:
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._on_signal)
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(

@@ -18,6 +18,7 @@ from slothcore.models.decoder_body import GradientCheckpointing
 from slothcore.models.decoder_layer import DecoderLayer
 from slothcore.training.memory_layers import FLOAT, INDEX, counts_as_nf4, layer_memory, trains
 from slothcore.training.memory_plan import Cost, LossMemory, MemoryPlan
+from slothcore.training.optimizer import LARGEST_BATCH
 
 SMALLEST_8BIT = 4096  # below as many elements bitsandbytes keeps its state in float32
 STATE_BLOCK = 256  # elements of 8-bit state that share a scale
@@ -49,15 +50,23 @@ def plan_memory(
     """
     model = Decoder(config, dtype=dtype, device="meta", bits=bits)
     if lora is not None:
-        adapter = AdapterPlan.of(model, lora)
-
-        def factor(shape: tuple[int, ...]) -> Tensor:
-            return torch.empty(shape, dtype=lora_dtype, device="meta")
-
-        factors = {path: (factor(target.shape_A), factor(target.shape_B)) for path, target in adapter.targets.items()}
-        attach(model, adapter, factors)
+        attach_unfilled(model, lora, dtype=lora_dtype)
     model.gradient_checkpointing = gradient_checkpointing
     return replace(memory_of(model, optim=optim), graph_tokens=graph_tokens)
+
+
+def attach_unfilled(model: Decoder, lora: LoraConfig, *, dtype: torch.dtype) -> None:
+    """Put an adapter on a model of the meta device, with factors that have a shape alone.
+
+    Raises: ValueError if a name of the configuration fits nothing in the model.
+    """
+    adapter = AdapterPlan.of(model, lora)
+
+    def factor(shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    factors = {path: (factor(target.shape_A), factor(target.shape_B)) for path, target in adapter.targets.items()}
+    attach(model, adapter, factors)
 
 
 def memory_of(model: Decoder, *, optim: str) -> MemoryPlan:
@@ -91,6 +100,7 @@ def memory_of(model: Decoder, *, optim: str) -> MemoryPlan:
         loss=_loss(model),
         update=_update(trained, optim),
         recompute=recompute,
+        hidden=model.config.hidden_size * model.dtype.itemsize,
         graph_tokens=0 if graphs is None or graphs.why_not() is not None else graphs.max_tokens,
     )
 
@@ -132,9 +142,6 @@ def _update(trained: list[nn.Parameter], optim: str) -> int:
     """8-bit AdamW lays parameters and their gradients end to end; torch's works in place."""
     if optim == "adamw" or not trained:
         return 0
-    # It imports bitsandbytes, which takes a second.
-    from slothcore.training.adamw_8bit import LARGEST_BATCH
-
     most = min(LARGEST_BATCH, sum(parameter.numel() for parameter in trained))
     return 2 * max(most, *(p.numel() for p in trained)) * max(p.itemsize for p in trained)
 

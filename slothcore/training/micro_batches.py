@@ -18,6 +18,8 @@ GIB = 2**30
 RESERVE = 0.08
 # Steps from which the report tells how many passes one takes.
 SAMPLE_STEPS = 64
+# Steps that are looked through for the longest pass: half a second.
+LONGEST_STEPS = 10_000
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,16 @@ def sample_passes(cut: StepCut, schedule: StepSchedule, *, first_step: int) -> P
     tokens = [cut.tokens(rows) for passes in every for rows in passes]
     numbers = [len(passes) for passes in every]
     return PassSample(max(tokens), sum(tokens) / len(tokens), min(numbers), max(numbers))
+
+
+def longest_pass(cut: StepCut, schedule: StepSchedule, *, first_step: int, at_most: int) -> int:
+    """Tokens of the longest pass of up to `at_most` tokens, in LONGEST_STEPS steps from `first_step` on; 0: no such.
+
+    What graphs expect (`StepGraphs.expected_tokens`). A longer one that comes later costs captures, nothing else.
+    """
+    steps = range(first_step, min(schedule.total_steps, first_step + LONGEST_STEPS))
+    every = (cut.tokens(rows) for step in steps for rows in cut.passes(schedule.plan(step).rows))
+    return max((tokens for tokens in every if tokens <= at_most), default=0)
 
 
 def choose_token_budget(

@@ -1,11 +1,16 @@
-"""Optimizers: parameter groups, AdamW in torch and in 8 bits, and their state as plain tensors."""
+"""Optimizers: parameter groups, AdamW in torch and in 8 bits, loss scaling, and their state as plain tensors."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from slothcore.models.decoder import Decoder
 from slothcore.training.config import TrainConfig
+
+# What one launch of 8-bit AdamW takes at most of parameters that have to be copied end to end: it bounds the extra
+# memory. Here, because the plan of a run's memory needs it, and importing bitsandbytes takes a second.
+LARGEST_BATCH = 2**24
 
 
 def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -38,6 +43,12 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
     from slothcore.training.adamw_8bit import AdamW8bit
 
     return AdamW8bit(groups, **options)
+
+
+def create_scaler(model: Decoder) -> torch.amp.GradScaler:
+    """float16 gradients below 6e-8 vanish; scaling the loss keeps them. A disabled scaler passes all through."""
+    scaled = model.dtype == torch.float16 and model.device.type == "cuda"
+    return torch.amp.GradScaler(model.device.type, enabled=scaled)
 
 
 def check_8bit(device: torch.device) -> None:

@@ -14,7 +14,7 @@ from slothcore.models.flat_factors import FlatFactors
 from slothcore.training.batches import StepPlan
 from slothcore.training.config import TrainConfig
 from slothcore.training.decoded import keep_decoded_layers
-from slothcore.training.out_of_memory import DoesNotFit, remedy
+from slothcore.training.out_of_memory import DoesNotFit, remedy, update_remedy
 from slothcore.training.report import say
 from slothcore.training.run_state import generator_states, restore_generators
 from slothcore.training.step_feed import PreparedStep, StepFeed
@@ -55,23 +55,34 @@ class OptimizerStep:
         self.most_tokens = self.most_passes = 0
         self._clear_gradients()
 
+    @property
+    def graphs_given_up(self) -> bool:
+        """Whether passes are no longer replayed because memory did not suffice; the gradients stay end to end."""
+        return self.flat is not None and self.model.graphs is None
+
     def run(self, feed: StepFeed, learning_rate: float) -> tuple[StepPlan, Tensor, Tensor]:
         """The next step. Gives its plan, its loss and the norm of its gradient before clipping, both on the device.
 
-        That a merged pass fits, and decoded weights beside it, is a prediction. Where it fails, the step begins anew as
-        if it had not been tried: first without the decoded weights, then with smaller passes; so do all that follow.
+        That a merged pass fits, and decoded weights and graphs beside it, is a prediction. Where it fails, the step
+        begins anew as if it had not been tried: first without the decoded weights, then with smaller passes, at last
+        without graphs, whose memory only they can use; so do all that follow.
 
-        Raises: DoesNotFit where nothing is left to give up; the weights are those of the step before.
+        Raises: DoesNotFit where nothing is left to give up for a pass; the weights are those of the step before. And
+            where the update does not fit; it may then have been done in part.
         """
         step = feed.next()
-        generators = generator_states(self.model.device) if feed.cut.token_budget is not None else {}
+        generators = generator_states(self.model.device)
         while isinstance(loss := self._passes(step), TooLarge):
             self._forget()
             step = self._smaller(feed, step, loss.rows)
             restore_generators(generators, self.model.device)
         self.most_passes = max(self.most_passes, len(step.passes))
         self.most_tokens = max(self.most_tokens, *(len(batch.input_ids) for _, batch in step.passes))
-        grad_norm = self._update(learning_rate)
+        try:
+            grad_norm = self._update(learning_rate)
+        except torch.OutOfMemoryError as error:
+            weights = sum(parameter.numel() for parameter in self.parameters.values())
+            raise DoesNotFit(update_remedy(self.config, weights=weights)) from error
         if not self.scaler.is_enabled():
             # Nothing skips a step whose gradient is no number, and it spoils the weights: 0 * NaN makes the loss tell.
             loss += 0.0 * grad_norm
@@ -102,10 +113,14 @@ class OptimizerStep:
             say(f"{what}, and from now on no decoded weights are kept")
             return step
         smaller = feed.again_smaller(too_many)
-        if smaller is None:
-            raise DoesNotFit(remedy(self.config, rows=len(too_many), tokens=tokens))
-        say(f"{what}, and from now on a pass has at most {feed.cut.token_budget:,}")
-        return smaller
+        if smaller is not None:
+            say(f"{what}, and from now on a pass has at most {feed.cut.token_budget:,}")
+            return smaller
+        if self.model.graphs is None:
+            raise DoesNotFit(remedy(self.config, bits=self.model.bits, rows=len(too_many), tokens=tokens))
+        self.model.disable_graphs()
+        say(f"{what}, and from now on no graphs are replayed")
+        return step
 
     def _forget(self) -> None:
         """Make it as if the passes had not been run, but for the generators."""

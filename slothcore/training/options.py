@@ -40,6 +40,8 @@ OTHER_NAMES = {
     "data_path": "data",
     "train_data": "data",
     "train_dataset": "data",
+    "interleave_probs": "data_weights",
+    "template": "chat_template",
     "train_file": "data",
     "eval_dataset": "eval_data",
     "val_set_size": "eval_fraction",
@@ -64,7 +66,7 @@ OTHER_NAMES = {
 # What those have and slothcore has not, where the spelling alone would suggest something else.
 WITHOUT_COUNTERPART = frozenset(
     {
-        *("attn_implementation", "chat_template", "deepspeed", "eval_strategy", "evaluation_strategy", "fsdp"),
+        *("attn_implementation", "deepspeed", "eval_strategy", "evaluation_strategy", "fsdp"),
         *("logging_dir", "logging_strategy", "loftq_config", "neftune_noise_alpha", "push_to_hub", "report_to"),
         *("run_name", "save_strategy", "trust_remote_code", "use_dora", "wandb_project"),
     }
@@ -132,7 +134,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def coerce(name: str, value: Any, annotation: Any) -> Any:
     """`value` as the type that `annotation` asks for; text such as "1e-4" or "true" is read as that type.
 
-    Supports str, int, float, bool, None, Literal, tuple[str, ...], Mapping[str, Any] and unions of these.
+    Supports str, int, float, bool, None, Literal, tuples of one type, Mapping[str, Any] and unions of these.
 
     Raises: ValueError naming the option, what it must be and what it is.
     """
@@ -172,7 +174,7 @@ def _describe_one(member: Any) -> str:
     if typing.get_origin(member) is Literal:
         return " | ".join(str(choice) for choice in typing.get_args(member))
     if typing.get_origin(member) is tuple:
-        return "a list of names"
+        return "a list of names" if typing.get_args(member)[0] is str else "a list of numbers"
     if typing.get_origin(member) is Mapping:
         return "a mapping"
     return {
@@ -194,8 +196,7 @@ def _convert(value: Any, member: Any) -> tuple[bool, Any]:
         # True == 1 in Python, but `bits: true` is a mistake.
         return bool(matches) and not isinstance(value, bool), matches[0] if matches else None
     if typing.get_origin(member) is tuple:
-        is_list = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
-        return is_list, tuple(value) if is_list else None
+        return _convert_list(value, typing.get_args(member)[0])
     if typing.get_origin(member) is Mapping:
         return _convert_mapping(value, text)
     if member is bool:
@@ -214,6 +215,15 @@ def _convert(value: Any, member: Any) -> tuple[bool, Any]:
         except ValueError:
             return False, None
     return isinstance(value, (int, float) if member is float else int), member(value) if _is_number(value) else None
+
+
+def _convert_list(value: Any, kind: Any) -> tuple[bool, Any]:
+    """Whether `value` is a list, each of whose items can be read as `kind`, and the result as a tuple."""
+    if not isinstance(value, list | tuple):
+        return False, None
+    items = [_convert(item, kind) if isinstance(item, str) or kind is not str else (False, None) for item in value]
+    accepted = all(fits for fits, _ in items)
+    return accepted, tuple(item for _, item in items) if accepted else None
 
 
 def _convert_mapping(value: Any, text: str | None) -> tuple[bool, Any]:

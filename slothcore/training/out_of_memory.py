@@ -1,4 +1,4 @@
-"""What is said where a pass does not fit into the GPU's memory, and cannot be made smaller."""
+"""What is said where the GPU's memory does not take a pass that is not made smaller, or an update."""
 
 import torch
 
@@ -9,8 +9,12 @@ class DoesNotFit(torch.OutOfMemoryError):
     """Training cannot go on in this memory. Its text is a sentence for the user, with a remedy."""
 
 
-def remedy(config: TrainConfig, *, rows: int, tokens: int) -> str:
-    """A sentence about a pass of so many rows and tokens that does not fit: what would take less memory."""
+def remedy(config: TrainConfig, *, bits: int, rows: int, tokens: int) -> str:
+    """A sentence about a pass of so many rows and tokens that does not fit: what would take less memory.
+
+    Args:
+        bits: of the model's weights, which need not be those of `config` where the caller loaded it.
+    """
     ways = []
     if rows > 1:
         ways.append("set memory_budget to auto")
@@ -19,8 +23,21 @@ def remedy(config: TrainConfig, *, rows: int, tokens: int) -> str:
     if stronger is not None:
         ways.append(f"set gradient_checkpointing to {stronger}")
     ways.append(f"lower max_seq_length ({config.max_seq_length})")
-    if config.bits != 4 and not config.full_finetuning:
+    if bits != 4 and not config.full_finetuning:
         ways.append("set bits to 4")
     what = "row" if rows == 1 else "rows"
     listed = ways[0] if len(ways) == 1 else f"{', '.join(ways[:-1])}, or {ways[-1]}"
     return f"the GPU's memory does not take a pass of {rows} {what} with {tokens:,} tokens; {listed}"
+
+
+def evaluation_remedy(batch_size: int, *, tokens: int) -> str:
+    """The same of a batch of evaluation, of so many rows at most."""
+    way = f"lower per_device_eval_batch_size ({batch_size})" if batch_size > 1 else "lower max_seq_length"
+    return f"the GPU's memory does not take a batch of evaluation with {tokens:,} tokens; {way}"
+
+
+def update_remedy(config: TrainConfig, *, weights: int) -> str:
+    """The same of the first update, which makes the optimizer's state."""
+    ways = ["set optim to adamw_8bit"] if config.optim == "adamw" else []
+    ways.append("train a LoRA adapter" if config.full_finetuning else "lower r")
+    return f"the GPU's memory does not take the update of {weights:,} weights and its state; {', or '.join(ways)}"

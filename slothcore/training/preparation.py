@@ -1,12 +1,16 @@
 """What stands between a user's model and data and the loop: checks, tokenizing, packing."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any, cast
 
 import torch
 
-from slothcore.data.masking import TokenizedRow, tokenise_dataset
+from slothcore.data.dataset import Dataset, open_dataset
+from slothcore.data.masking import TokenizedRow
 from slothcore.data.packing import wasted_fraction
+from slothcore.data.preparing import Settings, prepare_dataset
+from slothcore.data.token_store import TokenStore
 from slothcore.data.tokenizer import Tokenizer
 from slothcore.lora.attach import lora_config_of
 from slothcore.models.decoder import Decoder
@@ -15,6 +19,8 @@ from slothcore.training.config import TrainConfig
 from slothcore.training.report import say
 
 DEFAULT_MAX_SEQ_LENGTH = 2048
+# For tokenizers without a template: it needs no tokens of its own, and ends a turn with the end-of-sequence token.
+FALLBACK_TEMPLATE = "vicuna"
 # What an adapter that is trained further has decided already.
 ADAPTER_OPTIONS = (
     "r",
@@ -110,44 +116,75 @@ def allows_graphs(model: Decoder, config: TrainConfig) -> bool:
     return False
 
 
-def prepare_rows(
-    dataset: Sequence[dict[str, Any]] | Sequence[TokenizedRow],
-    tokenizer: Tokenizer | None,
-    config: TrainConfig,
-    *,
-    what: str,
-) -> RowSet:
+def shows_progress(config: TrainConfig) -> bool:
+    """Whether bars are drawn: in a terminal, unless the configuration says no."""
+    return not config.disable_tqdm and sys.stderr.isatty()
+
+
+def prepare_rows(dataset: Iterable[Any], tokenizer: Tokenizer | None, config: TrainConfig, *, what: str) -> RowSet:
     """Tokenise and pack a dataset as the configuration says, and tell the user what became of it.
 
     Args:
-        dataset: records, or rows that are tokenised already.
+        dataset: a `Dataset`, records (a list, a generator, a `datasets.Dataset`), or rows that are tokenised already.
         what: the name of this dataset in messages.
     Raises: ValueError if it is empty, a record does not fit its format, or a tokenised row cannot be used.
     """
     assert config.max_seq_length is not None
-    if not dataset:
+    if not isinstance(dataset, Sized):
+        dataset = list(dataset)
+    if not len(dataset):
         raise ValueError(f"the {what} dataset is empty; give at least one record")
-    if all(isinstance(item, TokenizedRow) for item in dataset):
+    if isinstance(dataset, Sequence) and all(isinstance(item, TokenizedRow) for item in dataset):
         rows = [_checked(cast(TokenizedRow, row), i, config.max_seq_length, what) for i, row in enumerate(dataset)]
+        store = TokenStore.from_rows(rows)
     else:
         if tokenizer is None:
             raise ValueError(f"the {what} dataset is not tokenised; give a tokenizer too")
-        rows, stats = tokenise_dataset(
-            cast(Sequence[dict[str, Any]], dataset),
-            tokenizer,
-            max_seq_length=config.max_seq_length,
-            completion_only_loss=config.completion_only_loss,
-            overlength=config.overlength,
-            format=config.format,
-            text_field=config.text_field,
-        )
-        say(f"{what}: {stats.describe(config.max_seq_length)}")
+        store = _tokenised(dataset, tokenizer, config, what)
     if not config.packing:
-        return RowSet(rows)
-    packed = RowSet(rows, capacity=config.max_seq_length)
-    wasted = wasted_fraction(packed.rows, [len(row.input_ids) for row in rows], config.max_seq_length)
-    say(f"{what}: {len(rows)} documents packed into {len(packed)} rows of {config.max_seq_length}, {wasted:.1%} free")
+        return RowSet(store)
+    packed = RowSet(store, capacity=config.max_seq_length)
+    wasted = wasted_fraction(packed.rows, packed.document_lengths, config.max_seq_length)
+    say(f"{what}: {len(store)} documents packed into {len(packed)} rows of {config.max_seq_length}, {wasted:.1%} free")
     return packed
+
+
+def _tokenised(dataset: Iterable[Any], tokenizer: Tokenizer, config: TrainConfig, what: str) -> TokenStore:
+    """Check records that are not yet, and tokenise all."""
+    assert config.max_seq_length is not None
+    progress = shows_progress(config)
+    if not isinstance(dataset, Dataset):
+        dataset = open_dataset(
+            dataset,
+            config.format,
+            text_field=config.text_field,
+            prompt_template=config.prompt_template,
+            completion_template=config.completion_template,
+            on_bad_row=config.on_bad_row,
+            progress=progress,
+        )
+    for note in dataset.notes:
+        say(f"{what}: {note}")
+    if config.chat_template is not None:
+        tokenizer.use_chat_template(config.chat_template)
+    if tokenizer.chat_template is None and dataset.has_conversations():
+        tokenizer.use_chat_template(FALLBACK_TEMPLATE)
+        say(
+            f"{what}: the tokenizer has no chat template, so conversations are written by the built-in "
+            f"{FALLBACK_TEMPLATE}; choose another with chat_template"
+        )
+    settings = Settings(
+        max_seq_length=config.max_seq_length,
+        completion_only_loss=config.completion_only_loss,
+        mask_history=config.mask_history,
+        overlength=config.overlength,
+        on_bad_row=config.on_bad_row,
+    )
+    prepared = prepare_dataset(dataset, tokenizer, settings, progress=progress)
+    say(f"{what}: {prepared.stats.describe(config.max_seq_length)}")
+    for note in prepared.notes:
+        say(f"{what}: {note}")
+    return prepared.store
 
 
 def _checked(row: TokenizedRow, index: int, max_seq_length: int, what: str) -> TokenizedRow:

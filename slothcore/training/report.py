@@ -1,16 +1,22 @@
 """What a run says: the progress bar, the JSONL log, the drawing of the loss."""
 
+import importlib
 import json
 import os
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
+if TYPE_CHECKING:
+    from slothcore.training.run_record import RunRecord
+
 LOG_FILE = "log.jsonl"
+# Windows has no such module.
+resource = importlib.import_module("resource") if os.name == "posix" else None
 PLOT_FILE = "loss.png"
 
 
@@ -21,10 +27,14 @@ def say(text: str) -> None:
 
 
 def most_memory(device: torch.device) -> dict[str, float]:
-    """The field of a record for the most GPU memory that was allocated until now; none on a CPU."""
-    if device.type != "cuda":
+    """The field of a record for the most memory until now: allocated on the GPU, or on a CPU the process's own."""
+    if device.type == "cuda":
+        return {"memory_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3)}
+    if resource is None:
         return {}
-    return {"memory_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3)}
+    # macOS counts in bytes, Linux in KiB.
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return {"host_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 3)}
 
 
 class Report:
@@ -32,11 +42,22 @@ class Report:
 
     In a terminal a bar moves. Elsewhere, where a bar would draw itself anew without end, each line of the log is said
     in words. A line of the log is flushed as it is written: a killed run keeps it.
+
+    Args:
+        run: hears of each line, so that it may draw the run anew, and of an error that ends the run; or a folder alone.
     """
 
-    def __init__(self, output_dir: Path, *, step: int, total_steps: int, disable_tqdm: bool) -> None:
+    def __init__(
+        self,
+        run: "RunRecord | Path",
+        *,
+        step: int,
+        total_steps: int,
+        disable_tqdm: bool,
+    ) -> None:
         self.total_steps = total_steps
-        self.file = (output_dir / LOG_FILE).open("a", encoding="utf-8")
+        self.record = None if isinstance(run, Path) else run
+        self.file = ((run if isinstance(run, Path) else run.folder) / LOG_FILE).open("a", encoding="utf-8")
         self.bar = tqdm(
             initial=step,
             total=total_steps,
@@ -54,6 +75,8 @@ class Report:
     ) -> None:
         self.bar.close()
         self.file.close()
+        if self.record is not None and kind is not None:
+            self.record.end("interrupted" if kind is KeyboardInterrupt else "failed", error)
 
     def advance(self) -> None:
         """One optimizer step is done."""
@@ -63,9 +86,12 @@ class Report:
         """Write a line of the log and show its figures."""
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
-        if "loss" not in record:
+        if self.record is not None:
+            self.record.line_written()
+        if "eval_loss" in record:
             perplexity = "infinite" if record["eval_perplexity"] is None else f"{record['eval_perplexity']:.4g}"
             say(f"step {record['step']}: evaluation loss {record['eval_loss']:.4f}, perplexity {perplexity}")
+        if "loss" not in record:
             return
         shown = {"loss": f"{record['loss']:.4f}", "tokens/s": f"{record['tokens_per_second']:.0f}"}
         if "memory_gib" in record:

@@ -38,6 +38,7 @@ WITHOUT_INFLUENCE = {
     "eval_data",
     "per_device_eval_batch_size",
     "plot",
+    "report",
     "disable_tqdm",
     "device",
     "gradient_checkpointing",
@@ -101,6 +102,7 @@ def restore(trainer: "SFTTrainer", fresh: RunState) -> RunState:
     say(f"resumed from {checkpoint}: step {saved.step} of {trainer.total_steps}")
     if saved.config.get("memory_budget") != fresh.config["memory_budget"]:
         saved.token_budget = saved.decoded_layers = None
+        saved.graphs_given_up = False
     saved.config = fresh.config
     return saved
 

@@ -3,6 +3,8 @@
 output_dir/
     config.yaml         the options, complete: `slothcore train --config` repeats the run
     log.jsonl           a line every logging_steps, and one for each evaluation
+    run.json            what the run is made of, and what became of it
+    report.html         both as a page
     loss.png
     checkpoint-N/       see run_state.py
     adapter/ or model/  the result
@@ -14,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slothcore.models.hub import ADAPTER_CONFIG_FILE
+from slothcore.report.page import REPORT_FILE
+from slothcore.report.saved_run import NOTES_FILE
 from slothcore.training.config import TrainConfig
 from slothcore.training.report import LOG_FILE, PLOT_FILE
 from slothcore.training.run_state import checkpoints, remove_folder, remove_partial
@@ -90,7 +94,7 @@ def claim_output_dir(config: TrainConfig) -> Path:
             remove_folder(checkpoint)
         for result in (ADAPTER_FOLDER, MODEL_FOLDER):
             shutil.rmtree(folder / result, ignore_errors=True)
-        for file in (LOG_FILE, PLOT_FILE):
+        for file in (LOG_FILE, PLOT_FILE, NOTES_FILE, REPORT_FILE):
             (folder / file).unlink(missing_ok=True)
     (folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
     return folder

@@ -47,6 +47,7 @@ class RunState:
     elapsed: float = 0.0  # seconds of training
     token_budget: int | None = None  # tokens of a pass that rows are merged up to; None: without memory_budget
     decoded_layers: int | None = None  # layers that keep decoded weights
+    graphs_given_up: bool = False  # for want of memory
     optimizer_values: dict[str, dict[str, Any]] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
 

@@ -6,14 +6,13 @@ micro-batches, so gradient accumulation changes memory and time but not the resu
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from slothcore.data.masking import TokenizedRow
 from slothcore.data.tokenizer import Tokenizer
 from slothcore.models.decoder import Decoder
 from slothcore.training.batches import RowSet, StepSchedule
@@ -26,12 +25,12 @@ from slothcore.training.meter import Meter
 from slothcore.training.micro_batches import (
     StepCut,
     choose_token_budget,
-    compare,
     describe,
+    longest_pass,
     memory_limit,
     sample_passes,
 )
-from slothcore.training.optimizer import create_optimizer, trainable_parameters
+from slothcore.training.optimizer import create_optimizer, create_scaler, trainable_parameters
 from slothcore.training.optimizer_step import OptimizerStep
 from slothcore.training.preparation import (
     allows_graphs,
@@ -43,6 +42,7 @@ from slothcore.training.preparation import (
 from slothcore.training.report import Report, draw_loss, most_memory, say
 from slothcore.training.resume import restore, write_checkpoint
 from slothcore.training.run_folder import CONFIG_FILE, check_output_dir, claim_output_dir
+from slothcore.training.run_record import RunRecord
 from slothcore.training.run_state import RunState, model_fingerprint
 from slothcore.training.schedule import learning_rate_factor, resolve_warmup_steps
 from slothcore.training.step_feed import StepFeed
@@ -73,7 +73,8 @@ class SFTTrainer:
 
     Args:
         model: from `slothcore.load` or `from_config`, with `add_lora` unless `config.full_finetuning`.
-        train_dataset: records as `load_dataset` gives them, or rows that are tokenised already.
+        train_dataset: records (a list, a generator, a `datasets.Dataset`, what `load_dataset` or `open_dataset`
+            gives), or rows that are tokenised already.
         eval_dataset: the same, or None.
     Raises: ValueError for a configuration or data that cannot be trained on, before anything is written.
     """
@@ -82,8 +83,8 @@ class SFTTrainer:
         self,
         model: Decoder,
         tokenizer: Tokenizer | None,
-        train_dataset: Sequence[dict[str, Any]] | Sequence[TokenizedRow],
-        eval_dataset: Sequence[dict[str, Any]] | Sequence[TokenizedRow] | None = None,
+        train_dataset: Iterable[Any],
+        eval_dataset: Iterable[Any] | None = None,
         config: TrainConfig | None = None,
     ) -> None:
         config = config or TrainConfig()
@@ -95,9 +96,7 @@ class SFTTrainer:
         self.parameters = trainable_parameters(model)
         self.replays_graphs = allows_graphs(model, config)
         self.optimizer = create_optimizer(model, config)
-        # float16 gradients below 6e-8 vanish; scaling the loss keeps them. A disabled scaler passes all through.
-        scaled = model.dtype == torch.float16 and model.device.type == "cuda"
-        self.scaler = torch.amp.GradScaler(model.device.type, enabled=scaled)
+        self.scaler = create_scaler(model)
         self.train_rows = prepare_rows(train_dataset, tokenizer, config, what="training")
         self.eval_rows: RowSet | None = None
         if eval_dataset is not None:
@@ -124,7 +123,8 @@ class SFTTrainer:
         Ctrl-C ends the current step, saves a checkpoint and returns with `interrupted` set.
 
         Raises: ValueError if the output folder holds another run, the checkpoint is of another model or other data,
-            or the loss is no longer finite. DoesNotFit, a torch.OutOfMemoryError, if a pass does not fit into the GPU.
+            or the loss is no longer finite. DoesNotFit, a torch.OutOfMemoryError, if a pass or an update does not
+            fit into the GPU.
         """
         try:
             return self._train(self._begin())
@@ -135,13 +135,14 @@ class SFTTrainer:
         config = self.config
         steps = self._make_ready(state)
         output_dir = Path(config.output_dir)
+        record = RunRecord.begin(self, state)
         meter = Meter(
             self.model.device,
             window_loss=state.window_loss,
             window_steps=state.window_steps,
             elapsed=state.elapsed,
         )
-        report = Report(output_dir, step=state.step, total_steps=self.total_steps, disable_tqdm=config.disable_tqdm)
+        report = Report(record, step=state.step, total_steps=self.total_steps, disable_tqdm=config.disable_tqdm)
         log = TrainingLog(report, meter, state, steps_per_epoch=self.schedule.steps_per_epoch)
         evaluated: EvalResult | None = None
         checkpoint: Path | None = None
@@ -157,8 +158,9 @@ class SFTTrainer:
                 meter.add(loss, plan.num_tokens)
                 state.step += 1
                 state.tokens += plan.num_tokens
-                # Both are lower than before where memory did not suffice.
+                # What was given up where memory did not suffice.
                 state.token_budget, state.decoded_layers = feed.cut.token_budget, steps.decoded_layers
+                state.graphs_given_up = steps.graphs_given_up
                 report.advance()
                 last = state.step == self.total_steps
                 if last or state.step % config.logging_steps == 0:
@@ -181,9 +183,10 @@ class SFTTrainer:
             say(f"saved {path}")
         if self.model.device.type == "cuda" and steps.most_passes:
             actual = torch.cuda.max_memory_allocated(self.model.device) - self._foreign_bytes
-            say(compare(self.memory, tokens=steps.most_tokens, passes=steps.most_passes, actual=actual))
+            say(record.memory_used(self.memory, tokens=steps.most_tokens, passes=steps.most_passes, actual=actual))
         if config.plot:
             say(draw_loss(output_dir))
+        record.end("interrupted" if stop else "finished")
         return TrainResult(
             steps=state.step,
             train_loss=(state.logged_loss + meter.loss.item()) / max(1, state.step),
@@ -203,6 +206,9 @@ class SFTTrainer:
 
     def _begin(self) -> RunState:
         """The state to start from: a fresh one, or that of the checkpoint. Nothing is written before it is valid."""
+        # Of an earlier call of `train`: its steps are no part of this run.
+        self.optimizer.state.clear()
+        self.scaler = create_scaler(self.model)
         state = RunState(
             model_fingerprint=model_fingerprint(self.model),
             data_fingerprint=self.train_rows.fingerprint(),
@@ -227,16 +233,21 @@ class SFTTrainer:
         if budget == "auto" and device.type != "cuda":
             budget = None
         allocated = self.memory.weights + self.memory.trained + (self.memory.optimizer if self.optimizer.state else 0)
-        flat = None
+        graphs = flat = None
         self.model.disable_graphs()
         if self.replays_graphs:
-            self.model.enable_graphs(max_tokens=self.config.graph_tokens)
-            assert self.model.graphs is not None
-            flat = self.model.graphs.flat
+            graphs = self.model.enable_graphs(max_tokens=self.config.graph_tokens)
+            flat = graphs.flat
             allocated += self.memory.gradients
+            if state.graphs_given_up:
+                self.model.disable_graphs()
         if budget is not None and state.token_budget is None:
             state.token_budget = choose_token_budget(self.memory, budget, self.train_rows, device, allocated=allocated)
         self.cut = replace(self.cut, token_budget=state.token_budget)
+        if graphs is not None:
+            graphs.expected_tokens = longest_pass(
+                self.cut, self.schedule, first_step=state.step, at_most=graphs.max_tokens
+            )
         if state.decoded_layers is None and budget is not None:
             limit = memory_limit(budget, device, allocated=allocated)
             sample = sample_passes(self.cut, self.schedule, first_step=state.step)

@@ -63,8 +63,13 @@ class TrainingLog:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Evaluation and saving: they find all lines written, and their time is not counted."""
+        """Evaluation and saving: they find all lines written, and their time is not counted.
+
+        Raises: ValueError if the loss or the gradient was not finite, in the line that is begun as in those before:
+            there is nothing then to evaluate or to save.
+        """
         self.write_waiting()
+        self.meter.read_loss()
         with self.meter:
             yield
 

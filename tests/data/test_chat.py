@@ -48,6 +48,50 @@ def test_thoughts_are_found_under_every_name() -> None:
         assert template.render([{"role": "assistant", "content": "", name: "hm"}]) == "hm|hm"
 
 
+def test_a_key_with_null_is_absent() -> None:
+    template = ChatTemplate("{{ messages[0].content is defined }} {{ messages[0].tool_calls is defined }}")
+    assert template.render([{"role": "assistant", "content": None, "tool_calls": []}]) == "False True"
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_arguments_of_tool_calls_may_be_json_text(wrapped: bool) -> None:
+    template = ChatTemplate(
+        "{% for c in messages[0].tool_calls %}{{ (c.function or c).arguments | tojson }};{% endfor %}"
+    )
+    arguments = ['{"a": [1]}', {"a": [1]}, "not JSON", "[1]"]
+    calls = [
+        {"function": {"name": "f", "arguments": a}} if wrapped else {"name": "f", "arguments": a} for a in arguments
+    ]
+    message = {"role": "assistant", "content": "", "tool_calls": calls}
+    assert template.render([message]) == '{"a": [1]};{"a": [1]};"not JSON";"[1]";'
+    assert (calls[0]["function"] if wrapped else calls[0])["arguments"] == '{"a": [1]}', "the caller's message is kept"
+
+
+def test_a_template_that_joins_arguments_as_text() -> None:
+    """As DeepSeek's, which also asks whether the content of a call is null."""
+    template = ChatTemplate(
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.function.name + c.function.arguments }}"
+        "{% endfor %}{% if m.content is not none %}{{ '|' + m.content }}{% endif %}{% endfor %}"
+    )
+    for arguments in ('{"a": "é"}', {"a": "é"}):
+        call = {"function": {"name": "f", "arguments": arguments}}
+        for message in ({"role": "assistant", "content": None, "tool_calls": [call]}, {"tool_calls": [call]}):
+            assert template.render([message, MESSAGES[1]]) == 'f{"a": "é"}|é'
+
+
+def test_what_stands_in_generation_blocks_is_known() -> None:
+    source = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{% set x = 1 %}{{ m.content }}."
+        "{% endgeneration %}{{ x is defined }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    template = ChatTemplate(source)
+    assert template.marks_generation
+    assert not ChatTemplate("{{ messages }} generation").marks_generation
+    text, spans = template.render_generated([*MESSAGES, *MESSAGES])
+    assert text == template.render([*MESSAGES, *MESSAGES]) == "a < b & 'c'é.Falsea < b & 'c'é.False"
+    assert [text[start:end] for start, end in spans] == ["é.", "é."]
+
+
 def test_the_last_message_may_be_continued() -> None:
     source = "{% for m in messages %}[{{ m.role }}]{{ CONTENT }}[end]{% endfor %}"
     plain, trimming = (ChatTemplate(source.replace("CONTENT", c)) for c in ("m.content", "m.content | trim"))
@@ -82,8 +126,8 @@ def test_a_template_may_complain() -> None:
     ):
         with pytest.raises(ValueError, match="rejects this conversation"):
             ChatTemplate(source).render(MESSAGES)
-    with pytest.raises(ValueError, match="not valid Jinja"):
-        ChatTemplate("{% for %}")
+    with pytest.raises(ValueError, match=r"^my\.jinja is not valid Jinja: line 2: Expected an expression"):
+        ChatTemplate("{{ messages }}\n{% for %}", name="my.jinja")
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,9 @@ TURNS = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho
         ({"instruction": "Translate.", "input": None, "output": "cat"}, "alpaca", TextExample(WITHOUT_INPUT, "cat")),
         ({"instruction": "Translate.", "input": "chat", "output": "cat"}, "alpaca", TextExample(WITH_INPUT, "cat")),
         ({"instruction": "Translate.", "context": "chat", "response": "cat"}, "dolly", TextExample(WITH_INPUT, "cat")),
-        ({"messages": list(TURNS), "label": True}, "messages", ChatExample(TURNS)),
+        ({"messages": list(TURNS), "label": True}, "kto", ChatExample(TURNS)),
+        ({"messages": list(TURNS), "label": "sports"}, "messages", ChatExample(TURNS)),
+        ({"text": "a", "label": True}, "text", TextExample("", "a")),
         (
             {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},
             "conversations",
@@ -55,6 +57,19 @@ TURNS = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho
         ({"messages": '[{"role": "user", "content": "hi"}]'}, "messages", ChatExample(TURNS[:1])),
         ({"messages": list(TURNS), "tools": [{"name": "f"}]}, "messages", ChatExample(TURNS, ({"name": "f"},))),
         ({"messages": list(TURNS), "text": "rendered"}, "messages", ChatExample(TURNS)),
+        ({"conversation": list(TURNS)}, "conversation", ChatExample(TURNS)),
+        ({"prompt": [TURNS[0]], "completion": [TURNS[1]]}, "prompt", ChatExample(TURNS)),
+        ({"question": "Translate.", "answer": "cat"}, "question", TextExample(WITHOUT_INPUT, "cat")),
+        ({"question": "Translate.", "answer": "cat", "context": ["a"]}, "question", TextExample(WITHOUT_INPUT, "cat")),
+        ({"question": "Translate.", "response": "cat"}, "reply", TextExample(WITHOUT_INPUT, "cat")),
+        ({"query": "Translate.", "response": "cat"}, "query", TextExample(WITHOUT_INPUT, "cat")),
+        ({"prompt": "Translate.", "response": "cat"}, "response", TextExample(WITHOUT_INPUT, "cat")),
+        ({"input": "Translate.", "output": "cat"}, "input", TextExample(WITHOUT_INPUT, "cat")),
+        (
+            {"system_prompt": "Be brief.", "question": "Translate.", "response": "cat"},
+            "reply",
+            TextExample("Be brief.\n\n" + WITHOUT_INPUT, "cat"),
+        ),
     ],
 )
 def test_layouts(record: dict, name: str, example: TextExample | ChatExample) -> None:
@@ -79,7 +94,7 @@ def test_braces_in_the_data_are_data() -> None:
         (
             {"promt": "a"},
             {"where": "record 7"},
-            r"record 7 has the fields 'promt', but needs those of one format: mess",
+            r"record 7 has the fields 'promt', but needs those of one format: chosen, rejected",
         ),
         ({}, {}, "has the fields none"),
         ({"instruction": "a"}, {"format": "alpaca"}, "lacks 'output': it has the fields 'instruction', and the format"),
@@ -93,14 +108,18 @@ def test_braces_in_the_data_are_data() -> None:
         (
             {"conversations": [{"from": "cat", "value": "miaow"}]},
             {},
-            "message 1: unknown speaker 'cat'; known are human",
+            "message 1: unknown speaker 'cat'; known are user, human",
         ),
         ({"conversations": [{"from": ["gpt"], "value": "a"}]}, {}, r"message 1: unknown speaker \['gpt'\]"),
         ({"conversations": [{"from": "gpt", "value": None}]}, {}, "message 1: 'value' must be text, got NoneType"),
         ({"messages": [{"role": "user", "content": 5}]}, {}, "message 1: 'content' must be text, got int"),
         ({"messages": [{"role": "user", "content": "\udc00"}]}, {}, "message 1 holds half a character"),
         ({"messages": list(TURNS), "tools": {"name": "f"}}, {}, "'tools' must be a list of objects"),
-        ({"text": "a"}, {"format": "parquet"}, "unknown record format 'parquet'; known are auto, messages"),
+        (
+            {"text": "a"},
+            {"format": "parquet"},
+            "unknown record format 'parquet'; known are auto, preference, kto, messages",
+        ),
     ],
 )
 def test_refusals(record: dict, arguments: dict, message: str) -> None:

@@ -353,5 +353,5 @@ def test_broken_folders(tmp_path: Path) -> None:
 def test_without_a_chat_template_the_remedy_is_said(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_folder(write_byte_tokenizer(tmp_path))
     assert tokenizer.chat_template is None
-    with pytest.raises(ValueError, match=r"has no chat template; add a chat_template.jinja"):
+    with pytest.raises(ValueError, match=r"has no chat template; set chat_template to a built-in one \(alpaca, "):
         tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])

@@ -4,7 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from tests.hub.client import Client
 from tests.hub.repositories import MEMBER, TOKENIZER, files_of, local
+from tests.training.tiny import write_records
 
 MIB = 2**20
 
@@ -18,6 +22,20 @@ def test_only_needed_files_are_fetched_and_only_once(client, server, folders, tm
     assert client.result("load", "org/model", cache_dir=tmp_path) == loaded
     assert server.downloads() == []
     assert not [request for request in server.requests if request.method == "HEAD"]
+
+
+@pytest.mark.parametrize("words", [["preview", "--data", "{data}"], ["plan"]], ids=str)
+def test_what_needs_no_weights_fetches_none(words, server, tmp_path) -> None:
+    """Of an adapter, and of its base."""
+    data = write_records(tmp_path / "data.jsonl", 4)
+    client = Client(tmp_path / "home", server.url)
+    try:
+        words = [word.replace("{data}", str(data)) for word in words]
+        done = client.result("command", *words, "--model", "me/adapter")
+    finally:
+        client.close()
+    assert done["status"] == 0, done["errors"]
+    assert server.downloads() == sorted(["adapter_config.json", "config.json", *TOKENIZER])
 
 
 def test_the_default_cache_is_in_hf_home(client, home) -> None:

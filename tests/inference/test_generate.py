@@ -113,3 +113,20 @@ def test_wrong_arguments(model: Decoder, tokenizer: Tokenizer) -> None:
         generate(model, tokenizer, "w1", max_new_tokens=3, stop=["", "a"])
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         generate(model, tokenizer, "w1", max_new_tokens=3, batch_size=0)
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "[end]"])
+def test_what_ends_a_turn_ends_a_text(tmp_path: Path, end: str) -> None:
+    """A token that no file calls an end, and an end that is spelled out as text."""
+    source = f"{{% for m in messages %}}[{{{{ m.role }}}}]{{{{ m.content }}}}{end}{{% endfor %}}"
+    tokenizer = Tokenizer.from_folder(write_byte_tokenizer(tmp_path, config={"chat_template": source}))
+    model = from_config({**CONFIG, "vocab_size": tokenizer.vocab_size}, device="cpu").eval()
+    written = tokenizer.encode(f"ab{end}cd", add_special_tokens=False)
+
+    def generated(input_ids, attention_mask, *, seed, eos_token_id, should_stop, **_):
+        assert (written[2] in eos_token_id) == (end == "<|im_end|>")
+        assert (should_stop is not None) == (end == "[end]")
+        return torch.cat([input_ids, torch.tensor([written] * len(input_ids))], dim=1)
+
+    model.generate = generated
+    assert generate(model, tokenizer, ["the", "cat"]) == ["ab", "ab"]

@@ -114,6 +114,14 @@ def test_every_option_explains_itself() -> None:
         ({"warmup_steps": 3, "warmup_ratio": 0.1}, "warmup_steps .3. and warmup_ratio .0.1. are both set"),
         ({"full_finetuning": True}, "full_finetuning trains dense weights, and bits is 4"),
         ({"eval_data": "a", "eval_fraction": 0.1}, "eval_data and eval_fraction are both set"),
+        ({"on_bad_row": "ignore"}, "on_bad_row must be error | skip, got 'ignore'"),
+        ({"chat_template": ""}, "chat_template must not be empty"),
+        ({"prompt_template": "{a}"}, "prompt_template is set without completion_template, and nothing would be learn"),
+        ({"data_weights": 1}, "data_weights must be a list of numbers or null, got 1"),
+        ({"data_weights": [1, "many"]}, r"data_weights must be a list of numbers or null, got \[1, 'many'\]"),
+        ({"data_weights": [1, True]}, r"data_weights must be a list of numbers or null, got \[1, True\]"),
+        ({"data": ["a", "b"], "data_weights": [1, 0]}, "each of data_weights must be greater than 0, got 0.0"),
+        ({"data": ["a", "b"], "data_weights": [1]}, "data_weights has 1 numbers, and data 2 entries; give one"),
     ],
 )
 def test_a_wrong_option_is_one_sentence(values, message) -> None:
@@ -171,6 +179,14 @@ def test_every_other_name_leads_to_an_option() -> None:
     assert set(OTHER_NAMES.values()) <= field_types().keys()
     assert not OTHER_NAMES.keys() & field_types().keys()
     assert not WITHOUT_COUNTERPART & (OTHER_NAMES.keys() | field_types().keys())
+
+
+def test_lists_of_numbers(tmp_path) -> None:
+    config = TrainConfig(data=["a", "b"], data_weights=[1, "2.5"])
+    assert config.data_weights == (1.0, 2.5)
+    (tmp_path / "run.yaml").write_text(config.to_yaml())
+    assert TrainConfig.from_yaml(tmp_path / "run.yaml") == config
+    assert TrainConfig(data="a", data_weights=[3]).data_weights == (3.0,)
 
 
 def test_none_and_true_in_words() -> None:

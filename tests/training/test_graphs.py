@@ -3,25 +3,10 @@
 import pytest
 import torch
 
-from slothcore.models.decoder import Decoder
-from slothcore.models.graphs import StepGraphs
 from slothcore.training.optimizer_step import OptimizerStep
 from tests.training.tiny import random_rows, tiny_model, train
 
 STEP = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-2}
-
-
-@pytest.fixture
-def graphs(monkeypatch) -> list[StepGraphs]:
-    """Lets a model on a CPU have graphs, and gives those of every run."""
-    made = []
-
-    def enable_graphs(self: Decoder, max_tokens: int = 2048) -> None:
-        self.graphs = StepGraphs(self.model, self.config, max_tokens=max_tokens, recorder=lambda function: function)
-        made.append(self.graphs)
-
-    monkeypatch.setattr(Decoder, "enable_graphs", enable_graphs)
-    return made
 
 
 def weights(trainer) -> dict[str, torch.Tensor]:

@@ -6,15 +6,21 @@ import torch
 
 import slothcore
 from benchmarks.shapes import LLAMA_3_1_8B
+from slothcore.models.graph_runs import CudaRecorder
 from slothcore.training.decoded import keep_decoded_layers
 from slothcore.training.memory import memory_of
+from tests.models.llama_on_gpu import held_by_graphs
 from tests.training.tiny import random_rows, train
 
 pytestmark = pytest.mark.gpu
 
 
 def gpu_model(bits: int):
-    """Six layers of a 1B model, and the bytes on the GPU that are not its."""
+    """Six layers of a 1B model, and the bytes on the GPU that are not its: the workspaces of cuBLAS among them, which
+    are there for good once any test has run."""
+    matrix = torch.zeros(16, 16, device="cuda", requires_grad=True)
+    torch.autograd.grad((matrix @ matrix).sum(), matrix)
+    CudaRecorder(matrix.device)  # and those of the stream of captures
     torch.cuda.empty_cache()
     config = LLAMA_3_1_8B | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 6, "head_dim": 64}
     model = slothcore.from_config(config, bits=bits, dtype=torch.bfloat16, device="cuda")
@@ -33,7 +39,7 @@ def test_a_run_on_a_gpu_takes_what_was_predicted(tmp_path, capsys, bits, mode) -
     assert result.steps == 2
     tokens = sum(len(row.input_ids) for row in rows)
     measured = torch.cuda.max_memory_allocated() - elsewhere
-    assert trainer.memory.peak(tokens) == pytest.approx(measured, rel=0.08)
+    assert trainer.memory.peak(tokens) - trainer.memory.workspaces == pytest.approx(measured, rel=0.08)
     said = capsys.readouterr().out
     assert "a step takes 1 pass of at most" in said
     assert "at the peak" in said
@@ -64,26 +70,24 @@ def test_a_step_on_a_gpu_takes_what_was_predicted(mode, decoded, graph_tokens) -
         predicted = plan.peak(tokens, passes=1) - plan.optimizer
         if replayed:
             predicted = plan.static - plan.optimizer + plan.gradients + plan.loss.at(tokens)
+        predicted -= plan.workspaces
         assert torch.cuda.max_memory_allocated() - elsewhere == pytest.approx(predicted, rel=0.08)
     model.disable_graphs()
 
 
-def test_the_pool_of_graphs_is_as_large_as_predicted() -> None:
+@pytest.mark.parametrize(("mode", "decoded"), [(False, 0), (False, 6), ("mlp", 6), (True, 0), (True, 6)], ids=str)
+def test_the_pool_of_graphs_is_as_large_as_predicted(mode, decoded) -> None:
     model, _ = gpu_model(bits=4)
+    model.train().gradient_checkpointing = mode
+    keep_decoded_layers(model, decoded)
     ids = torch.randint(3, 128000, (2048,))
-    reserved = []
-    for graph_tokens in (0, 2048):
-        if graph_tokens:
-            model.enable_graphs(graph_tokens)
-        for _ in range(3):
-            model.train()(ids, labels=ids).loss.backward()
-            model.zero_grad()
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        reserved.append(torch.cuda.memory_reserved())
-    plan = memory_of(model, optim="adamw")
+    before = held_by_graphs()
+    model.enable_graphs(2048)
+    for _ in range(2):
+        model(ids, labels=ids).loss.backward()
+        model.zero_grad()
+    assert model.graphs.captures == 1
+    plan = memory_of(model, optim="adamw").keeping_decoded(decoded)
     assert plan.graph_tokens == 2048
-    # What stays is the pool, the vector of gradients, and hidden states with their gradient for the longest pass.
-    grown = reserved[1] - reserved[0] - plan.gradients - 2 * 2048 * 2048 * 2
-    assert grown == pytest.approx(plan.graph_pool(2048), rel=0.15)
+    assert held_by_graphs() - before == pytest.approx(plan.graph_pool(2048), rel=0.15)
     model.disable_graphs()

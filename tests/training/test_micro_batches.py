@@ -21,6 +21,7 @@ from slothcore.training.micro_batches import (
     choose_token_budget,
     compare,
     describe,
+    longest_pass,
     sample_passes,
 )
 from slothcore.training.run_state import checkpoints, read_state
@@ -79,6 +80,27 @@ def test_a_sample_of_passes() -> None:
     cut = StepCut(rows, 2, token_budget=None)
     assert sample_passes(cut, schedule, first_step=0) == PassSample(60, 48.0, fewest=1, most=2)
     assert sample_passes(cut, schedule, first_step=2) == PassSample(60, 60.0, fewest=1, most=1)
+
+
+@pytest.mark.parametrize(("at_most", "expected"), [(99, 60), (60, 60), (59, 30), (29, 0)])
+def test_the_longest_pass_that_graphs_take(at_most, expected) -> None:
+    """The same passes of 60, 30, 60, 30 and 60 tokens."""
+    rows = row_set([30] * 8)
+    schedule = StepSchedule(rows, step_rows=3, seed=0, max_steps=3)
+    cut = StepCut(rows, 2, token_budget=None)
+    assert longest_pass(cut, schedule, first_step=0, at_most=at_most) == expected
+
+
+def test_the_longest_pass_is_looked_for_in_the_steps_to_come() -> None:
+    """One row a step, of 2 to 41 tokens in some order: from every step on, the longest of what is left."""
+    rows = row_set(range(2, 42))
+    schedule = StepSchedule(rows, step_rows=1, seed=3, max_steps=40)
+    cut = StepCut(rows, 1, token_budget=None)
+    lengths = [schedule.plan(step).num_tokens for step in range(40)]
+    assert sorted(lengths) == list(range(2, 42))
+    for first in range(40):
+        fits = [tokens for tokens in lengths[first:] if tokens <= 33]
+        assert longest_pass(cut, schedule, first_step=first, at_most=33) == max(fits, default=0)
 
 
 def test_without_a_budget_rows_go_through_as_many_at_a_time_as_asked() -> None:

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from slothcore.cli import main
+from slothcore.models.decoder import Decoder
+from slothcore.models.load import from_config
 from slothcore.training import trainer as trainer_module
 from slothcore.training.config import TrainConfig
 from slothcore.training.memory import memory_of
@@ -11,7 +13,8 @@ from slothcore.training.micro_batches import GIB
 from slothcore.training.optimizer_step import OptimizerStep
 from slothcore.training.out_of_memory import DoesNotFit, remedy
 from slothcore.training.run_state import checkpoints, read_state
-from tests.training.tiny import random_rows, tiny_model, train
+from slothcore.training.trainer import SFTTrainer
+from tests.training.tiny import CONFIG, QUIET, random_rows, tiny_model, train
 
 OPTIONS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "learning_rate": 1e-2}
 
@@ -129,7 +132,7 @@ def test_decoded_weights_go_before_passes_are_divided(tmp_path, capsys, monkeypa
     ],
 )
 def test_where_nothing_is_left_to_divide_the_end_is_a_sentence(tmp_path, options, rows, ways) -> None:
-    trained = model()
+    trained = model(bits=4)
     trained.register_forward_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
     with pytest.raises(torch.OutOfMemoryError) as caught:
         train(tmp_path, random_rows(8), trained, max_steps=1, max_seq_length=128, **{**OPTIONS, **options})
@@ -142,6 +145,74 @@ def test_where_nothing_is_left_to_divide_the_end_is_a_sentence(tmp_path, options
     assert not (tmp_path / "adapter").exists()
 
 
+@pytest.mark.parametrize("memory_budget", [None, 1e-6])
+def test_graphs_go_before_the_run_does(tmp_path, capsys, graphs, memory_budget) -> None:
+    """Their pool is of no use to a pass outside of them. A run that goes on from there gives the same bits."""
+
+    def trained(*, fails: bool) -> Decoder:
+        model, passes = tiny_model(), []
+
+        def full_beside_graphs(*_) -> None:
+            passes.append(1)
+            if fails and len(passes) > 3 and model.graphs is not None:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        model.register_forward_hook(full_beside_graphs)
+        return model
+
+    def run(name: str, *, fails: bool = True, **options):
+        options = {**OPTIONS, "memory_budget": memory_budget, "lr_scheduler_type": "constant", **options}
+        options |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "save_steps": 3}
+        return train(tmp_path / name, random_rows(8), trained(fails=fails), **options)[0]
+
+    straight = run("straight", max_steps=6)
+    said = [line for line in capsys.readouterr().out.splitlines() if "did not fit" in line]
+    assert len(said) == 1
+    assert said[0].endswith("; the step is done again, and from now on no graphs are replayed")
+    run("halves", max_steps=3)
+    assert read_state(checkpoints(tmp_path / "halves")[0]).graphs_given_up
+    resumed = run("halves", fails=False, max_steps=6, resume_from_checkpoint="latest")
+    assert same(straight, resumed)
+    assert graphs[-1].replays == graphs[-1].padded == 0, "it goes on without them"
+
+
+def test_bits_are_those_of_the_model_whoever_loaded_it() -> None:
+    """In Python the model comes loaded, and `bits` of the configuration says nothing of it."""
+    assert remedy(TrainConfig(), bits=16, rows=1, tokens=1).endswith("set bits to 4")
+    assert "bits" not in remedy(TrainConfig(bits=16), bits=4, rows=1, tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "way"), [(2, "lower per_device_eval_batch_size (2)"), (1, "lower max_seq_length")]
+)
+def test_an_evaluation_that_does_not_fit_ends_in_a_sentence(tmp_path, batch_size, way) -> None:
+    trained = full_at(model(), 2)
+    options = {"max_steps": 1, "per_device_eval_batch_size": batch_size, **OPTIONS, "gradient_accumulation_steps": 1}
+    with pytest.raises(DoesNotFit, match=r"a batch of evaluation with \d+ tokens; ") as caught:
+        train(tmp_path, random_rows(2), trained, eval_rows=random_rows(3), **options)
+    assert str(caught.value).endswith(f"; {way}")
+    assert trained.training
+
+
+@pytest.mark.parametrize(
+    ("options", "ways"),
+    [({}, "set optim to adamw_8bit, or lower r"), ({"full": True}, "set optim to adamw_8bit, or train a LoRA adapter")],
+)
+def test_an_update_that_does_not_fit_ends_in_a_sentence(tmp_path, options, ways) -> None:
+    trained = from_config(CONFIG, device="cpu") if options else tiny_model()
+    config = TrainConfig(output_dir=str(tmp_path), max_steps=1, bits=32, full_finetuning=bool(options), **QUIET)
+    trainer = SFTTrainer(trained, None, random_rows(8), config=config)
+
+    def fail(*_) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    trainer.optimizer.register_step_pre_hook(fail)
+    with pytest.raises(DoesNotFit) as caught:
+        trainer.train()
+    count = sum(parameter.numel() for parameter in trainer.parameters.values())
+    assert str(caught.value) == f"the GPU's memory does not take the update of {count:,} weights and its state; {ways}"
+
+
 def test_lines_of_the_log_survive(tmp_path) -> None:
     """The step after a line fails for good: the line is there."""
     trained = full_at(model(), *range(9, 100))
@@ -151,13 +222,13 @@ def test_lines_of_the_log_survive(tmp_path) -> None:
 
 
 def test_the_command_ends_with_the_sentence(monkeypatch, capsys) -> None:
-    sentence = remedy(TrainConfig(bits=16, max_seq_length=512), rows=1, tokens=4096)
+    sentence = remedy(TrainConfig(max_seq_length=512), bits=16, rows=1, tokens=4096)
     assert sentence.endswith("a pass of 1 row with 4,096 tokens; set gradient_checkpointing to mlp, offload or true, "
                              "lower max_seq_length (512), or set bits to 4")  # fmt: skip
 
     def fail(config) -> None:
         raise DoesNotFit(sentence)
 
-    monkeypatch.setattr("slothcore.cli.train_from_config", fail)
-    assert main(["train", "--model", "a", "--data", "b"]) == 2
+    monkeypatch.setattr("slothcore.run.train_from_config", fail)
+    assert main(["train", "--model", "a", "--data", "b"]) == 1
     assert capsys.readouterr().err == f"slothcore: error: {sentence}\n"

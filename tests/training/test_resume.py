@@ -21,7 +21,7 @@ from slothcore.training.run_state import checkpoints
 from tests.training.tiny import write_model, write_records
 
 ROOT = Path(__file__).resolve().parents[2]
-CLOCK = {"elapsed", "tokens_per_second"}
+CLOCK = {"elapsed", "tokens_per_second", "host_memory_gib"}
 
 # The first 17 steps pass, and the 18th ends the process as a power cut would: nothing is cleaned up.
 KILLED_IN_STEP_18 = """

@@ -190,6 +190,21 @@ def test_decay_spares_biases_and_norms(tmp_path) -> None:
     assert len(decayed["params"]) + len(exempt["params"]) == len(names)
 
 
+def test_a_second_run_of_a_trainer_is_a_run_of_its_own(tmp_path) -> None:
+    """As after a first one that failed: the moments of its steps do not count."""
+    model = tiny_model(dropout=0.1)
+    config = TrainConfig(output_dir=str(tmp_path), overwrite_output_dir=True, max_steps=3, **QUIET)
+    trainer = SFTTrainer(model, None, random_rows(8), config=config)
+    begin = trainable(model)
+    trainer.train()
+    first = trainable(model)
+    with torch.no_grad():
+        for name, parameter in trainer.parameters.items():
+            parameter.copy_(begin[name])
+    trainer.train()
+    assert all(torch.equal(value, first[name]) for name, value in trainable(model).items())
+
+
 def test_a_run_of_records_leaves_everything_it_promises(tmp_path) -> None:
     tokenizer = Tokenizer.from_folder(write_tokenizer(tmp_path / "tokenizer"))
     records = load_dataset(write_records(tmp_path / "data.jsonl"))
@@ -199,7 +214,8 @@ def test_a_run_of_records_leaves_everything_it_promises(tmp_path) -> None:
     )
     result = SFTTrainer(tiny_model(), tokenizer, records, config=config).train()
     assert result.path == out / "adapter"
-    assert {path.name for path in out.iterdir()} == {"config.yaml", "log.jsonl", "loss.png", "checkpoint-3", "adapter"}
+    files = {"config.yaml", "log.jsonl", "run.json", "report.html", "loss.png"}
+    assert {path.name for path in out.iterdir()} == {*files, "checkpoint-3", "adapter"}
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     for folder in (out / "adapter", out / "checkpoint-3"):
         assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= {

@@ -13,7 +13,7 @@ from slothcore.training.report import read_log
 from slothcore.training.run_state import checkpoints, read_state
 from tests.training.tiny import random_rows, tiny_model, train
 
-CLOCK = {"elapsed", "tokens_per_second"}
+CLOCK = {"elapsed", "tokens_per_second", "host_memory_gib"}
 
 
 @pytest.fixture
@@ -38,7 +38,8 @@ def test_the_log_is_what_it_would_be_at_once(tmp_path, monkeypatch, logging_step
     _, late, _ = run(tmp_path / "late", logging_steps=logging_steps, save_steps=3)
     assert records(tmp_path / "late") == records(tmp_path / "at once")
     keys = [[*record] for record in read_log(tmp_path / "late" / "log.jsonl") if "loss" in record]
-    assert keys[0] == ["step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "elapsed"]
+    clock = ["tokens_per_second", "elapsed", "host_memory_gib"]
+    assert keys[0] == ["step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", *clock]
     assert late.train_loss == at_once.train_loss
     ours, theirs = ([read_state(path) for path in checkpoints(tmp_path / name)] for name in ("late", "at once"))
     assert len(ours) == 2
@@ -141,3 +142,13 @@ def test_a_loss_that_is_no_number_is_in_no_line_and_no_checkpoint(tmp_path) -> N
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
     assert not (tmp_path / "adapter").exists()
+
+
+def test_nothing_is_evaluated_when_the_loss_of_a_line_to_come_is_no_number(tmp_path) -> None:
+    """The line is due at step 4, evaluation before: it would write a NaN that is no JSON."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.lora_B.fill_(float("nan"))
+    with pytest.raises(ValueError, match="the loss or its gradient is no longer finite"):
+        train(tmp_path, random_rows(8), model, random_rows(2), max_steps=6, eval_steps=1, logging_steps=4)
+    assert (tmp_path / "log.jsonl").read_text() == ""

@@ -1,0 +1,154 @@
+"""What a command is, and what several of them share: options of a run as flags, the options that name a model."""
+
+import argparse
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from slothcore.training.config import TrainConfig, field_types
+from slothcore.training.options import coerce, describe, takes_bool
+
+WIDEST_HELP = 110
+CONFIG_IN_RUN = "config.yaml"
+
+
+class UsageError(ValueError):
+    """The command was called in a way that it cannot be; its text is one sentence."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One word of the command line.
+
+    Attributes:
+        name: that word.
+        help: a line for the list of commands.
+        description: what stands first in its own help.
+        examples: lines, each a command that works and, after spaces, a few words about it.
+        add_options: gives a parser its options.
+        run: does it, with the values of the options; gives the exit status.
+        usage: in place of argparse's own, which would list every option.
+        takes_config: whether the options of a run are options of this command, and --config as well.
+    """
+
+    name: str
+    help: str
+    description: str
+    examples: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[dict[str, Any]], int]
+    usage: str | None = None
+    takes_config: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+    def known_names(self, values: dict[str, Any]) -> set[str]:
+        """Every option, by the names in `values`, which lacks options of a run that were not given."""
+        return {*values, *(field_types() if self.takes_config else ())} - {"config_file"}
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Examples keep their lines; text is as wide as the terminal, but not wider than one reads with ease."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=min(shutil.get_terminal_size().columns, WIDEST_HELP) - 2)
+
+
+def add_run_options(parser: argparse.ArgumentParser, *, groups: tuple[str, ...] | None = None) -> None:
+    """--config, and a flag for every option of a run, group by group, as TrainConfig declares them.
+
+    Args:
+        groups: those that `--help` lists; the options of others are accepted and not shown. None: all.
+    """
+    parser.add_argument(
+        "config_file", nargs="?", metavar="CONFIG.yaml", help="options from a file; or from a run, by its folder"
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="the same")
+    sections: dict[str, Any] = {}
+    types = field_types()
+    for item in fields(TrainConfig):
+        group = item.metadata["group"]
+        is_shown = groups is None or group in groups
+        if is_shown and group not in sections:
+            sections[group] = parser.add_argument_group(group)
+        annotation = types[item.name]
+        text = f"{item.metadata['help']} (default: {_shown(item.default)})".replace("%", "%%")
+        options: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS, "metavar": _metavar(annotation)}
+        if takes_bool(annotation):
+            options |= {"nargs": "?", "const": True}
+        elif "a list of" in describe(annotation):
+            options |= {"nargs": "+"}
+        section = sections[group] if is_shown else parser
+        section.add_argument(
+            f"--{item.name.replace('_', '-')}", help=text if is_shown else argparse.SUPPRESS, **options
+        )
+
+
+def config_of(values: dict[str, Any]) -> TrainConfig:
+    """The options of a run that the values of `add_run_options` stand for: those of the file, flags on top.
+
+    Raises: UsageError, or FileNotFoundError if there is no such file.
+    """
+    if values["config"] and values["config_file"]:
+        raise UsageError(f"{values['config_file']} and --config {values['config']} both name a file; drop one of them")
+    path = values["config"] or values["config_file"]
+    if path is not None and (Path(path) / CONFIG_IN_RUN).is_file():
+        path = Path(path) / CONFIG_IN_RUN
+    types = field_types()
+    try:
+        flags = {name: _from_words(name, value, types[name]) for name, value in values.items() if name in types}
+        return TrainConfig.from_sources(path, flags)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Which model a command opens, and how."""
+    parser.add_argument(
+        "--model", required=True, metavar="NAME_OR_RUN", help="a Hub name, or a folder: of a run, an adapter or a model"
+    )
+    parser.add_argument("--revision", metavar="TEXT", help="branch, tag or commit of a model on the Hub")
+    parser.add_argument("--token", metavar="TEXT", help="access token of the Hub; default: HF_TOKEN, or a stored login")
+    parser.add_argument("--local-files-only", action="store_true", help="take a Hub model from the download cache")
+    parser.add_argument(
+        "--bits", type=int, choices=(4, 16, 32), help="base weights; default: as the run was trained, else 4"
+    )
+    parser.add_argument("--device", metavar="TEXT", help="cpu, cuda or cuda:N; default: a GPU if there is one")
+
+
+def model_options(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of `add_model_options` but for the model, as `open_result` takes them."""
+    return {name: values[name] for name in ("bits", "device", "revision", "token", "local_files_only")}
+
+
+def _from_words(name: str, value: Any, annotation: Any) -> Any:
+    """A flag that takes one or more words gives a list; one word alone may stand for itself."""
+    if isinstance(value, list) and len(value) == 1 and "text" in describe(annotation):
+        value = value[0]
+    elif isinstance(value, list) and len(value) == 1 and value[0] in ("null", "none"):
+        value = None
+    return coerce(name, value, annotation)
+
+
+def _metavar(annotation: Any) -> str:
+    """A short word for the value of an option, from its type."""
+    what = describe(annotation).replace(" or null", "").replace(", null", "").replace(", a mapping", " | JSON")
+    if "|" in what:
+        return what.replace(" ", "")
+    words = {
+        "a whole number": "N",
+        "a number": "X",
+        "true or false": "BOOL",
+        "a list of names": "NAME",
+        "a list of numbers": "X",
+    }
+    return words.get(what, "TEXT")
+
+
+def _shown(default: Any) -> str:
+    if default is None or default == ():
+        return "null" if default is None else "empty"
+    return str(default).lower() if isinstance(default, bool) else str(default)

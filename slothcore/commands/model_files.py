@@ -1,0 +1,54 @@
+"""What the small files of a model tell; `preview` and `plan` need nothing else of it."""
+
+import warnings
+from dataclasses import dataclass
+
+from slothcore.locating import Located, locate
+from slothcore.models.config import DecoderConfig
+from slothcore.models.load import read_config
+from slothcore.training.config import TrainConfig
+from slothcore.training.preparation import DEFAULT_MAX_SEQ_LENGTH
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model before its weights are read.
+
+    Attributes:
+        found: where it lies.
+        family: its name, for people.
+        decoder: its shape, with RoPE scaled as the run asks.
+        longest_document: how many tokens it takes.
+        max_seq_length: tokens of the longest row, as the run will resolve it.
+    """
+
+    found: Located
+    family: str
+    decoder: DecoderConfig
+    longest_document: int
+    max_seq_length: int
+
+
+def read_model_files(config: TrainConfig) -> ModelFiles:
+    """Find the model of a run, in a folder or on the Hub, without its weights.
+
+    Raises: ValueError, in one sentence, if there is no such model or slothcore cannot build it.
+    """
+    assert config.model is not None
+    found = locate(
+        config.model,
+        max_seq_length=config.max_seq_length,
+        rope_scaling=config.rope_scaling,
+        revision=config.revision,
+        token=config.token,
+        local_files_only=config.local_files_only,
+        progress=not config.disable_tqdm,
+        weights=False,
+    )
+    family, _, decoder, message = read_config(
+        found.folder, max_seq_length=found.max_seq_length, rope_scaling=found.rope_scaling
+    )
+    if message is not None:
+        warnings.warn(message, stacklevel=3)
+    length = config.max_seq_length or min(DEFAULT_MAX_SEQ_LENGTH, found.max_seq_length or decoder.longest_document)
+    return ModelFiles(found, family.name, decoder, max(length, decoder.longest_document), length)

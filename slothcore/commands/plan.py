@@ -1,0 +1,53 @@
+"""`slothcore plan`: what training takes, worked out before there is a GPU to train on."""
+
+import argparse
+import json
+from typing import Any
+
+from slothcore.commands.command import Command, UsageError, add_run_options, config_of
+
+EXAMPLES = """\
+  slothcore plan --model meta-llama/Llama-3.1-8B --gpu 24
+  slothcore plan --model Qwen/Qwen2.5-7B --bits 16 --r 64 --optim adamw_8bit --max-seq-length 8192
+  slothcore plan --model meta-llama/Llama-3.2-1B --full-finetuning --bits 16
+  slothcore plan runs/alpaca/config.yaml --json
+"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--gpu",
+        type=float,
+        metavar="GIB",
+        help="memory of the GPU that is meant; default: the one that is present, else 24",
+    )
+    parser.add_argument("--json", action="store_true", help="figures in bytes, for programs")
+    add_run_options(parser, groups=("Model", "LoRA", "Optimization"))
+
+
+def run(values: dict[str, Any]) -> int:
+    config = config_of(values)
+    if config.model is None:
+        raise UsageError("model is not set; give --model NAME_OR_FOLDER, or model: in the configuration file")
+    if values["gpu"] is not None and values["gpu"] <= 0:
+        raise UsageError(f"--gpu must be greater than 0 GiB, got {values['gpu']}")
+    from slothcore.commands.memory_table import as_json, as_text
+    from slothcore.commands.planning import plans_of
+
+    plans = plans_of(config, gpu_gib=values["gpu"])
+    print(json.dumps(as_json(plans), indent=2) if values["json"] else as_text(plans))
+    return 0
+
+
+COMMAND = Command(
+    name="plan",
+    help="predict the memory of training, from config.json alone",
+    description="Predict what training takes on the GPU, part by part, for every gradient_checkpointing,\n"
+    "and the longest documents that fit into GPUs of several sizes. Reads config.json alone.\n"
+    "Takes the options of train.",
+    usage="slothcore plan [CONFIG.yaml] [--model NAME] [--gpu GIB] [--json] [--option value ...]",
+    examples=EXAMPLES,
+    add_options=add_options,
+    run=run,
+    takes_config=True,
+)

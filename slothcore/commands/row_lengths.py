@@ -1,0 +1,76 @@
+"""How long the documents of a dataset are, and what packing makes of them, in text."""
+
+from collections.abc import Sequence
+
+from slothcore.data.packing import pack_first_fit_decreasing, wasted_fraction
+from slothcore.training.batches import RowSet
+from slothcore.training.config import TrainConfig
+
+BARS = 10
+WIDEST_BAR = 40
+ROUND = (1, 2, 5)
+
+
+def describe_lengths(rows: RowSet, config: TrainConfig) -> str:
+    """A histogram of the documents' lengths, how much of them is learned, and how full packed rows are.
+
+    Args:
+        rows: of one document each.
+    """
+    assert config.max_seq_length is not None
+    lengths, targets = rows.row_tokens, sum(rows.row_targets)
+    ordered = sorted(lengths)
+    middle, most = ordered[len(ordered) // 2], ordered[min(len(ordered) - 1, len(ordered) * 95 // 100)]
+    lines = [
+        "tokens of a document",
+        histogram(lengths),
+        f"shortest {ordered[0]:,}, median {middle:,}, mean {sum(lengths) / len(lengths):,.0f}, "
+        f"95% up to {most:,}, longest {ordered[-1]:,}",
+        f"{targets:,} of {sum(lengths):,} tokens are learned ({targets / sum(lengths):.1%})",
+    ]
+    if full := sum(length == config.max_seq_length for length in lengths):
+        lines.append(
+            f"{full:,} of {len(lengths):,} documents are as long as max_seq_length ({config.max_seq_length:,}) allows"
+        )
+    return "\n".join([*lines, describe_packing(lengths, config)])
+
+
+def describe_packing(lengths: Sequence[int], config: TrainConfig) -> str:
+    """What packing does to these documents, or would do."""
+    capacity = config.max_seq_length
+    assert capacity is not None
+    packed = pack_first_fit_decreasing(lengths, capacity)
+    wasted = wasted_fraction(packed, lengths, capacity)
+    figures = (
+        f"{len(lengths):,} documents in {len(packed):,} rows of {capacity:,} tokens, {len(lengths) / len(packed):.1f} "
+        f"a row, {wasted:.1%} of the places empty"
+    )
+    steps, alone = (-(-number // config.step_rows) for number in (len(packed), len(lengths)))
+    if config.packing:
+        return f"packing: {figures}; an epoch takes {steps:,} steps of {config.step_rows} rows"
+    return f"packing is off: an epoch takes {alone:,} steps of {config.step_rows} rows; with it {steps:,}: {figures}"
+
+
+def histogram(lengths: Sequence[int]) -> str:
+    """A line for each of about ten equal ranges: range, bar, how many."""
+    width = _round_up(max(lengths) / BARS)
+    counts = [0] * -(-max(lengths) // width)
+    for length in lengths:
+        counts[(length - 1) // width] += 1
+    wide = len(f"{len(counts) * width:,}")
+    lines = []
+    for place, count in enumerate(counts):
+        bar = "#" * -(-count * WIDEST_BAR // max(counts))
+        ends = f"{place * width + 1:>{wide},} - {(place + 1) * width:>{wide},}"
+        lines.append(f"  {ends}  {bar:<{WIDEST_BAR}} {count:>{len(f'{max(counts):,}')},}")
+    return "\n".join(lines)
+
+
+def _round_up(value: float) -> int:
+    """The next number of the kind 1, 2, 5, 10, 20, 50, ..."""
+    power = 1
+    while True:
+        for digit in ROUND:
+            if digit * power >= value:
+                return digit * power
+        power *= 10

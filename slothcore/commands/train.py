@@ -1,0 +1,36 @@
+"""`slothcore train`."""
+
+from typing import Any
+
+from slothcore.commands.command import Command, add_run_options, config_of
+
+# What a shell reports for a command that Ctrl-C ended.
+INTERRUPTED = 130
+
+EXAMPLES = """\
+  slothcore train --model meta-llama/Llama-3.2-1B --data alpaca.json --max-steps 200 --output-dir runs/alpaca
+  slothcore train run.yaml --learning-rate 1e-4                             a file, and flags on top of it
+  slothcore train runs/alpaca/config.yaml --output-dir runs/again           repeat a run
+  slothcore train runs/alpaca/config.yaml --resume-from-checkpoint latest   go on with it
+"""
+
+
+def run(values: dict[str, Any]) -> int:
+    config = config_of(values)
+    from slothcore.run import train_from_config
+
+    result = train_from_config(config)
+    return INTERRUPTED if result.interrupted else 0
+
+
+COMMAND = Command(
+    name="train",
+    help="fine-tune a model",
+    description="Fine-tune a model. Every option may stand in a YAML file or as a flag; flags win.\n"
+    "output_dir/config.yaml holds the options of a run and repeats it.",
+    usage="slothcore train [CONFIG.yaml] [--option value ...]",
+    examples=EXAMPLES,
+    add_options=add_run_options,
+    run=run,
+    takes_config=True,
+)

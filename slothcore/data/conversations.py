@@ -1,0 +1,134 @@
+"""Conversations in every spelling that data have, to messages with `role` and `content`.
+
+A message is {role, content} (OpenAI) or {from, value} (ShareGPT), whatever the field that holds the list is called.
+Speakers go by many names; `ROLES` says who is meant. A call that ShareGPT writes as a turn of its own (`function_call`)
+becomes the tool call of an assistant's message.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from slothcore.data.values import Record, field_names, parsed, shown, whole_characters
+
+ROLES = {
+    **dict.fromkeys(("user", "human", "prompter", "client", "student"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "claude", "model", "bot", "ai"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("tool", "function", "observation", "ipython", "tool_response", "function_response"), "tool"),
+}
+# A message that names its speaker `role` may mean these to the letter: templates tell them apart.
+TEMPLATE_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
+CALLS = frozenset({"function_call", "tool_call"})
+
+Message = Mapping[str, Any]
+
+
+def read_messages(value: Any, *, where: str, system: Any = None) -> tuple[Message, ...]:
+    """The messages of a conversation; keys beside role and content, such as tool calls, pass through.
+
+    Args:
+        value: a list of messages, or its JSON text.
+        where: what the message of an error calls this record.
+        system: the record's own system prompt, set before a conversation that has none; empty or None: none.
+    Raises: ValueError with `where`, the number of the message and what is wrong with it.
+    """
+    value = parsed(value)
+    # A list of a Parquet file or of a data frame may be an array.
+    if isinstance(value, str | Mapping) or not hasattr(value, "__len__") or not len(value):
+        raise ValueError(
+            f"{where}: a conversation must be a list of at least one message, got {shown(value)}; fill it or drop it"
+        )
+    messages = [_message(message, f"{where}, message {number}") for number, message in enumerate(value, start=1)]
+    if isinstance(system, str) and system.strip() and messages[0]["role"] not in ("system", "developer"):
+        messages.insert(0, {"role": "system", "content": whole_characters(system, f"{where}: 'system'")})
+    return tuple(messages)
+
+
+def read_tools(value: Any, where: str) -> tuple[Mapping[str, Any], ...] | None:
+    """The descriptions of functions, or None for none. Raises ValueError if they are no list of objects."""
+    value = parsed(value)
+    if value is None or not len(value):
+        return None
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        tools = [parsed(tool) for tool in value]
+        if all(isinstance(tool, Mapping) for tool in tools):
+            return tuple(tools)
+    raise ValueError(f"{where}: 'tools' must be a list of objects, got {shown(value)}; write it as JSON")
+
+
+def check_turns(messages: Sequence[Message], where: str) -> None:
+    """Raise ValueError unless the roles stand in an order that a conversation can have.
+
+    A system prompt comes first. Then user and assistant take turns; between an assistant's message and its next stand
+    the results of tools, if there are any. Somebody must answer: a conversation without that teaches nothing.
+    """
+    before = None
+    for number, message in enumerate(messages, start=1):
+        role = ROLES.get(message["role"], message["role"])
+        here = f"{where}, message {number}"
+        if role == "system" and before not in (None, "system"):
+            raise ValueError(f"{here}: a system prompt stands after {before!r}; move it to the beginning")
+        if role == "assistant" and before in (None, "system"):
+            raise ValueError(f"{here}: the conversation begins with 'assistant'; put the user's turn before it")
+        if role in ("user", "assistant") and role == before:
+            raise ValueError(
+                f"{here}: {role!r} speaks twice in a row; join the two messages, or add the missing turn between them"
+            )
+        if role == "tool" and before not in ("assistant", "tool"):
+            raise ValueError(f"{here}: the result of a tool follows {before!r}; put the assistant's call before it")
+        before = role
+    if all(message["role"] != "assistant" for message in messages):
+        raise ValueError(f"{where}: nobody answers in this conversation; add the assistant's turn, or drop the row")
+
+
+def _message(message: Any, where: str) -> Message:
+    """One message with `role` and `content`, its speaker's name understood."""
+    if not isinstance(message, Mapping):
+        raise ValueError(f"{where}: needs 'role' and 'content', has {type(message).__name__}; write it as an object")
+    sharegpt = "from" in message and "role" not in message
+    role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
+    # A Parquet file gives every message all keys that any has.
+    kept = {key: value for key, value in message.items() if value is not None or key in (role_key, content_key)}
+    if kept.get("tool_calls") and kept.get(content_key) is None:
+        kept.setdefault(content_key, "")
+    if role_key not in kept or content_key not in kept:
+        raise ValueError(
+            f"{where}: needs {role_key!r} and {content_key!r}, has {field_names(message)}; "
+            "name them so, as OpenAI (role, content) or ShareGPT (from, value) does"
+        )
+    _check_content(kept, content_key, where)
+    speaker = str(kept[role_key]).strip().lower()
+    if speaker in CALLS:
+        return {"role": "assistant", "content": "", "tool_calls": _calls(kept[content_key], where)}
+    if not sharegpt and kept["role"] in TEMPLATE_ROLES:
+        return kept
+    role = ROLES.get(speaker)
+    if role is None:
+        word = "speaker" if sharegpt else "role"
+        raise ValueError(f"{where}: unknown {word} {kept[role_key]!r}; known are {', '.join([*ROLES, *sorted(CALLS)])}")
+    if sharegpt:
+        return {"role": role, "content": kept["value"]}
+    return {**kept, "role": role}
+
+
+def _check_content(message: Record, key: str, where: str) -> None:
+    """Raise unless it is text, a list of parts, or null beside tool calls."""
+    content = message[key]
+    if isinstance(content, str):
+        whole_characters(content, where)
+        if not content.strip() and str(message.get("role", message.get("from"))).lower() in ("user", "human"):
+            raise ValueError(f"{where}: {key!r} is empty; write what the user says, or drop the row")
+    elif not (isinstance(content, list) or (content is None and message.get("tool_calls"))):
+        raise ValueError(f"{where}: {key!r} must be text, got {shown(content)}; write it as text, or drop the row")
+
+
+def _calls(value: Any, where: str) -> list[Mapping[str, Any]]:
+    """The tool calls that ShareGPT writes as the JSON text of a turn: one {name, arguments}, or a list of them."""
+    calls = parsed(value)
+    calls = [calls] if isinstance(calls, Mapping) else calls
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) and "name" in call for call in calls):
+        example = json.dumps({"name": "f", "arguments": {}})
+        raise ValueError(f"{where}: a function call must be JSON such as {example}, got {shown(value)}")
+    functions = [{"name": call["name"], "arguments": parsed(call.get("arguments", {}))} for call in calls]
+    return [{"type": "function", "function": function} for function in functions]

@@ -1,0 +1,154 @@
+"""What a row must have beyond a readable reading, and what is counted about those that have not."""
+
+from array import array
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from slothcore.data.conversations import check_turns
+from slothcore.data.formats import Example, TextExample, detect_format
+from slothcore.data.preferences import verdict
+from slothcore.data.readers import LONGEST_ROW
+
+if TYPE_CHECKING:
+    from slothcore.data.dataset import Reading
+
+# How many of the rows that were left out are named.
+NAMED = 3
+
+
+def check_size(record: Any, where: str) -> None:
+    """Raise ValueError if a record holds more text than any row can teach. A document may: it is cut into rows."""
+    if not isinstance(record, Mapping) or "document" in record:
+        return
+    size = _characters(record)
+    if size > LONGEST_ROW:
+        raise ValueError(
+            f"{where}: the row has {size:,} characters, more than the {LONGEST_ROW:,} that a row may have; "
+            "cut its text into several rows, or keep running text in a .txt file"
+        )
+
+
+def check_example(example: Example, where: str) -> None:
+    """Raise ValueError unless the roles of a conversation follow one another."""
+    if not isinstance(example, TextExample):
+        check_turns(example.messages, where)
+
+
+class RowCounts:
+    """What became of the rows of one source while they were checked.
+
+    Attributes:
+        repeats: for each row so far 1 if it is used, else 0.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.repeats = array("i")
+        self.formats: dict[str, int] = {}
+        self._judged_bad = self._skipped = self._repeated_ids = 0
+        self._empty: list[str] = []
+        self._errors: list[str] = []
+        self._ids: set[int] = set()
+        self._first_repeated = ""
+        self._num_empty = 0
+
+    def is_judged_bad(self, record: Any, format: str) -> bool:
+        """Whether the record's answer is one to avoid; counted and left out then."""
+        if not isinstance(record, Mapping) or ("label" not in record and "kto_tag" not in record):
+            return False
+        if format not in ("kto", "auto") or verdict(record) is not False or detect_format(record) != "kto":
+            return False
+        self._judged_bad += 1
+        self.repeats.append(0)
+        return True
+
+    def is_empty(self, example: Example, where: str) -> bool:
+        """Whether there is nothing to learn because an answer is blank; counted and left out then."""
+        if isinstance(example, TextExample):
+            blank = not example.completion.strip()
+        else:
+            answers = [message for message in example.messages if message["role"] == "assistant"]
+            blank = any(message["content"] in ("", None) and not message.get("tool_calls") for message in answers)
+        if blank:
+            self._num_empty += 1
+            self.repeats.append(0)
+            if len(self._empty) < NAMED:
+                self._empty.append(where)
+        return blank
+
+    def skip(self, error: ValueError) -> None:
+        """The row cannot be used."""
+        self._skipped += 1
+        self.repeats.append(0)
+        if len(self._errors) < NAMED:
+            self._errors.append(str(error))
+
+    def take(self, record: Any, where: str, reading: "Reading") -> None:
+        """The row is used."""
+        self.repeats.append(1)
+        name = reading.format
+        if reading.columns is None and name == "auto":
+            name = detect_format(record, text_field=reading.text_field)
+        self.formats[name] = self.formats.get(name, 0) + 1
+        identity = record.get("id")
+        if isinstance(identity, str | int):
+            key = hash(identity)
+            if key in self._ids:
+                self._repeated_ids += 1
+                self._first_repeated = self._first_repeated or f"{identity!r} at {where}"
+            self._ids.add(key)
+
+    def check_any(self) -> None:
+        """Raise ValueError if no row is used."""
+        if not self.repeats:
+            raise ValueError(f"{self.name} holds no records; give a file with at least one")
+        if sum(self.formats.values()):
+            return
+        if self._errors:
+            raise ValueError(
+                f"{self.name}: none of {len(self.repeats):,} rows can be used; the first: {self._errors[0]}"
+            )
+        if self._judged_bad:
+            raise ValueError(f"{self.name}: all answers are judged bad; give some with label true")
+        raise ValueError(f"{self.name}: all answers are empty (first {self._empty[0]}); fill them in")
+
+    def notes(self, reading: "Reading") -> list[str]:
+        """A line about the format, and one about each kind of row that is left out."""
+        used = sum(self.formats.values())
+        if reading.columns is not None:
+            what = "own columns, by completion_template"
+        else:
+            what = ", ".join(f"format {name}" for name in self.formats)
+        lines = [f"{self.name}: {what}; {used:,} of {len(self.repeats):,} rows are used"]
+        if "preference" in self.formats:
+            lines.append(
+                f"{self.name}: preference data, trained as SFT: the chosen answers are learned, the rejected ignored"
+            )
+        if "kto" in self.formats:
+            lines.append(
+                f"{self.name}: judged answers (KTO), trained as SFT: those with label true are learned, "
+                f"{self._judged_bad:,} with label false are left out"
+            )
+        if self._num_empty:
+            lines.append(
+                f"{self.name}: {self._num_empty:,} rows with an empty answer are left out; first {self._empty[0]}"
+            )
+        if self._skipped:
+            lines.append(
+                f"{self.name}: {self._skipped:,} rows that cannot be used are skipped; first {' | '.join(self._errors)}"
+            )
+        if self._repeated_ids:
+            lines.append(
+                f"{self.name}: {self._repeated_ids:,} rows repeat the id of an earlier one, first "
+                f"{self._first_repeated}; drop them if they are copies"
+            )
+        return lines
+
+
+def _characters(value: Any) -> int:
+    """Characters of all texts in a value."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_characters, value.values()))
+    return sum(map(_characters, value)) if isinstance(value, list) else 0

@@ -1,0 +1,134 @@
+"""Where records come from: files, folders, patterns, repositories of the Hub, and objects of Python.
+
+A source is read from its beginning as often as it is needed; nothing of it stays in memory. What it holds is told by
+its digest, so that tokens prepared from the same content are found again.
+"""
+
+import glob
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from slothcore.data.hub_files import dataset_files, names_dataset
+from slothcore.data.readers import READERS, Located, extension, is_running_text, read_records, reader_of
+
+DIGEST_BLOCK = 1 << 20
+
+
+class Source(Protocol):
+    """Records in a fixed order."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+
+    @property
+    def is_running_text(self) -> bool:
+        """Whether it is one text instead of records."""
+
+    def records(self) -> Iterator[Located]:
+        """All records, each with its place; one that cannot be read comes as the ValueError that says why."""
+
+    def digest(self) -> str | None:
+        """A hash of the content; None if it cannot be told without reading all records."""
+
+    def size(self) -> int | None:
+        """Bytes of the content, or None."""
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """The records of one file."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    @property
+    def is_running_text(self) -> bool:
+        return is_running_text(self.path)
+
+    def records(self) -> Iterator[Located]:
+        return read_records(self.path)
+
+    def size(self) -> int:
+        return self.path.stat().st_size
+
+    def digest(self) -> str:
+        digest = hashlib.sha256(extension(self.path).encode())
+        with self.path.open("rb") as file:
+            while block := file.read(DIGEST_BLOCK):
+                digest.update(block)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class MemorySource:
+    """Records of a list, a generator, a `datasets.Dataset`: whatever gives one mapping after another.
+
+    What can be gone through only once is kept as a list.
+    """
+
+    rows: Iterable[Any]
+    name: str = "the dataset"
+    is_running_text: bool = False
+
+    def __post_init__(self) -> None:
+        if iter(self.rows) is self.rows:
+            object.__setattr__(self, "rows", list(self.rows))
+
+    def records(self) -> Iterator[Located]:
+        for number, record in enumerate(self.rows, start=1):
+            yield f"record {number}", record
+
+    def size(self) -> None:
+        return None
+
+    def digest(self) -> None:
+        return None
+
+
+def find_sources(
+    path: str | Path, *, token: str | bool | None = None, local_files_only: bool = False
+) -> list[FileSource]:
+    """The files that one entry of `data` stands for.
+
+    Args:
+        path: a file, a folder, a pattern such as `data/*.jsonl`, or a dataset on the Hub (`owner/name`,
+            `owner/name:validation`).
+        token, local_files_only: for the Hub.
+    Raises: ValueError if there is nothing that can be read; FileNotFoundError if the file does not exist.
+    """
+    here = Path(path).expanduser()
+    if here.is_dir():
+        inside = sorted(p for p in here.iterdir() if p.is_file() and extension(p) in READERS)
+        if not inside:
+            raise ValueError(f"the folder {here} holds no data file; known are {', '.join(READERS)}")
+        return [FileSource(file) for file in inside]
+    if here.is_file():
+        reader_of(here)
+        return [FileSource(here)]
+    if glob.has_magic(str(path)):
+        found = sorted(p for p in map(Path, glob.glob(str(here), recursive=True)) if p.is_file())
+        if not found:
+            raise ValueError(f"no file fits the pattern {path}; quote it, and look at the folder that it names")
+        for file in found:
+            reader_of(file)
+        return [FileSource(file) for file in found]
+    if names_dataset(str(path)):
+        files = dataset_files(str(path), token=token, local_files_only=local_files_only)
+        return [FileSource(file) for file in files]
+    raise FileNotFoundError(
+        f"the data file {path} does not exist; check the path, or name a dataset on the Hub as owner/name"
+    )
+
+
+def is_records(data: Any) -> bool:
+    """Whether `data` gives records itself, instead of naming files."""
+    if isinstance(data, str | Path | Mapping) or not isinstance(data, Iterable):
+        return False
+    return not (isinstance(data, Sequence) and all(isinstance(item, str | Path) for item in data))

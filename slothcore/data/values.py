@@ -1,0 +1,64 @@
+"""Single values of a record: texts, lists written as text, and what is said about a wrong one."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+Record = Mapping[str, Any]
+
+
+def field_names(record: Record) -> str:
+    """The names of a record's fields as a message shows them."""
+    return ", ".join(repr(field) for field in record) or "none"
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: its type, and its beginning."""
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:60] + '...'}"
+
+
+def text_value(record: Record, field: str, where: str, *, optional: bool = False) -> str:
+    """The text of a field; of an optional one that is absent or null, nothing.
+
+    Raises: ValueError with `where`, the field and what it holds, if that is no text.
+    """
+    value = record.get(field)
+    if value is None and optional:
+        return ""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)  # JSON writers leave the quotes off numeric answers
+    if not isinstance(value, str):
+        remedy = "; fill it in, or drop the row" if value is None else "; write it as text in quotes"
+        raise ValueError(f"{where}: {field!r} must be text, got {shown(value)}{remedy}")
+    return whole_characters(value, f"{where}: {field!r}")
+
+
+def whole_characters(text: str, where: str) -> str:
+    """The text itself. Raise if it holds half a surrogate pair, which JSON can escape and UTF-8 cannot say."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        broken = f"\\u{ord(text[error.start]):04x}"
+        raise ValueError(
+            f"{where} holds half a character ({broken} at position {error.start}); repair the text"
+        ) from None
+    return text
+
+
+def parsed(value: Any) -> Any:
+    """A list or object written as JSON text, as in a CSV cell, is read; anything else stays as it is."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        return json.loads(value)
+    except (json.JSONDecodeError, RecursionError):
+        return value
+
+
+def boolean(value: Any) -> bool | None:
+    """True or false as JSON, CSV and Python write them; None for anything else."""
+    if isinstance(value, bool):
+        return value
+    words = {"true": True, "false": False}
+    return words.get(value.strip().lower()) if isinstance(value, str) else None

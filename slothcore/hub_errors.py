@@ -1,0 +1,105 @@
+"""What can go wrong with the Hugging Face Hub, and the sentence that tells the user what to do about it."""
+
+import errno
+import re
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_ADDRESS = re.compile(r"https?://[^/]+/([^/]+/[^/]+)")
+SIGN_IN = "run `hf auth login`, set HF_TOKEN or pass token="
+
+
+def explain(
+    error: Exception,
+    name: str,
+    revision: str | None,
+    cache_dir: str | Path | None,
+    local_files_only: bool,
+    *,
+    kind: Literal["model", "dataset"] = "model",
+) -> str:
+    """One sentence for whatever huggingface_hub raised when it was asked for the repository `name` of this kind."""
+    is_dataset = kind == "dataset"
+    url = f"{constants.ENDPOINT}/{'datasets/' if is_dataset else ''}{name}"
+    local, repository = ("a local file or folder", "a dataset") if is_dataset else ("a local folder", "a repository")
+    at_revision = f" at revision {revision!r}" if revision else ""
+    cache = cache_dir or constants.HF_HUB_CACHE
+    status = _status(error)
+    if isinstance(error, GatedRepoError):
+        if status == 401:
+            return f"{name} is gated on the Hugging Face Hub: accept its terms at {url}, then {SIGN_IN}"
+        return (
+            f"{name} is gated on the Hugging Face Hub, and this token's account has no access: ask for it at {url} "
+            "and wait until it is granted; a fine-grained token must also be allowed to read gated repositories"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return (
+            f"{name} on the Hugging Face Hub has no revision {revision or 'main'!r}; {url}/tree/main lists its "
+            "branches and tags"
+        )
+    if isinstance(error, RepositoryNotFoundError | HFValidationError):
+        return (
+            f"{name} is neither {local} nor {repository} on the Hugging Face Hub that this token may read; "
+            f"check the spelling, and if it is private, {SIGN_IN}"
+        )
+    if status == 401:
+        return f"the Hugging Face Hub does not know this token; make a new one at {_tokens_url()}, then {SIGN_IN}"
+    if status == 403:
+        return f"this token may not read {name} on the Hugging Face Hub; change what it may do at {_tokens_url()}"
+    if status is not None:
+        return (
+            f"the Hugging Face Hub answered with status {status} for {name}{at_revision}, and the download cache lacks "
+            "it; try again later"
+        )
+    if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
+        reason = without_network(local_files_only) or (
+            "the Hugging Face Hub cannot be reached; check the connection, and HF_ENDPOINT if it is set"
+        )
+        return f"{name}{at_revision} is neither {local} nor complete in the download cache, and {reason}"
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+        return (
+            f"the disk is full: {name} does not fit into the download cache {cache}; make room, or choose another "
+            "place with cache_dir= or HF_HOME"
+        )
+    if isinstance(error, PermissionError):
+        return f"the download cache {cache} may not be written into; choose another with cache_dir= or HF_HOME"
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (
+        f"downloading {name}{at_revision} from the Hugging Face Hub failed: {reason}; start again: files "
+        "that have arrived whole are not fetched twice"
+    )
+
+
+def without_network(local_files_only: bool) -> str | None:
+    """Why the network is not used, and how to allow it; None if it is used."""
+    if local_files_only:
+        return "local_files_only is set; unset it once to download"
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set; unset it once to download"
+    return None
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status behind an error; huggingface_hub tells of some refusals as files missing in its cache."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None:
+            return int(status)
+        error = error.__cause__
+    return None
+
+
+def _tokens_url() -> str:
+    return f"{constants.ENDPOINT}/settings/tokens"

@@ -1,0 +1,103 @@
+"""run.json, what a run is made of and what became of it, and report.html, which is drawn from it and the log.
+
+Both are for people: nothing of them is read to resume, and where they cannot be written the run goes on without.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from slothcore.report.page import LivePage, replace_text
+from slothcore.report.saved_run import NOTES_FILE
+from slothcore.training.memory_plan import MemoryPlan
+from slothcore.training.micro_batches import compare, sample_passes
+from slothcore.training.report import say
+from slothcore.training.run_facts import (
+    file_facts,
+    machine_facts,
+    memory_facts,
+    model_facts,
+    option_facts,
+    row_facts,
+    version_facts,
+)
+from slothcore.training.run_state import RunState
+
+if TYPE_CHECKING:
+    from slothcore.training.trainer import SFTTrainer
+
+Status = Literal["running", "finished", "interrupted", "failed"]
+
+
+class RunRecord:
+    """The notes of one run and its page.
+
+    Args:
+        notes: plain values.
+        page: None: no page is drawn.
+    """
+
+    def __init__(self, folder: Path, notes: dict[str, Any], *, page: LivePage | None) -> None:
+        self.folder, self.notes, self.page = folder, notes, page
+        self._given_up = False
+
+    @classmethod
+    def begin(cls, trainer: "SFTTrainer", state: RunState) -> "RunRecord":
+        """Note what the run is made of; its first step is `state.step`."""
+        config, folder = trainer.config, Path(trainer.config.output_dir)
+        rows = {"training": trainer.train_rows, "evaluation": trainer.eval_rows}
+        notes: dict[str, Any] = {
+            "status": "running",
+            "started": time.time(),
+            "first_step": state.step,
+            "total_steps": trainer.total_steps,
+            "model": model_facts(trainer.model, config.model),
+            "machine": machine_facts(trainer.model.device),
+            "versions": version_facts(),
+            "files": file_facts(config),
+            "rows": {use: row_facts(some) for use, some in rows.items() if some is not None},
+            "data_fingerprint": state.data_fingerprint,
+            "options": option_facts(config),
+        }
+        if trainer.model.device.type == "cuda":
+            sample = sample_passes(trainer.cut, trainer.schedule, first_step=state.step)
+            notes["memory"] = memory_facts(trainer.memory, tokens=sample.most_tokens, passes=sample.most)
+        record = cls(folder, notes, page=LivePage(folder) if config.report else None)
+        record._write()
+        return record
+
+    def line_written(self) -> None:
+        """The log has grown: draw the page anew, if it is time."""
+        if self.page is not None:
+            self._guarded(self.page.refresh)
+
+    def memory_used(self, plan: MemoryPlan, *, tokens: int, passes: int, actual: int) -> str:
+        """Note what was predicted for the largest pass that there was, and what it took; gives both in one line."""
+        self.notes["memory"] = {**memory_facts(plan, tokens=tokens, passes=passes), "actual": actual}
+        return compare(plan, tokens=tokens, passes=passes, actual=actual)
+
+    def end(self, status: Status, error: BaseException | None = None) -> None:
+        """The run is over. Says where the page is, if there is one."""
+        self.notes |= {"status": status, "ended": time.time(), "error": " ".join(str(error).split()) if error else None}
+        self._write()
+        page = self.page
+        if page is not None and self._guarded(lambda: page.refresh(now=True)):
+            say(f"the run is drawn in {page.path}")
+
+    def _write(self) -> None:
+        text = json.dumps(self.notes, indent=2, default=str) + "\n"
+        self._guarded(lambda: replace_text(self.folder / NOTES_FILE, text))
+
+    def _guarded(self, write: Callable[[], object]) -> bool:
+        """Whether it was written. Of whatever goes wrong here, nothing is worth the loss of a day's training."""
+        if self._given_up:
+            return False
+        try:
+            write()
+        except Exception as error:
+            say(f"note: the report is not written any more ({error}); training goes on without")
+            self._given_up = True
+            return False
+        return True

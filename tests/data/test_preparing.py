@@ -1,0 +1,236 @@
+"""Records to token arrays: what a list of rows would hold, on disk or in memory, made once."""
+
+import json
+import os
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from slothcore.data import preparing
+from slothcore.data.dataset import open_dataset
+from slothcore.data.masking import TokenizedRow, tokenise_dataset
+from slothcore.data.prepared_cache import HOME_VARIABLE, PreparedFolder, cache_home, find_prepared
+from slothcore.data.preparing import Settings, prepare_dataset
+from slothcore.data.token_store import IDS_FILE, TokenStore, TokenWriter, rows_of
+from slothcore.data.tokenizer import Tokenizer
+from slothcore.training.config import TrainConfig
+from slothcore.training.preparation import prepare_rows
+from tests.data.tiny_tokenizers import CHATML, write_byte_tokenizer
+from tests.training.tiny import random_rows
+
+CHAT = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    return Tokenizer.from_folder(write_byte_tokenizer(tmp_path / "bytes", config={"chat_template": CHATML}))
+
+
+@pytest.fixture
+def records() -> list[dict]:
+    texts = [{"prompt": f"{n} and", "completion": "x" * (n % 50)} for n in range(1, 2345)]
+    return [*[text for text in texts if text["completion"]], {"messages": CHAT}]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Cache every file here, however small."""
+    monkeypatch.setenv(HOME_VARIABLE, str(tmp_path / "home"))
+    monkeypatch.setattr(preparing, "CACHED_FROM", 0)
+    return tmp_path / "home"
+
+
+def write(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def same(store: TokenStore, rows: list[TokenizedRow]) -> bool:
+    return rows_of(store) == rows and store.targets.tolist() == [row.num_targets for row in rows]
+
+
+def test_the_arrays_hold_what_the_rows_do(tokenizer: Tokenizer, records: list[dict]) -> None:
+    rows, stats = tokenise_dataset(records, tokenizer, max_seq_length=40)
+    prepared = prepare_dataset(open_dataset(records), tokenizer, Settings(40))
+    assert same(prepared.store, rows)
+    assert prepared.stats == stats
+    assert prepared.store.ids.dtype == np.int32
+    assert prepared.store.labels.dtype == np.bool_
+
+
+@pytest.mark.parametrize("block", [1, 50, 10_000])
+def test_a_writer_in_memory_and_in_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr("slothcore.data.token_store.BLOCK", block)
+    rows = random_rows(60)
+    for folder in (None, tmp_path):
+        with TokenWriter(folder) as writer:
+            for row in rows:
+                writer.add(row)
+            store = writer.finish({"a": 1})
+        assert same(store, rows)
+        assert len(store) == len(writer) == 60
+        assert store.lengths.tolist() == [len(row.input_ids) for row in rows]
+        blocks = [store.ids[piece] for piece in store.blocks()]
+        assert np.array_equal(np.concatenate(blocks), store.ids)
+    assert isinstance(store.ids, np.memmap)
+
+
+def test_labels_that_are_not_the_ids_are_kept() -> None:
+    rows = [TokenizedRow([1, 2, 3], [-100, 9, 3])]
+    assert same(TokenStore.from_rows(rows), rows)
+
+
+def test_the_second_time_finds_the_first(home: Path, tmp_path: Path, tokenizer: Tokenizer, monkeypatch) -> None:
+    path = write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b" * n} for n in range(1, 9)])
+    first = prepare_dataset(open_dataset(path), tokenizer, Settings(20))
+    (folder,) = (home / "prepared").iterdir()
+    assert first.notes == [f"the prepared rows are kept in {folder} for the next run"]
+    monkeypatch.setattr(preparing, "tokenise_stream", None)
+    second = prepare_dataset(open_dataset(path), tokenizer, Settings(20))
+    assert rows_of(second.store) == rows_of(first.store)
+    assert second.stats == first.stats
+    assert second.notes == [f"8 prepared rows were found in {folder}"]
+
+
+def test_whatever_changes_tokens_makes_another_folder(home: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = write(tmp_path / "a.jsonl", [{"messages": CHAT}, {"messages": CHAT}])
+
+    def prepare(settings: Settings, using: Tokenizer = tokenizer) -> int:
+        prepare_dataset(open_dataset(path), using, settings)
+        return len(list((home / "prepared").iterdir()))
+
+    assert prepare(Settings(200)) == prepare(Settings(200)) == 1
+    assert prepare(Settings(100)) == 2
+    assert prepare(Settings(200, completion_only_loss=False)) == 3
+    assert prepare(Settings(200, mask_history=True)) == 4
+    other = Tokenizer.from_folder(
+        write_byte_tokenizer(tmp_path / "other", config={"chat_template": CHATML.replace("\n", " ")})
+    )
+    assert prepare(Settings(200), other) == 5
+    write(path, [{"messages": CHAT}])
+    assert prepare(Settings(200)) == 6
+
+
+def test_a_damaged_folder_is_made_again(home: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = write(tmp_path / "a.jsonl", [{"text": "some text"}])
+    first = rows_of(prepare_dataset(open_dataset(path), tokenizer, Settings(20)).store)
+    (folder,) = (home / "prepared").iterdir()
+    (folder / IDS_FILE).write_bytes(b"")
+    again = prepare_dataset(open_dataset(path), tokenizer, Settings(20))
+    assert rows_of(again.store) == first
+    assert find_prepared(folder.name) is not None
+
+
+def test_a_run_that_dies_leaves_nothing(home: Path, tmp_path: Path, tokenizer: Tokenizer, monkeypatch) -> None:
+    path = write(tmp_path / "a.jsonl", [{"text": "some text"}, {"messages": [*CHAT[:1], *CHAT]}])
+    with pytest.raises(ValueError, match="line 2"):
+        prepare_dataset(open_dataset(path), tokenizer, Settings(20))
+
+    def breaks(*_: object, **__: object):
+        yield TokenizedRow([1, 2], [1, 2])
+        raise KeyboardInterrupt
+
+    write(path, [{"text": "some text"}])
+    monkeypatch.setattr(preparing, "tokenise_stream", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_dataset(open_dataset(path), tokenizer, Settings(20))
+    assert list((home / "prepared").iterdir()) == []
+
+
+def test_of_two_runs_the_first_wins(home: Path) -> None:
+    with PreparedFolder("key") as slow, PreparedFolder("key") as fast:
+        for folder, token in ((fast, 1), (slow, 1)):
+            folder.writer.add(TokenizedRow([token, 2], [token, 2]))
+        fast.keep({})
+        store, _ = slow.keep({})
+        assert store.ids.tolist() == [1, 2]
+    assert [path.name for path in (home / "prepared").iterdir()] == ["key"]
+
+
+def test_what_is_written_leaves_memory(home: Path, tmp_path: Path, tokenizer: Tokenizer, monkeypatch) -> None:
+    """Ten times the records take hardly more: what stays is a few numbers for each."""
+    monkeypatch.setattr("slothcore.data.token_store.BLOCK", 20_000)
+    monkeypatch.setattr(preparing, "BATCH", 100)
+    monkeypatch.setattr("slothcore.data.masking.RECORDS_PER_BATCH", 100)
+    peaks = []
+    for count in (1_000, 10_000):
+        path = write(tmp_path / "a.jsonl", [{"prompt": f"{n}", "completion": "word " * 30} for n in range(count)])
+        dataset = open_dataset(path)
+        tracemalloc.start()
+        prepared = prepare_dataset(dataset, tokenizer, Settings(500))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert prepared.stats.tokens > 1_500_000
+    assert peaks[1] - peaks[0] < 1_500_000
+
+
+def test_without_a_place_to_keep_them_tokens_stay_in_memory(home: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    home.write_text("a file where the folder should be")
+    prepared = prepare_dataset(open_dataset(write(tmp_path / "a.jsonl", [{"text": "text"}])), tokenizer, Settings(20))
+    assert len(prepared.store) == 1
+    assert prepared.notes[-1].startswith("nothing is kept for the next run: ")
+    assert prepared.notes[-1].endswith("; set SLOTHCORE_HOME to a folder for it")
+
+
+def test_small_files_are_not_cached(tmp_path: Path, tokenizer: Tokenizer, monkeypatch) -> None:
+    monkeypatch.setenv(HOME_VARIABLE, str(tmp_path / "home"))
+    prepare_dataset(open_dataset(write(tmp_path / "a.jsonl", [{"text": "text"}])), tokenizer, Settings(20))
+    assert not (tmp_path / "home").exists()
+
+
+def test_the_home_of_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(HOME_VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", os.sep + "x")
+    assert cache_home() == Path("/x/slothcore")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_home() == Path.home() / ".cache" / "slothcore"
+
+
+def test_rows_that_the_template_rejects_can_be_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    template = "{% if messages[0].content == 'bad' %}{{ raise_exception('bad word') }}{% endif %}" + CHATML
+    tokenizer = Tokenizer.from_folder(write_byte_tokenizer(tmp_path / "bytes", config={"chat_template": template}))
+    path = write(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": w}, CHAT[1]]} for w in ("a", "bad")])
+    with pytest.raises(ValueError, match=r"a.jsonl, line 2: .*bad word"):
+        prepare_rows(open_dataset(path), tokenizer, TrainConfig(max_seq_length=100), what="training")
+    config = TrainConfig(max_seq_length=100, on_bad_row="skip")
+    assert len(prepare_rows(open_dataset(path, on_bad_row="skip"), tokenizer, config, what="training")) == 1
+    assert "1 wrong ones skipped; the first left out: " in capsys.readouterr().out
+
+
+def test_whatever_gives_records_can_be_trained_on(tokenizer: Tokenizer) -> None:
+    config = TrainConfig(max_seq_length=100, completion_template="{b}", prompt_template="{a}")
+    generator = ({"a": "x", "b": str(n)} for n in range(5))
+    assert len(prepare_rows(generator, tokenizer, config, what="training")) == 5
+    with pytest.raises(ValueError, match="the training dataset is empty"):
+        prepare_rows(iter(()), tokenizer, config, what="training")
+
+
+DATASETS = {
+    "alpaca_4k.json": "format alpaca",
+    "alpaca_libre_3k.json": "5 rows with an empty answer are left out",
+    "dolly_3k.jsonl": "format dolly",
+    "dpo_en_demo.json": "preference data, trained as SFT: the chosen answers are learned, the rejected ignored",
+    "gsm8k_test.jsonl": "format question",
+    "kto_en_demo.json": "judged answers (KTO), trained as SFT: those with label true are learned, 150 with label false",
+    "oasst_100_sharegpt.json": "the tokenizer has no chat template, so conversations are written by the built-in",
+    "preference_1100.json": "preference data, trained as SFT",
+    "sharegpt_500.json": "format conversations",
+    "wiki_demo.txt": "format document",
+}
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_published_datasets_by_their_name_alone(shared_data: Path, name: str, capsys) -> None:
+    """For a model of 256 tokens and without a chat template, every file gives rows, and the log says of which kind."""
+    tokenizer = Tokenizer.from_folder(shared_data / "models" / "babyllama-105")
+    config = TrainConfig(data=str(shared_data / "datasets" / name), max_seq_length=256, packing=True)
+    rows = prepare_rows(open_dataset(config.data), tokenizer, config, what="training")
+    assert min(rows.row_targets) > 0
+    assert len(rows) >= 30
+    assert DATASETS[name] in capsys.readouterr().out
+
+
+def test_every_published_dataset_is_among_them(shared_data: Path) -> None:
+    assert {path.name for path in (shared_data / "datasets").iterdir()} == set(DATASETS)
