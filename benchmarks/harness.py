@@ -5,6 +5,7 @@ import datetime
 import io
 import os
 import re
+import statistics
 import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -36,6 +37,13 @@ CSV_FIELDS = (
     "first_loss",
     "gradient_norm",
 )
+
+
+def quantiles(values: Iterable[float]) -> tuple[float, float, float]:
+    """Median, 20% and 80% quantile: as many values lie below the one as above the other."""
+    ordered = sorted(values)
+    fifth = len(ordered) // 5
+    return statistics.median(ordered), ordered[fifth], ordered[-1 - fifth]
 
 
 def environment() -> dict[str, str]:

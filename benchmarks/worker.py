@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.checkpoint import SPECIAL_TOKENS
+from benchmarks.harness import quantiles
 from benchmarks.peers import FIXED_AT_LOADING, Peer, Settings, peer
 from benchmarks.plan import Run, fallbacks, timed_steps, warmup_steps
 from benchmarks.shapes import LORA_TARGETS, AlpacaCase, StepCase, parse_case
@@ -158,11 +159,11 @@ def time_steps(
         step()
         clock.mark()
     milliseconds = clock.milliseconds()
-    timed = sorted(milliseconds)
+    median, p20, p80 = quantiles(milliseconds)
     return {
-        "median_ms": statistics.median(timed),
-        "p20_ms": timed[len(timed) // 5],
-        "p80_ms": timed[len(timed) * 4 // 5],
+        "median_ms": median,
+        "p20_ms": p20,
+        "p80_ms": p80,
         "tokens_per_second": tokens_per_second(tokens[warm:], milliseconds),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if settings.device == "cuda" else None,
         "losses": [loss.item() for loss in losses],

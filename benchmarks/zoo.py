@@ -11,7 +11,6 @@ gradient norm is zero or not finite. A model that runs out of memory is run agai
 import argparse
 import gc
 import math
-import statistics
 import sys
 import time
 import traceback
@@ -139,12 +138,12 @@ def time_steps(model: Decoder, args: argparse.Namespace) -> Row:
         milliseconds.append(1e3 * (time.perf_counter() - start))
         losses.append(loss.item())
         norms.append(norm.item())
-    timed = sorted(milliseconds[args.warmup :])
+    median, p20, p80 = harness.quantiles(milliseconds[args.warmup :])
     row: Row = {
-        "median_ms": statistics.median(timed),
-        "p20_ms": timed[len(timed) // 5],
-        "p80_ms": timed[len(timed) * 4 // 5],
-        "tokens_per_second": 1e3 * args.case.tokens / statistics.median(timed),
+        "median_ms": median,
+        "p20_ms": p20,
+        "p80_ms": p80,
+        "tokens_per_second": 1e3 * args.case.tokens / median,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else None,
         "first_loss": losses[0],
         "gradient_norm": norms[0],

@@ -24,10 +24,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+import triton
 
 from benchmarks import harness, shapes, targets
 from benchmarks.ops.bench_ops import Machine, timings
-from benchmarks.ops.contest import OWN, Contest, Outcome, hold, quantiles, take_turns
+from benchmarks.ops.contest import OWN, Contest, Outcome, hold, take_turns
 from benchmarks.ops.contest_linear import few_rows_contests, many_rows_contests, path_contests
 from benchmarks.ops.contest_memory import memory_contests
 from benchmarks.ops.contest_model import ATTENTION_CASES, attention_contests, head
@@ -51,12 +52,16 @@ def main(argv: list[str] | None = None) -> int:
         "--deadline", type=float, default=float("inf"), metavar="SECONDS", help="begin nothing after it"
     )
     parser.add_argument(
-        "--tiny", action="store_true", help="very small shapes in float32 on a CPU, to try the machinery"
+        "--tiny",
+        action="store_true",
+        help="very small shapes in float32 on a CPU, to try the machinery; set TRITON_INTERPRET=1",
     )
     args = parser.parse_args(argv)
     groups = args.only.split(",")
     if unknown := set(groups) - set(GROUPS):
         parser.error(f"unknown group {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")
+    if args.tiny and not triton.knobs.runtime.interpret:
+        parser.error("--tiny runs the kernels in Triton's interpreter: set TRITON_INTERPRET=1")
     if not args.tiny and not torch.cuda.is_available():
         parser.error("needs a CUDA GPU; --tiny tries the machinery without one")
     if args.out is None and not args.tiny:
@@ -185,7 +190,7 @@ def measure_machine(device: str, *, tiny: bool) -> Machine:
     size = 64 if tiny else PRODUCT_SIZE
     left, right = (torch.randn(size, size, device=device).to(torch.float32 if tiny else torch.bfloat16) for _ in "ab")
     times, _ = take_turns({"copy": lambda: target.copy_(source), "product": lambda: left @ right}, device)
-    copy_ms, product_ms = (quantiles(times[name])[0] for name in ("copy", "product"))
+    copy_ms, product_ms = (harness.quantiles(times[name])[0] for name in ("copy", "product"))
     return Machine(2 * source.nbytes / copy_ms, 2 * size**3 / product_ms)
 
 

@@ -5,9 +5,8 @@ are issued. Operands change from call to call, so that nothing is found in a cac
 all that are compared take turns, batch by batch, because a GPU's clock drifts as it warms.
 """
 
-import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any, TypeVar
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import targets
+from benchmarks.harness import quantiles
 from benchmarks.ops.case import TOLERANCE
 
 OWN = "slothcore"
@@ -272,12 +272,6 @@ class Batch:
     def _synchronize(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
-
-
-def quantiles(values: Iterable[float]) -> tuple[float, float, float]:
-    """Median, 20% and 80% quantile."""
-    ordered = sorted(values)
-    return statistics.median(ordered), ordered[len(ordered) // 5], ordered[len(ordered) * 4 // 5]
 
 
 def extra_mib(call: Call) -> float:

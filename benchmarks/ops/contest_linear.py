@@ -8,6 +8,7 @@ from typing import Literal
 import bitsandbytes.functional as bnb
 import torch
 import torch.nn.functional as F
+from bitsandbytes import matmul_4bit
 from torch import Tensor
 
 from benchmarks.ops.case import nf4_tensor, quantize_by_bitsandbytes
@@ -60,9 +61,14 @@ def few_rows(rows: int, out_features: int, in_features: int, dtype: torch.dtype,
     def two_step(weight: Nf4Tensor) -> Tensor:
         return (x @ bnb.dequantize_4bit(weight.packed.view(packed_shape), state).T).addmm_(u, B.T)
 
+    def by_bitsandbytes(weight: Nf4Tensor) -> Tensor:
+        return matmul_4bit(x, weight.packed.view(packed_shape), state).addmm_(u, B.T)
+
     entries = {
         OWN: plain(rotating(lambda weight: chosen(x, weight, u, B), weights)),
         TWO_STEP: plain(rotating(two_step, weights)),
+        # Whatever it does for as many rows; newer versions decode inside the product too.
+        "bitsandbytes": plain(rotating(by_bitsandbytes, weights)),
         # Its result lacks the LoRA term, so the term is added where results are compared.
         BARE: Entry(rotating(lambda weight: x @ weight.T, dense), lambda: [(x @ dense[0].T).addmm_(u, B.T)]),
     }

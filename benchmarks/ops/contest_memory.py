@@ -133,7 +133,8 @@ def rotary(shape: OpShape, dtype: torch.dtype, device: str, *, backward: bool) -
         from liger_kernel.ops.rope import rope_backward, rope_forward
 
         function = rope_backward if backward else rope_forward
-        wide_cos, wide_sin = (torch.cat([part, part], dim=-1)[None] for part in (cos, sin))
+        # As transformers hands them: both halves, in the dtype of the model.
+        wide_cos, wide_sin = (torch.cat([part, part], dim=-1)[None].to(dtype) for part in (cos, sin))
 
         def parts() -> list[Tensor]:
             q, k, _ = qkv.split([heads, kv_heads, kv_heads], dim=1)

@@ -99,7 +99,7 @@ def glu_cases(shape: OpShape, dtype: torch.dtype, device: str) -> Iterator[OpCas
     def forward() -> Tensor:
         return glu.glu_forward(gate_up, activation="silu")
 
-    def backward() -> tuple[Tensor, Tensor]:
+    def backward() -> tuple[Tensor, Tensor | None]:
         return glu.glu_backward(dy, gate_up, activation="silu")
 
     def plain_backward() -> Tensor:

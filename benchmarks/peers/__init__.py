@@ -18,8 +18,8 @@ PACKAGES = {
     "liger": ("transformers", "peft", "liger_kernel"),
     "transformers": ("transformers", "peft"),
 }
-# Sequences of a micro-batch that users of padded training choose for short sequences.
-PADDED_MICRO_BATCH = 2
+# Sequences of a micro-batch that the peers' users choose for short sequences.
+PEER_MICRO_BATCH = 2
 # What may be computed again in the backward pass: nothing; gate and up; those, the rest waiting in the host's memory;
 # all of a layer.
 RECOMPUTE = ("no", "mlp", "offload", "yes")
@@ -90,10 +90,10 @@ def installed() -> list[str]:
 def variants(system: str, case: str) -> list[str]:
     """The ways in which the users of a system cut a case into micro-batches.
 
-    Sequences of different lengths cost padding: whoever pads is measured in micro-batches of two, as in the peers'
-    notebooks, and in a single one, which pads more but dequantises the model once. slothcore packs them all.
+    Where lengths differ the peers are measured in micro-batches of two, as in their notebooks, and in a single one,
+    which decodes the weights once; transformers and Liger pad both. slothcore takes them all.
     """
-    return [f"alpaca/{PADDED_MICRO_BATCH}", "alpaca"] if case == "alpaca" and system != "slothcore" else [case]
+    return [f"alpaca/{PEER_MICRO_BATCH}", "alpaca"] if case == "alpaca" and system != "slothcore" else [case]
 
 
 def peer(system: str) -> Peer:

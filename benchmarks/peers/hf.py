@@ -54,7 +54,11 @@ def adamw_8bit(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimiz
 
 
 def loss(model: nn.Module, sequences: Iterable[Tensor], settings: Settings, num_items: int | None = None) -> Tensor:
-    batch = padded(list(sequences))
+    return loss_of(model, padded(list(sequences)), settings, num_items)
+
+
+def loss_of(model: nn.Module, batch: dict[str, Tensor], settings: Settings, num_items: int | None) -> Tensor:
+    """The loss of a batch on the CPU, however its sequences are laid out."""
     if num_items is not None:
         # As transformers' Trainer does: the losses of the micro-batches then add up to the mean over the whole step.
         batch["num_items_in_batch"] = torch.tensor(num_items)
@@ -70,3 +74,10 @@ def padded(sequences: list[Tensor]) -> dict[str, Tensor]:
     if mask.all():
         return {"input_ids": ids, "labels": ids}
     return {"input_ids": ids, "labels": ids.masked_fill(~mask, -100), "attention_mask": mask.long()}
+
+
+def end_to_end(sequences: list[Tensor]) -> dict[str, Tensor]:
+    """One row [1, T] without padding, as TRL's collators make it: positions restart, and no first token is a target."""
+    position_ids = torch.cat([torch.arange(len(sequence)) for sequence in sequences])[None]
+    ids = torch.cat(sequences)[None]
+    return {"input_ids": ids, "labels": ids.masked_fill(position_ids == 0, -100), "position_ids": position_ids}

@@ -3,10 +3,13 @@
 # ruff: noqa: I001  (it must come before transformers and peft)
 from unsloth import FastLanguageModel
 
-from torch import nn
+from collections.abc import Iterable
 
-from benchmarks.peers import Settings
-from benchmarks.peers.hf import adamw_8bit, loss
+import torch
+from torch import Tensor, nn
+
+from benchmarks.peers import Settings, hf
+from benchmarks.peers.hf import adamw_8bit
 from benchmarks.shapes import LORA_TARGETS
 
 __all__ = ["adamw_8bit", "configure", "load", "loss"]
@@ -34,3 +37,12 @@ def load(settings: Settings) -> nn.Module:
 
 def configure(model: nn.Module, settings: Settings) -> None:
     """Nothing: Unsloth settles recomputation when it loads the model."""
+
+
+def loss(model: nn.Module, sequences: Iterable[Tensor], settings: Settings, num_items: int | None = None) -> Tensor:
+    """Sequences of one length as a batch; others without padding, as its SFTTrainer has them unless told otherwise."""
+    documents = list(sequences)
+    lengths = torch.tensor([len(document) for document in documents], dtype=torch.int32)
+    if (lengths == lengths[0]).all():
+        return hf.loss(model, documents, settings, num_items)
+    return hf.loss_of(model, hf.end_to_end(documents) | {"packed_seq_lengths": lengths}, settings, num_items)
