@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from slothcore.kernels.nf4_gemm import LinearConfig, can_permute, linear_config,
 from slothcore.kernels.nf4_tensor import Nf4Tensor
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))  # (out_features, in_features)
-ROWS = (1, 16, 32, 64, 128, 256, 512)
+ROWS = (1, 4, 16, 32, 64, 128, 256, 512)
 RANK = 16
 BANDWIDTH = 3.0e12
 SECONDS = 140.0
@@ -40,50 +41,42 @@ DEQUANTIZE_CONFIGS = [
 ]
 
 
-REGISTERS_TILES = (  # (block_m, block_n, num_warps, num_stages, slices)
-    (1, 16, 16, 3, 16),
-    (2, 16, 8, 3, 8),
-    (4, 16, 4, 2, 4),
-    (4, 16, 4, 3, 4),
-    (4, 16, 4, 4, 4),
-    (4, 32, 8, 3, 4),
-    (8, 32, 4, 3, 2),
-    (8, 64, 8, 3, 2),
-    (16, 64, 4, 2, 1),
-    (16, 64, 4, 3, 1),
-    (16, 64, 4, 4, 1),
-    (16, 64, 4, 1, 1),
-    (16, 128, 8, 3, 1),
-    (32, 64, 4, 3, 1),
-    (32, 128, 8, 3, 1),
-)
-SHARED_TILES = (  # (block_m, block_n, step, num_warps, num_stages)
-    (64, 64, 2, 4, 3),
-    (64, 64, 2, 4, 2),
-    (64, 128, 2, 4, 3),
-    (64, 128, 2, 4, 2),
-    (128, 128, 2, 4, 2),
-    (128, 128, 2, 8, 2),
-    (128, 128, 2, 8, 3),
-    (128, 256, 2, 8, 2),
-    (256, 128, 2, 8, 2),
-    (256, 64, 2, 4, 2),
+def registers(tokens: int, rows: int, *, slices: int = 1, warps: int = 4, **options: Any) -> LinearConfig:
+    """A tile of the kernel that decodes into registers."""
+    return LinearConfig(tokens, rows, 1, num_warps=warps, kernel="registers", slices=slices, **options)
+
+
+PERMUTE_TILES = (  # with the numbers of parts to cut the columns into
+    (registers(16, 64), (1, 2, 4, 8)),
+    (registers(16, 64, prefetch=True), (1, 2, 3, 4, 8)),
+    (registers(16, 64, prefetch=True, max_registers=96), (2, 4, 8)),
+    (registers(8, 32, slices=2), (1, 2, 4)),
+    (registers(8, 32, slices=2, prefetch=True), (1, 2, 4)),
+    (registers(4, 16, slices=4), (1, 2)),
+    (registers(4, 16, slices=4, prefetch=True), (1, 2)),
+    (registers(2, 8, slices=8), (1,)),
+    (registers(2, 8, slices=8, prefetch=True), (1,)),
+    (registers(1, 4, slices=16), (1,)),
+    (registers(32, 64), (1, 2, 4, 8)),
+    (registers(32, 64, prefetch=True), (1, 2, 4, 8)),
+    (registers(32, 128, warps=8, prefetch=True), (1, 2, 4, 8)),
+    (registers(64, 64), (1, 2, 4, 8)),
+    (registers(64, 64, prefetch=True), (1, 2, 4, 8)),
+    (registers(64, 128, warps=8, max_registers=128), (1, 2, 4, 8)),
+    (registers(64, 128, warps=8, prefetch=True, max_registers=128), (1, 2, 4, 8)),
+    (registers(128, 128, warps=8), (1, 2, 4, 8)),
+    (registers(128, 128, warps=8, prefetch=True), (1, 2, 4, 8)),
 )
 
 
 def permute_configs(rows: int) -> list[tuple[LinearConfig, tuple[int, ...]]]:
-    """Configurations of the kernels that decode by permutes, each with the numbers of parts to cut the columns into."""
-    configs: list[tuple[LinearConfig, tuple[int, ...]]] = []
-    tokens = max(16, triton.next_power_of_2(rows))
-    for m, n, warps, stages, slices in REGISTERS_TILES:
-        if m * slices == tokens and rows <= m:
-            tile = LinearConfig(m, n, 1, step=4, num_warps=warps, num_stages=stages, kernel="registers", slices=slices)
-            configs.append((tile, (1, 2, 4, 8) if slices == 1 else (1, 2)))
-    for m, n, step, warps, stages in SHARED_TILES:
-        if rows >= 16 and (m == max(64, min(tokens, 256)) or (rows > 128 and m == 128)):
-            tile = LinearConfig(m, n, 1, step, warps, stages, kernel="shared")
-            configs.append((tile, (1, 2, 4, 8) if rows <= 64 else (1, 2, 4) if rows <= 128 else (1, 2, 3)))
-    return configs
+    """Configurations of the kernel that decodes by permutes, each with the numbers of parts to cut the columns into."""
+    tokens = min(max(16, triton.next_power_of_2(rows)), 128)
+    return [
+        (tile, parts)
+        for tile, parts in PERMUTE_TILES
+        if tile.block_m * tile.slices == tokens and min(rows, tokens) <= tile.block_m
+    ]
 
 
 def table_configs(rows: int) -> list[tuple[LinearConfig, tuple[int, ...]]]:
@@ -155,11 +148,12 @@ def milliseconds(run: Callable[[], object]) -> float:
 
 
 def describe(config: LinearConfig) -> str:
-    kernel = config.decode if config.kernel == "table" else config.kernel
-    return (
-        f"m{config.block_m} n{config.block_n} parts{config.parts} step{config.step} "
-        f"w{config.num_warps} s{config.num_stages} {kernel} slices{config.slices}"
-    )
+    if config.kernel == "table":
+        options = f"step{config.step} s{config.num_stages} {config.decode}"
+    else:
+        limit = "" if config.max_registers is None else f" registers{config.max_registers}"
+        options = f"slices{config.slices}{' prefetch' * config.prefetch}{limit}"
+    return f"{config.kernel} m{config.block_m} n{config.block_n} parts{config.parts} w{config.num_warps} {options}"
 
 
 def make_weight(out_features: int, in_features: int) -> Nf4Tensor:

@@ -34,10 +34,11 @@ from slothcore.kernels.nf4_tensor import BLOCK, Nf4Tensor
 NF4_IN_KERNEL_ROWS = 256
 
 # The same where a decoded copy is kept: a product of so few rows is bound by reading the weight, and NF4 is a quarter.
-# Weights of so many elements are decoded by permutes fast enough for more rows: at 64 on an H100, 38.6 and 33.9 us for
-# 14336 x 4096 and 4096 x 14336 against cuBLAS's 44.2 and 47.3 for the copy alone, and 15.1 against 14.8 for 4096 x 4096,
-# with the LoRA term inside. Smaller weights are bound by their launches.
 NF4_OVER_COPY_ROWS = 16
+
+# Where large weights are decoded by permutes, NF4 wins for longer. Microseconds at 64 rows on an H100, with the LoRA
+# term, against cuBLAS's for the copy without it: 14336 x 4096 38.6 against 44.2, 4096 x 14336 33.9 against 47.3, and
+# 4096 x 4096 15.1 against 14.8. Smaller weights have less to read, and their copies may lie together as one product.
 NF4_OVER_COPY_ROWS_OF_LARGE = 64
 NF4_LARGE = 4096 * 4096
 

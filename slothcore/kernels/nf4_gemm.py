@@ -34,7 +34,7 @@ class LinearConfig:
     """How nf4_linear is launched."""
 
     block_m: int
-    """Tokens of a tile; for "registers", times slices, at least 16; for "table", 1 chooses the kernel of a single row."""
+    """Tokens of a tile; for "registers", times slices, at least 16; for "table", 1 chooses that of a single row."""
     block_n: int
     """Weight rows of a tile; for "registers", times slices, a multiple of 16 * num_warps."""
     parts: int
@@ -80,14 +80,14 @@ class _Rule:
 PERMUTE_RULES = (
     _Rule(4, LinearConfig(4, 16, 1, kernel="registers", slices=4, prefetch=True), programs=256, columns=4096),
     _Rule(16, LinearConfig(16, 64, 1, kernel="registers", prefetch=True), programs=896, columns=512),
-    _Rule(32, LinearConfig(32, 128, 1, 8, kernel="registers", prefetch=True), programs=256, columns=512),
+    _Rule(32, LinearConfig(32, 128, 1, num_warps=8, kernel="registers", prefetch=True), programs=256, columns=512),
     _Rule(
         64,
-        LinearConfig(64, 128, 1, 8, kernel="registers", prefetch=True, max_registers=128),
+        LinearConfig(64, 128, 1, num_warps=8, kernel="registers", prefetch=True, max_registers=128),
         programs=256,
         columns=1024,
     ),
-    _Rule(128, LinearConfig(128, 128, 1, 8, kernel="registers"), programs=132, columns=1024),
+    _Rule(128, LinearConfig(128, 128, 1, num_warps=8, kernel="registers"), programs=132, columns=1024),
 )
 TABLE_RULES = (
     _Rule(1, LinearConfig(1, 8, 1, step=4, num_stages=3), programs=512, columns=2048),
@@ -105,7 +105,7 @@ def linear_config(
     """Launch configuration for M, N and K: enough programs to fill a large GPU, each with work enough.
 
     itemsize: bytes of an element of x; float32 keeps fewer turns in flight, to fit the shared memory of smaller GPUs.
-    permute: whether the kernels that decode by permutes can be used.
+    permute: whether the kernel that decodes by permutes can be used.
     """
     assert itemsize == 2 or not permute, "permutes give 16-bit weights"
     # For more tokens the decoding hides behind the products, and the table's simpler loop keeps them busier; up to the
@@ -123,8 +123,8 @@ def linear_config(
 
 
 def can_permute(x: Tensor, weight: Nf4Tensor) -> bool:
-    """Whether the kernels that decode by permutes take these operands: they copy 16 bytes at a time, and are
-    laid out for the tensor cores of Hopper.
+    """Whether the kernel that decodes by permutes takes these operands: it reads 16 bytes at a time, and is laid out
+    for the tensor cores of Hopper.
     """
     return x.is_cuda and x.itemsize == 2 and _is_hopper(x.device) and weight.packed.data_ptr() % 16 == 0
 

@@ -22,24 +22,13 @@ CONFIGS = {
 }
 # For 16-bit x: steps of whole parts and beyond their ends, two fragments a warp, tiles wider than the weight.
 PERMUTE_CONFIGS = {
-    "registers": LinearConfig(16, 64, parts=1, step=4, kernel="registers"),
-    "registers, two parts, two fragments": LinearConfig(16, 128, parts=2, step=4, kernel="registers"),
-    "registers, four slices": LinearConfig(4, 16, parts=1, step=4, kernel="registers", slices=4),
-    "registers, two slices of two parts": LinearConfig(
-        8, 64, parts=2, step=4, num_warps=8, kernel="registers", slices=2
-    ),
-    "registers, eight warps": LinearConfig(32, 128, parts=3, step=4, num_warps=8, kernel="registers"),
-    "shared": LinearConfig(64, 64, parts=1, step=2, kernel="shared"),
-    "shared, three parts": LinearConfig(64, 32, parts=3, step=1, kernel="shared"),
-    "registers, not pipelined": LinearConfig(16, 64, parts=1, step=4, num_stages=1, kernel="registers"),
-    "registers, prefetched": LinearConfig(
-        16, 64, parts=2, step=4, num_stages=1, kernel="registers", prefetch=True, chained=True, max_registers=96
-    ),
-    "registers, prefetched by four slices": LinearConfig(
-        4, 16, parts=1, step=4, num_stages=1, kernel="registers", slices=4, prefetch=True
-    ),
-    "shared, a step beyond the end": LinearConfig(128, 128, parts=2, step=4, num_stages=2, kernel="shared"),
-}
+    "one part": LinearConfig(16, 64, parts=1, kernel="registers"),
+    "two parts, two fragments": LinearConfig(16, 128, parts=2, kernel="registers"),
+    "three parts, eight warps": LinearConfig(32, 128, parts=3, num_warps=8, kernel="registers"),
+    "four slices": LinearConfig(4, 16, parts=1, kernel="registers", slices=4),
+    "two slices of two parts": LinearConfig(8, 64, parts=2, num_warps=8, kernel="registers", slices=2),
+    "prefetched": LinearConfig(16, 64, parts=2, kernel="registers", prefetch=True, max_registers=96),
+} | {f"default up to {rule.rows}": replace(rule.tile, parts=2) for rule in nf4_gemm.PERMUTE_RULES}
 
 
 def operands(
@@ -130,7 +119,7 @@ def test_kernel_decodes_the_exact_weight(kernel_device, nan_filled_empty) -> Non
         assert torch.equal(one_row[0], dense[:, 5])
 
 
-@pytest.mark.parametrize("kernel", ["table", "registers", "shared"])
+@pytest.mark.parametrize("kernel", ["table", "registers"])
 @pytest.mark.parametrize("rows", [1, 6])
 @pytest.mark.parametrize("parts", [1, 2])
 def test_kernel_reads_and_writes_strided_rows(kernel_device, nan_filled_empty, rows, parts, kernel) -> None:
@@ -138,8 +127,7 @@ def test_kernel_reads_and_writes_strided_rows(kernel_device, nan_filled_empty, r
     x, weight, options = operands(rows, 40, 128, 8, dtype=dtype, device=kernel_device)
     config = {
         "table": LinearConfig(block_m=1 if rows == 1 else 16, block_n=32, parts=parts),
-        "registers": LinearConfig(16, 64, parts, step=4, kernel="registers"),
-        "shared": LinearConfig(64, 64, parts, step=1, kernel="shared"),
+        "registers": LinearConfig(16, 64, parts, kernel="registers"),
     }[kernel]
     expected = nf4_gemm.nf4_linear(x, weight, **options, _config=config)
     wide_x = torch.full((rows, 301), float("nan"), device=kernel_device, dtype=dtype)
@@ -194,28 +182,25 @@ def test_bad_input_is_refused(ops) -> None:
 
 def test_launch_configuration_is_sane_for_every_model_shape() -> None:
     sizes = (64, 576, 2048, 4096, 8192, 14336, 28672, 128256)
-    for rows, out_features, in_features in itertools.product((1, 2, 16, 17, 64, 65, 300), sizes, sizes):
+    for rows, out_features, in_features in itertools.product((1, 2, 4, 5, 16, 17, 64, 65, 300), sizes, sizes):
         for permute in (False, True):
             config = linear_config(rows, out_features, in_features, permute=permute)
             assert (config.kernel == "table") == (
                 not permute or rows == 300 or (rows == 65 and in_features <= out_features)
             )
             assert (config.block_m == 1) == (rows == 1 and not permute)
-            assert rows == 1 or config.block_m >= min(16, rows)
+            assert config.block_m >= min(16, rows)
             assert config.parts == 1 or in_features // config.parts >= 512
             if config.kernel == "registers":
-                assert config.step == 4
                 assert config.block_n * config.slices % (16 * config.num_warps) == 0
                 assert config.block_m * config.slices >= 16
 
 
-@pytest.mark.parametrize(
-    "config", [*PERMUTE_CONFIGS.values(), *(rule.tile for rule in nf4_gemm.PERMUTE_RULES)], ids=str
-)
-def test_blocks_in_flight_fit_the_shared_memory_of_hopper(config) -> None:
-    """A lower bound of what a kernel needs: the tokens and the words of all turns but one."""
-    tokens, rows = config.block_m * config.slices, config.block_n * config.slices
-    assert (config.num_stages - 1) * config.step * (tokens * 128 + rows * 32) <= 227 * 1024
+@pytest.mark.parametrize(("rows", "parts"), [(1, (1, 1, 1)), (16, (8, 4, 8)), (32, (8, 2, 8)), (64, (4, 2, 8))])
+def test_columns_are_cut_into_as_many_parts_as_measured_fastest(rows, parts) -> None:
+    shapes = ((4096, 4096), (14336, 4096), (4096, 14336))
+    assert tuple(linear_config(rows, *shape, permute=True).parts for shape in shapes) == parts
+    assert linear_config(128, 4096, 14336, permute=True).parts == 4
 
 
 @pytest.mark.parametrize("rows", [1, 40, 300])
