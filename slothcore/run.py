@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from slothcore.data.columns import ColumnTemplates
 from slothcore.data.dataset import Dataset, open_dataset
 from slothcore.data.formats import INSTRUCTIONS, plain_record
 from slothcore.data.preferences import CONVERSATIONS
@@ -133,17 +134,28 @@ def _open_records(
 def how_to_talk(config: TrainConfig, record: Mapping[str, Any]) -> str:
     """The command that asks the result in the layout that it was trained on, of which `record` is one."""
     flags, chat = {"--prompt": "Hello"}, ""
-    if config.completion_template is None:
+    if config.completion_template is not None:
+        prompt, _ = ColumnTemplates(config.completion_template, config.prompt_template or "").fill(record, "the record")
+        flags = {"--prompt": _example(prompt)}
+    else:
         name, plain = plain_record(record, format=config.format, text_field=config.text_field)
         if name in INSTRUCTIONS:
             question, _, context = INSTRUCTIONS[name]
             flags = {"--instruction": str(plain[question]), "--input": str((context and plain.get(context)) or "")}
             if sum(map(len, flags.values())) > LONGEST_EXAMPLE:
                 flags = {"--instruction": "Hello"}
+        elif name == "prompt" and isinstance(plain["prompt"], str):
+            flags = {"--prompt": _example(plain["prompt"])}
         elif name in CONVERSATIONS:
             chat = "--chat "
     asked = " ".join(f"{flag} {shlex.quote(text)}" for flag, text in flags.items() if text)
     return f"slothcore generate --model {shlex.quote(config.output_dir)} {chat}{asked}"
+
+
+def _example(prompt: str) -> str:
+    """A prompt of the data if it can stand in a command of one line, and else a word."""
+    fits = prompt.strip() and len(prompt.splitlines()) == 1 and len(prompt) <= LONGEST_EXAMPLE
+    return prompt if fits and not prompt.startswith("-") else "Hello"
 
 
 def open_result(

@@ -167,7 +167,7 @@ def test_the_end_of_training_says_how_to_talk_to_the_result(folder, run, capsys)
     argv = ["train", "--config", str(run / "config.yaml"), "--output-dir", str(folder / "talk")]
     assert main(argv) == 0
     last = capsys.readouterr().out.strip().splitlines()[-1]
-    assert last == f"talk to it: slothcore generate --model {folder / 'talk'} --prompt Hello"
+    assert last == f"talk to it: slothcore generate --model {folder / 'talk'} --prompt 'Add 0 and 0.'"
 
 
 @pytest.mark.parametrize("which", ["run", "run/adapter", "run/checkpoint-3", "model"])

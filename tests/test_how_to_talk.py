@@ -19,6 +19,10 @@ LONG = "word " * 100
         ({"instruction": "Add", "context": "1", "response": "1"}, ["--instruction", "Add", "--input", "1"]),
         ({"instruction": LONG, "output": "?"}, ["--instruction", "Hello"]),
         ({"question": "Why?", "answer": "So."}, ["--instruction", "Why?"]),
+        ({"prompt": "Why? Because", "completion": " so."}, ["--prompt", "Why? Because"]),
+        ({"prompt": "- a list", "completion": "x"}, ["--prompt", "Hello"]),
+        ({"prompt": "two\nlines", "completion": "x"}, ["--prompt", "Hello"]),
+        ({"prompt": LONG, "completion": "x"}, ["--prompt", "Hello"]),
         ({"messages": [{"role": "user", "content": "?"}]}, ["--chat", "--prompt", "Hello"]),
     ],
 )
@@ -27,6 +31,8 @@ def test_the_record_decides_the_flags(record: dict, expected: list[str]) -> None
     assert command == ["slothcore", "generate", "--model", "a run", *expected]
 
 
-def test_own_columns_have_no_layout_that_could_be_asked_in() -> None:
-    config = TrainConfig(output_dir="run", prompt_template="{a}", completion_template="{b}")
-    assert how_to_talk(config, {"a": "1", "b": "2"}) == "slothcore generate --model run --prompt Hello"
+def test_own_columns_are_asked_through_their_template() -> None:
+    config = TrainConfig(output_dir="run", prompt_template="Of {a}:", completion_template="{b}")
+    assert how_to_talk(config, {"a": "1", "b": "2"}) == "slothcore generate --model run --prompt 'Of 1:'"
+    config = TrainConfig(output_dir="run", completion_template="{b}")
+    assert how_to_talk(config, {"b": "2"}) == "slothcore generate --model run --prompt Hello"

@@ -65,7 +65,7 @@ def as_text(plans: Plans) -> str:
         "",
         "longest document, and most tokens of a pass",
         *_table(plans, longest),
-        f"({RESERVE:.0%} of a GPU are left to CUDA and to gaps between tensors; - means that not even a token fits.",
+        f"({RESERVE:.0%} of a GPU is left to CUDA and to gaps between tensors; - means that not even a token fits.",
         f" The model is made for documents of up to {plans.longest_document:,} tokens.)",
     ]
     return "\n".join(lines)

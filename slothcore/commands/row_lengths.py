@@ -52,16 +52,19 @@ def describe_packing(lengths: Sequence[int], config: TrainConfig) -> str:
 
 
 def histogram(lengths: Sequence[int]) -> str:
-    """A line for each of about ten equal ranges: range, bar, how many."""
-    width = _round_up(max(lengths) / BARS)
-    counts = [0] * -(-max(lengths) // width)
+    """A line for each of about ten equal ranges: range, bar, how many. Ranges below the shortest have no line."""
+    longest = max(lengths)
+    width = _round_up(longest / BARS)
+    counts = [0] * -(-longest // width)
     for length in lengths:
         counts[(length - 1) // width] += 1
-    wide = len(f"{len(counts) * width:,}")
+    first = (min(lengths) - 1) // width
+    wide = len(f"{longest:,}")
     lines = []
-    for place, count in enumerate(counts):
+    # Where all rows are cut at one length, a list of empty ranges would stand above the only one that is not.
+    for place, count in enumerate(counts[first:], first):
         bar = "#" * -(-count * WIDEST_BAR // max(counts))
-        ends = f"{place * width + 1:>{wide},} - {(place + 1) * width:>{wide},}"
+        ends = f"{place * width + 1:>{wide},} - {min((place + 1) * width, longest):>{wide},}"
         lines.append(f"  {ends}  {bar:<{WIDEST_BAR}} {count:>{len(f'{max(counts):,}')},}")
     return "\n".join(lines)
 

@@ -32,17 +32,18 @@ class ColumnTemplates:
                 raise ValueError(f"{option} {template!r} names no column; write {{column}} where its text is to stand")
 
     def fill(self, record: Record, where: str) -> tuple[str, str]:
-        """Prompt and completion of a record.
+        """Prompt and completion of a record; no completion if all its columns are blank, whatever stands around them.
 
         Raises: ValueError naming `where`, the column that the record lacks and those that it has.
         """
-        return self._filled("prompt_template", self.prompt, record, where), self._filled(
-            "completion_template", self.completion, record, where
-        )
+        prompt, _ = self._filled("prompt_template", self.prompt, record, where)
+        completion, says_something = self._filled("completion_template", self.completion, record, where)
+        return prompt, completion if says_something else ""
 
     @staticmethod
-    def _filled(option: str, template: str, record: Record, where: str) -> str:
-        pieces = []
+    def _filled(option: str, template: str, record: Record, where: str) -> tuple[str, bool]:
+        """The text, and whether any column holds some of it."""
+        pieces, says_something = [], False
         for literal, column in _parts(template):
             pieces.append(literal)
             if column is None:
@@ -52,8 +53,10 @@ class ColumnTemplates:
                     f"{where} has no column {column!r}, which {option} names; it has {field_names(record)}: "
                     "correct the template"
                 )
-            pieces.append(text_value(record, column, where, optional=True))
-        return "".join(pieces)
+            value = text_value(record, column, where, optional=True)
+            says_something |= value.strip() != ""
+            pieces.append(value)
+        return "".join(pieces), says_something
 
 
 def _parts(template: str) -> list[tuple[str, str | None]]:

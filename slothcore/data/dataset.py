@@ -223,7 +223,9 @@ def _checked(source: Source, reading: Reading, on_bad_row: OnBadRow, *, progress
             check_example(example, where)
         except ValueError as error:
             if on_bad_row != "skip":
-                raise
+                # With good rows before it, the file is probably right and this row wrong.
+                hint = "; or leave such rows out with on_bad_row: skip" if any(counts.repeats) else ""
+                raise ValueError(f"{error}{hint}") from None
             counts.skip(error)
         else:
             counts.take(record, where, reading)

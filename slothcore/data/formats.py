@@ -133,7 +133,9 @@ def detect_format(record: Record, *, text_field: str = "text", where: str = "rec
         return "preference"
     if plain in (None, "text", "document"):
         if plain is None:
-            expected = "; ".join(f"{', '.join(_required(name, text_field))} ({name})" for name in LAYOUTS)
+            # A verdict is no record by itself: it stands beside the fields of another layout.
+            names = [name for name in LAYOUTS if name != "kto"]
+            expected = "; ".join(f"{', '.join(_required(name, text_field))} ({name})" for name in names)
             raise ValueError(
                 f"{where} has the fields {field_names(record)}, but needs those of one format: {expected}; rename "
                 "them, or say with prompt_template and completion_template what they are"

@@ -17,6 +17,7 @@ from slothcore.data.formats import ChatExample, Example, Record, TextExample, fo
 from slothcore.data.spans import Turn
 from slothcore.data.text_rows import text_rows
 from slothcore.data.tokenizer import Tokenizer
+from slothcore.data.values import counted
 
 __all__ = ["IGNORED_LABEL", "TokenizeStats", "TokenizedRow", "tokenise_dataset", "tokenise_example", "tokenise_stream"]
 
@@ -54,21 +55,16 @@ class TokenizeStats:
     first_skipped: str | None = None
 
     def describe(self, max_seq_length: int) -> str:
-        """One line for the user."""
-        parts = [
-            f"{self.records} records gave {self.rows} rows of {self.tokens} tokens, {self.targets} of them learned"
-        ]
-        if self.truncated:
-            parts.append(f"{self.truncated} truncated to {max_seq_length} tokens")
-        if self.dropped_overlength:
-            parts.append(f"{self.dropped_overlength} longer than {max_seq_length} tokens dropped")
-        if self.dropped_without_target:
-            parts.append(f"{self.dropped_without_target} without a token to learn dropped")
-        if self.skipped:
-            parts.append(f"{self.skipped} wrong ones skipped")
-        if self.first_skipped:
-            parts.append(f"the first left out: {self.first_skipped}")
-        return "; ".join(parts)
+        """The counts in one line for the user; `first_skipped`, which may be long, is left to a line of its own."""
+        gave = f"{counted(self.records, 'record')} gave {counted(self.rows, 'row')} with {self.tokens:,} tokens"
+        others = {
+            f"{self.truncated:,} truncated to {max_seq_length:,} tokens": self.truncated,
+            f"{self.dropped_overlength:,} longer than {max_seq_length:,} tokens dropped": self.dropped_overlength,
+            f"{self.dropped_without_target:,} dropped, having no token to learn": self.dropped_without_target,
+            f"{counted(self.skipped, 'wrong one')} skipped": self.skipped,
+        }
+        happened = [text for text, count in others.items() if count]
+        return "; ".join([f"{gave}, {self.targets:,} of them learned", *happened])
 
 
 def tokenise_dataset(
@@ -275,9 +271,12 @@ def _why_nothing(row: TokenizedRow, prepared: _Prepared, max_seq_length: int, to
     remedy = "take the record out, or set on_bad_row to skip"
     if row.num_targets:
         answer = next(place for place, label in enumerate(row.labels) if place and label != IGNORED_LABEL)
-        why = f"the first word to learn is token {answer + 1}, and max_seq_length is {max_seq_length}"
-        remedy = "raise max_seq_length, or shorten what stands before it"
-    elif isinstance(example, TextExample):
+        # Its text would say no more: what is to be learned stands beyond what a row can hold.
+        return (
+            f"{prepared.where}: nothing of it is learned, because the first word to learn is token {answer + 1:,}, and "
+            f"max_seq_length is {max_seq_length:,}; raise max_seq_length, or shorten what stands before it"
+        )
+    if isinstance(example, TextExample):
         why = "its completion is empty" if example.prompt else "it has less than two tokens"
     elif not any(message["role"] == "assistant" for message in example.messages):
         why = f"it has no assistant's turn (roles: {', '.join(str(m['role']) for m in example.messages)})"
@@ -293,8 +292,8 @@ def _nothing_left(stats: TokenizeStats, max_seq_length: int) -> str:
     if not stats.records:
         return "the dataset has no records"
     if stats.first_skipped:
-        return f"no row is left ({stats.describe(max_seq_length)})"
+        return f"no row is left ({stats.describe(max_seq_length)}; the first left out: {stats.first_skipped})"
     return (
-        f"all {stats.records} records are longer than max_seq_length = {max_seq_length} tokens and were dropped; "
+        f"all {stats.records:,} records are longer than max_seq_length = {max_seq_length} tokens and were dropped; "
         "raise max_seq_length or set overlength to truncate"
     )

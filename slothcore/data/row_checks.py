@@ -8,6 +8,7 @@ from slothcore.data.conversations import check_turns
 from slothcore.data.formats import Example, TextExample, detect_format
 from slothcore.data.preferences import verdict
 from slothcore.data.readers import LONGEST_ROW
+from slothcore.data.values import counted
 
 if TYPE_CHECKING:
     from slothcore.data.dataset import Reading
@@ -95,7 +96,7 @@ class RowCounts:
             key = hash(identity)
             if key in self._ids:
                 self._repeated_ids += 1
-                self._first_repeated = self._first_repeated or f"{identity!r} at {where}"
+                self._first_repeated = self._first_repeated or f"{identity!r} at {self._inside(where)}"
             self._ids.add(key)
 
     def check_any(self) -> None:
@@ -119,7 +120,8 @@ class RowCounts:
             what = "own columns, by completion_template"
         else:
             what = ", ".join(f"format {name}" for name in self.formats)
-        lines = [f"{self.name}: {what}; {used:,} of {len(self.repeats):,} rows are used"]
+        verb = "is" if len(self.repeats) == 1 else "are"
+        lines = [f"{self.name}: {what}; {used:,} of {counted(len(self.repeats), 'row')} {verb} used"]
         if "preference" in self.formats:
             lines.append(
                 f"{self.name}: preference data, trained as SFT: the chosen answers are learned, the rejected ignored"
@@ -127,22 +129,26 @@ class RowCounts:
         if "kto" in self.formats:
             lines.append(
                 f"{self.name}: judged answers (KTO), trained as SFT: those with label true are learned, "
-                f"{self._judged_bad:,} with label false are left out"
+                f"{self._judged_bad:,} with label false left out"
             )
         if self._num_empty:
             lines.append(
-                f"{self.name}: {self._num_empty:,} rows with an empty answer are left out; first {self._empty[0]}"
+                f"{self.name}: {counted(self._num_empty, 'row')} with an empty answer left out; "
+                f"first {self._inside(self._empty[0])}"
             )
         if self._skipped:
-            lines.append(
-                f"{self.name}: {self._skipped:,} rows that cannot be used are skipped; first {' | '.join(self._errors)}"
-            )
+            first = " | ".join(map(self._inside, self._errors))
+            lines.append(f"{self.name}: {counted(self._skipped, 'row')} skipped as unusable; first {first}")
         if self._repeated_ids:
             lines.append(
-                f"{self.name}: {self._repeated_ids:,} rows repeat the id of an earlier one, first "
-                f"{self._first_repeated}; drop them if they are copies"
+                f"{self.name}: {counted(self._repeated_ids, 'row')} with the id of an earlier one, "
+                f"first {self._first_repeated}; drop what is a copy"
             )
         return lines
+
+    def _inside(self, message: str) -> str:
+        """A place, or a message that begins with one, without the name of the source, which begins the note."""
+        return message.removeprefix(f"{self.name}, ")
 
 
 def _characters(value: Any) -> int:

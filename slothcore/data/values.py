@@ -1,4 +1,4 @@
-"""Single values of a record: texts, lists written as text, and what is said about a wrong one."""
+"""Single values of a record: texts, lists written as text, and the words in which messages speak of them."""
 
 import json
 from collections.abc import Mapping
@@ -16,6 +16,11 @@ def shown(value: Any) -> str:
     """A value as a message shows it: its type, and its beginning."""
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:60] + '...'}"
+
+
+def counted(number: int, what: str) -> str:
+    """`1 row`, `1,234 rows`: how many of something there are; `what` is the word for one of them."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def text_value(record: Record, field: str, where: str, *, optional: bool = False) -> str:

@@ -113,7 +113,8 @@ class TrainConfig(RunOptions, OptimizationOptions, LoraOptions, DataOptions, Mod
             files = [self.data] if isinstance(self.data, str) else self.data or ()
             _require(
                 len(self.data_weights) == len(files),
-                f"data_weights has {len(self.data_weights)} numbers, and data {len(files)} entries; give one for each",
+                f"data_weights and data must be equally many, got {len(self.data_weights)} and {len(files)}; "
+                "give one for each",
             )
 
     @property

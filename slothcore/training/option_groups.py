@@ -125,11 +125,14 @@ class OptimizationOptions:
     per_device_train_batch_size: int = option(
         2, "rows of one forward and backward pass, unless memory_budget takes more", group="Optimization"
     )
-    gradient_accumulation_steps: int = option(4, "passes of one optimizer step", group="Optimization")
+    gradient_accumulation_steps: int = option(
+        4, "passes of one optimizer step, unless memory_budget makes them fewer", group="Optimization"
+    )
     memory_budget: Literal["auto"] | float | None = option(
         "auto",
         "GiB that the tensors of a run may take on the GPU, or auto: what is free at its start; rows of a step then "
-        "go through in as few passes as fit by prediction, with the same result; "
+        "go through in as few passes as fit by prediction, with the same result (LoRA dropout and the experts' "
+        "auxiliary loss depend on the cut); "
         "null, and auto on a CPU: per_device_train_batch_size rows a pass",
         group="Optimization",
     )

@@ -12,6 +12,7 @@ from slothcore.data.packing import wasted_fraction
 from slothcore.data.preparing import Settings, prepare_dataset
 from slothcore.data.token_store import TokenStore
 from slothcore.data.tokenizer import Tokenizer
+from slothcore.data.values import counted
 from slothcore.lora.attach import lora_config_of
 from slothcore.models.decoder import Decoder
 from slothcore.training.batches import RowSet
@@ -145,7 +146,10 @@ def prepare_rows(dataset: Iterable[Any], tokenizer: Tokenizer | None, config: Tr
         return RowSet(store)
     packed = RowSet(store, capacity=config.max_seq_length)
     wasted = wasted_fraction(packed.rows, packed.document_lengths, config.max_seq_length)
-    say(f"{what}: {len(store)} documents packed into {len(packed)} rows of {config.max_seq_length}, {wasted:.1%} free")
+    say(
+        f"{what}: {counted(len(store), 'document')} packed into {counted(len(packed), 'row')} "
+        f"of up to {config.max_seq_length:,} tokens, {wasted:.1%} free"
+    )
     return packed
 
 
@@ -182,6 +186,8 @@ def _tokenised(dataset: Iterable[Any], tokenizer: Tokenizer, config: TrainConfig
     )
     prepared = prepare_dataset(dataset, tokenizer, settings, progress=progress)
     say(f"{what}: {prepared.stats.describe(config.max_seq_length)}")
+    if prepared.stats.first_skipped:
+        say(f"{what}: the first left out: {prepared.stats.first_skipped}")
     for note in prepared.notes:
         say(f"{what}: {note}")
     return prepared.store

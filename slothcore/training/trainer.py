@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from slothcore.data.tokenizer import Tokenizer
+from slothcore.data.values import counted
 from slothcore.models.decoder import Decoder
 from slothcore.training.batches import RowSet, StepSchedule
 from slothcore.training.config import TrainConfig
@@ -219,8 +220,9 @@ class SFTTrainer:
             return restore(self, state)
         claim_output_dir(self.config)
         say(
-            f"training {sum(p.numel() for p in self.parameters.values()):,} weights for {self.total_steps} steps of "
-            f"{self.config.step_rows} rows; {len(self.train_rows)} rows make {self.schedule.steps_per_epoch} steps"
+            f"training {sum(p.numel() for p in self.parameters.values()):,} weights for "
+            f"{counted(self.total_steps, 'step')} of {counted(self.config.step_rows, 'row')}; "
+            f"{counted(len(self.train_rows), 'row')} make {counted(self.schedule.steps_per_epoch, 'step')}"
         )
         return state
 

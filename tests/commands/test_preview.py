@@ -213,7 +213,13 @@ def test_the_histogram_counts_every_document() -> None:
     assert [int(line.split()[-1]) for line in lines] == [3, 4, 1, 0, 0, 0, 0, 0, 0, 1]
     assert [line.count("#") for line in lines] == [30, 40, 10, 0, 0, 0, 0, 0, 0, 10]
     assert lines[1].startswith("   51 - 100  ")
+    assert lines[-1].startswith("  451 - 480  "), "no range goes beyond the longest"
     assert histogram([1]).split() == ["1", "-", "1", "#" * 40, "1"]
+
+
+def test_the_histogram_begins_where_the_documents_do() -> None:
+    assert histogram([256] * 3).split() == ["251", "-", "256", "#" * 40, "3"]
+    assert [line.split()[0] for line in histogram([154, 256]).splitlines()] == ["151", "201", "251"]
 
 
 def test_packing_statistics() -> None:

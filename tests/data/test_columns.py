@@ -15,6 +15,13 @@ def test_a_null_is_nothing() -> None:
     assert ColumnTemplates("{a}{b}").fill({"a": None, "b": "x"}, "row 1") == ("", "x")
 
 
+def test_a_completion_of_blank_columns_is_none() -> None:
+    """A full stop that the template brings along is no answer; a prompt may be as it is."""
+    templates = ColumnTemplates(" {a}{b}.", "{ask}?")
+    assert templates.fill({"ask": "", "a": None, "b": " "}, "row 1") == ("?", "")
+    assert templates.fill({"ask": "", "a": "", "b": "x"}, "row 1") == ("?", " x.")
+
+
 def test_an_unknown_column_is_named_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"row 3 has no column 'asks', which prompt_template names; it has 'ask', 'a'"):
         ColumnTemplates("{a}", "{asks}").fill({"ask": "x", "a": "y"}, "row 3")

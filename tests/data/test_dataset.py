@@ -102,7 +102,7 @@ def test_judged_answers_are_left_out_and_said(tmp_path: Path) -> None:
     path.write_text(json.dumps([{"prompt": "a", "completion": str(i), "label": i % 3 == 0} for i in range(7)]))
     dataset = open_dataset(path)
     assert [record["completion"] for record in dataset] == ["0", "3", "6"]
-    assert "those with label true are learned, 4 with label false are left out" in " ".join(dataset.notes)
+    assert "those with label true are learned, 4 with label false left out" in " ".join(dataset.notes)
 
 
 def test_preferences_are_said(tmp_path: Path) -> None:

@@ -138,3 +138,10 @@ def test_a_message_without_text_has_tool_calls_or_parts() -> None:
 def test_aliases() -> None:
     assert check_format_name("sharegpt") == "conversations"
     assert check_format_name("auto") == "auto"
+
+
+def test_a_verdict_alone_is_no_layout_to_be_told_of() -> None:
+    with pytest.raises(ValueError, match="record 1 has the fields 'a', but needs those of one format") as caught:
+        detect_format({"a": 1})
+    assert "label" not in str(caught.value)
+    assert "instruction, output (alpaca)" in str(caught.value)

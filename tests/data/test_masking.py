@@ -196,7 +196,9 @@ def test_a_row_without_targets_is_shown_with_the_reason(tmp_path: Path) -> None:
         [asked, {"messages": CHAT}, {"txt": "a"}], tokenizer, max_seq_length=2000, on_bad_row="skip"
     )
     assert (len(rows), stats.dropped_without_target, stats.skipped) == (1, 1, 1)
-    assert "1 without a token to learn dropped; 1 wrong ones skipped; the first left out: record" in stats.describe(9)
+    assert stats.describe(9).endswith(" learned; 1 dropped, having no token to learn; 1 wrong one skipped")
+    assert stats.first_skipped is not None
+    assert stats.first_skipped.startswith("record 3 has the fields 'txt', but needs")
     silent = chat_tokenizer(tmp_path / "b", "{% for m in messages %}{% generation %}{% endgeneration %}.{% endfor %}")
     with pytest.raises(ValueError, match="because the chat template writes nothing that the assistant says"):
         tokenise_example({"messages": CHAT}, silent, max_seq_length=2000)
@@ -214,10 +216,14 @@ def test_long_rows_are_truncated_or_dropped_and_counted(tokenizer: Tokenizer) ->
     assert rows[2].input_ids[-1] != EOS
     assert (stats.records, stats.rows, stats.tokens, stats.targets) == (4, 3, 25, 22)
     assert (stats.truncated, stats.dropped_overlength, stats.dropped_without_target) == (2, 0, 1)
-    assert stats.describe(10).startswith(
-        "4 records gave 3 rows of 25 tokens, 22 of them learned; 2 truncated to 10 tokens; "
-        "1 without a token to learn dropped; the first left out: record 4: nothing of it is learned, because the first "
-        "word to learn is token 52, and max_seq_length is 10; raise max_seq_length"
+    assert stats.describe(10) == (
+        "4 records gave 3 rows with 25 tokens, 22 of them learned; 2 truncated to 10 tokens; "
+        "1 dropped, having no token to learn"
+    )
+    # The row is not shown: what is to be learned stands beyond what fits.
+    assert stats.first_skipped == (
+        "record 4: nothing of it is learned, because the first word to learn is token 52, and max_seq_length is 10; "
+        "raise max_seq_length, or shorten what stands before it"
     )
     rows, stats = tokenise_dataset(records, tokenizer, max_seq_length=10, overlength="drop")
     assert [len(row.input_ids) for row in rows] == [5, 10]
@@ -238,7 +244,7 @@ def test_running_text_is_cut_into_rows_and_each_token_learned_once(tokenizer: To
 
 
 def test_nothing_left_is_refused_with_an_example(tokenizer: Tokenizer) -> None:
-    with pytest.raises(ValueError, match=r"no row is left .* word to learn is token 52, .* The row is: '<s>xxxxxxxxx"):
+    with pytest.raises(ValueError, match=r"no row is left \(3 records .* left out: record 1: .* is token 52, and"):
         tokenise_dataset([{"prompt": "x" * 50, "completion": "y"}] * 3, tokenizer, max_seq_length=10)
     with pytest.raises(ValueError, match="all 2 records are longer than max_seq_length = 5 tokens"):
         tokenise_dataset([{"text": "x" * 50}] * 2, tokenizer, max_seq_length=5, overlength="drop")

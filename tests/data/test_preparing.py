@@ -196,7 +196,9 @@ def test_rows_that_the_template_rejects_can_be_skipped(tmp_path: Path, capsys: p
         prepare_rows(open_dataset(path), tokenizer, TrainConfig(max_seq_length=100), what="training")
     config = TrainConfig(max_seq_length=100, on_bad_row="skip")
     assert len(prepare_rows(open_dataset(path, on_bad_row="skip"), tokenizer, config, what="training")) == 1
-    assert "1 wrong ones skipped; the first left out: " in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].endswith("; 1 wrong one skipped")
+    assert lines[-1].startswith(f"training: the first left out: {path}, line 2: "), "a line of its own"
 
 
 def test_whatever_gives_records_can_be_trained_on(tokenizer: Tokenizer) -> None:
@@ -207,9 +209,19 @@ def test_whatever_gives_records_can_be_trained_on(tokenizer: Tokenizer) -> None:
         prepare_rows(iter(()), tokenizer, config, what="training")
 
 
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [(1, "1 document packed into 1 row of up to 9 tokens"), (1200, "1,200 documents packed into 1,200 rows of up to")],
+)
+def test_what_packing_made_is_said(tokenizer: Tokenizer, count: int, said: str, capsys) -> None:
+    config = TrainConfig(max_seq_length=9, packing=True)
+    prepare_rows([{"text": "abcdef"}] * count, tokenizer, config, what="training")
+    assert f"training: {said}" in capsys.readouterr().out
+
+
 DATASETS = {
     "alpaca_4k.json": "format alpaca",
-    "alpaca_libre_3k.json": "5 rows with an empty answer are left out",
+    "alpaca_libre_3k.json": "5 rows with an empty answer left out; first record 1196",
     "dolly_3k.jsonl": "format dolly",
     "dpo_en_demo.json": "preference data, trained as SFT: the chosen answers are learned, the rejected ignored",
     "gsm8k_test.jsonl": "format question",

@@ -151,19 +151,20 @@ def test_a_row_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     row, message = {**ROWS, **TURNS}[kind]
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(good, row.encode() if isinstance(row, str) else row, good))
-    with pytest.raises(ValueError, match=re.escape(str(path)) + f", ({message})"):
+    with pytest.raises(ValueError, match=re.escape(str(path)) + f", ({message})") as error:
         open_dataset(path)
+    assert str(error.value).endswith("; or leave such rows out with on_bad_row: skip"), "one row of a good file"
     dataset = open_dataset(path, on_bad_row="skip")
     assert list(dataset) == [good, good]
-    assert any(
-        re.search(rf"1 rows that cannot be used are skipped; first {re.escape(str(path))}", n) for n in dataset.notes
-    )
+    begin = f"{path}: 1 row skipped as unusable; first "
+    (note,) = [note for note in dataset.notes if note.startswith(begin)]
+    assert re.match(f"({message})", note.removeprefix(begin)), "the file is named once, at the beginning"
 
 
 def test_the_first_skipped_rows_are_named(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(GOOD, *[{"prompt": n} for n in range(5)]))
-    (note,) = [n for n in open_dataset(path, on_bad_row="skip").notes if "are skipped" in n]
+    (note,) = [n for n in open_dataset(path, on_bad_row="skip").notes if "skipped as unusable" in n]
     assert "5 rows" in note
     assert [f"line {n}" in note for n in (2, 3, 4, 5)] == [True, True, True, False]
 
@@ -192,7 +193,7 @@ def test_rows_of_a_table_that_do_not_fit_its_header(tmp_path: Path) -> None:
         open_dataset(path)
     dataset = open_dataset(path, on_bad_row="skip")
     assert [record["prompt"] for record in dataset] == ["a\nb", "d"]
-    assert any("2 rows that cannot be used are skipped" in note for note in dataset.notes)
+    assert any("2 rows skipped as unusable; first line 4: " in note for note in dataset.notes)
 
 
 def test_empty_answers_are_left_out_and_said(tmp_path: Path) -> None:
@@ -200,7 +201,10 @@ def test_empty_answers_are_left_out_and_said(tmp_path: Path) -> None:
     path.write_bytes(lines({**GOOD, "completion": "\n"}, GOOD))
     dataset = open_dataset(path)
     assert list(dataset) == [GOOD]
-    assert f"{path}: 1 rows with an empty answer are left out; first {path}, line 1" in dataset.notes
+    assert dataset.notes == (
+        f"{path}: format prompt; 1 of 2 rows are used",
+        f"{path}: 1 row with an empty answer left out; first line 1",
+    )
     path.write_bytes(lines(chat(("user", "a"), ("assistant", "")), CHAT))
     assert list(open_dataset(path)) == [CHAT]
 
@@ -208,9 +212,8 @@ def test_empty_answers_are_left_out_and_said(tmp_path: Path) -> None:
 def test_ids_that_come_again_are_said(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(*[{**GOOD, "id": identity} for identity in ("x", "y", "x")]))
-    assert f"{path}: 1 rows repeat the id of an earlier one, first 'x' at {path}, line 3; drop them if" in " ".join(
-        open_dataset(path).notes
-    )
+    note = f"{path}: 1 row with the id of an earlier one, first 'x' at line 3; drop what is a copy"
+    assert note in open_dataset(path).notes
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])

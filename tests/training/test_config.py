@@ -121,7 +121,7 @@ def test_every_option_explains_itself() -> None:
         ({"data_weights": [1, "many"]}, r"data_weights must be a list of numbers or null, got \[1, 'many'\]"),
         ({"data_weights": [1, True]}, r"data_weights must be a list of numbers or null, got \[1, True\]"),
         ({"data": ["a", "b"], "data_weights": [1, 0]}, "each of data_weights must be greater than 0, got 0.0"),
-        ({"data": ["a", "b"], "data_weights": [1]}, "data_weights has 1 numbers, and data 2 entries; give one"),
+        ({"data": ["a", "b"], "data_weights": [1]}, "data_weights and data must be equally many, got 1 and 2"),
     ],
 )
 def test_a_wrong_option_is_one_sentence(values, message) -> None:
