@@ -65,7 +65,7 @@ def main() -> int:
             f"\n  asked   {row['input']}\n  before  {first.splitlines()[0] if first else '(nothing)'}\n  after   {last}"
         )
     print(f"\nheld-out exact match: {before:.0%} before, {after:.0%} after {minutes:.1f} minutes of training")
-    print(f"loss curve: {RUN / 'run' / 'loss.png'}")
+    print(f"how it went: {RUN / 'run' / 'report.html'}")
     question = f"--instruction {shlex.quote(held_out[0]['instruction'])} --input {shlex.quote(held_out[0]['input'])}"
     command = os.path.relpath(Path(sys.executable).parent / "slothcore")
     print(f"talk to it: {command} generate --model {RUN / 'run'} {question}")
