@@ -56,7 +56,7 @@ class CudaRecorder:
             generator = torch.cuda.default_generators[stream.device_index]
             state = generator.clone_state()
             try:
-                # Other threads may use the device meanwhile: one prepares the next batch in pinned memory.
+                # Other threads of the process, such as the caller's own, may allocate on the device meanwhile.
                 with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                     function()
             except BaseException:
@@ -192,8 +192,8 @@ class Buffers:
     def of(body: DecoderBody, tokens: int) -> "Buffers":
         """Buffers for passes of at most so many tokens."""
         like = body.embed_tokens.weight
-        hidden, grad_hidden = (torch.zeros(tokens, like.shape[1], dtype=like.dtype, device=like.device) for _ in "hg")
-        return Buffers(hidden, grad_hidden)
+        hidden = torch.zeros(tokens, like.shape[1], dtype=like.dtype, device=like.device)
+        return Buffers(hidden, grad_hidden=torch.zeros_like(hidden))
 
 
 class RecordedRun:
