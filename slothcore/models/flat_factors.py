@@ -109,16 +109,6 @@ class FlatFactors:
         self.groups = tuple(FlatGroup.of(group) for group in alike.values())
         self.parameters = tuple(parameter for group in self.groups for parameter in group.parameters)
 
-    @property
-    def parameters_vector(self) -> Tensor:
-        """The values of the only group. Raises: ValueError if there are several."""
-        return self._only_group().parameters_vector
-
-    @property
-    def gradients_vector(self) -> Tensor:
-        """The gradients of the only group. Raises: ValueError if there are several."""
-        return self._only_group().gradients_vector
-
     def attach(self) -> None:
         """Let every `.grad` be a view of a gradients vector: zero where it was None, moved where it lay elsewhere.
 
@@ -154,11 +144,3 @@ class FlatFactors:
         for group in self.groups:
             group.add(gradients[start : start + len(group.parameters)])
             start += len(group.parameters)
-
-    def _only_group(self) -> FlatGroup:
-        if len(self.groups) != 1:
-            kinds = ", ".join(
-                f"{group.parameters_vector.dtype} on {group.parameters_vector.device}" for group in self.groups
-            )
-            raise ValueError(f"the parameters have several vectors ({kinds}); see groups")
-        return self.groups[0]

@@ -7,6 +7,7 @@ import pytest
 from slothcore.data.formats import ALPACA_PROMPT
 from slothcore.data.masking import IGNORED_LABEL, TokenizedRow, tokenise_dataset, tokenise_example
 from slothcore.data.tokenizer import Tokenizer
+from tests.data.conversations import learned
 from tests.data.tiny_tokenizers import (
     CHATML,
     CHATML_THINKING,
@@ -33,20 +34,6 @@ def tokenizer(tmp_path: Path) -> Tokenizer:
 
 def chat_tokenizer(folder: Path, template: str) -> Tokenizer:
     return Tokenizer.from_folder(write_byte_tokenizer(folder, config={"chat_template": template}))
-
-
-def learned(row: TokenizedRow, tokenizer: Tokenizer) -> list[str]:
-    """The text of each run of targets."""
-    runs: list[list[int]] = []
-    previous = IGNORED_LABEL
-    for token, label in zip(row.input_ids, row.labels, strict=True):
-        assert label in (token, IGNORED_LABEL)
-        if label != IGNORED_LABEL:
-            if previous == IGNORED_LABEL:
-                runs.append([])
-            runs[-1].append(label)
-        previous = label
-    return [tokenizer.decode(run, skip_special_tokens=False) for run in runs]
 
 
 def test_a_text_is_learned_whole_and_ends(tokenizer: Tokenizer) -> None:

@@ -190,19 +190,19 @@ def test_flat_parameters_take_one_launch_and_no_copy(device: str, monkeypatch) -
     )
     for _ in range(2):
         flat.zero_grad()
-        flat.gradients_vector.normal_()
+        flat.groups[0].gradients_vector.normal_()
         optimizer.step()
     assert len(updated) == 2
     for gradients, values in updated:
-        assert gradients.data_ptr() == flat.gradients_vector.data_ptr()
-        assert values.data_ptr() == flat.parameters_vector.data_ptr()
-        assert gradients.shape == values.shape == flat.parameters_vector.shape
+        assert gradients.data_ptr() == flat.groups[0].gradients_vector.data_ptr()
+        assert values.data_ptr() == flat.groups[0].parameters_vector.data_ptr()
+        assert gradients.shape == values.shape == flat.groups[0].parameters_vector.shape
     # Gradients that lie elsewhere are copied, and the values are still updated where they are.
     for parameter in parameters:
         parameter.grad = parameter.grad.clone()
     optimizer.step()
-    assert updated[-1][0].data_ptr() != flat.gradients_vector.data_ptr()
-    assert updated[-1][1].data_ptr() == flat.parameters_vector.data_ptr()
+    assert updated[-1][0].data_ptr() != flat.groups[0].gradients_vector.data_ptr()
+    assert updated[-1][1].data_ptr() == flat.groups[0].parameters_vector.data_ptr()
 
 
 def test_a_vector_ends_with_the_memory_of_its_tensors() -> None:
