@@ -1,22 +1,28 @@
-"""Write the generated tables of README.md: what is supported, from the code that supports it.
+"""Write the generated tables of README.md and of the guides: what is supported, from the code that supports it.
 
     python scripts/update_readme.py [--check]
 
-With --check nothing is written; the exit status is 1 if the README is behind the code.
+With --check nothing is written; the exit status is 1 if a page is behind the code.
 """
 
 import argparse
 import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import get_args, get_type_hints
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+from guide_tables import fits_table, layouts_table, templates_table  # noqa: E402
+from moving_tables import LIBRARIES, moving_table  # noqa: E402
 
 from slothcore.cli import COMMANDS  # noqa: E402
 from slothcore.data.formats import LAYOUTS  # noqa: E402
 from slothcore.data.templates import BUILTIN_TEMPLATES  # noqa: E402
+from slothcore.lora.init_names import INITIALISATIONS  # noqa: E402
 from slothcore.models.families import supported_families_table  # noqa: E402
 from slothcore.training.config import TrainConfig  # noqa: E402
 
@@ -35,6 +41,7 @@ def options_table() -> str:
         "optimizers (`optim`)": choices("optim"),
         "schedules (`lr_scheduler_type`)": choices("lr_scheduler_type"),
         "trained biases (`bias`)": choices("bias"),
+        "first factors of an adapter (`init_lora_weights`)": ", ".join(f"`{name}`" for name in INITIALISATIONS),
     }
     return "\n".join(["| Option | Choices |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in rows.items())])
 
@@ -45,29 +52,39 @@ def commands_table() -> str:
     return "\n".join(["| Command | What it does |", "| --- | --- |", *rows])
 
 
-def with_tables(readme: str) -> str:
-    """The README with every generated table replaced by its current form."""
-    tables = {"commands": commands_table(), "families": supported_families_table(), "options": options_table()}
-    for name, table in tables.items():
-        block = re.compile(rf"(<!-- generated: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        if not block.search(readme):
-            raise SystemExit(f"README.md has no block <!-- generated: {name} --> ... <!-- end -->")
-        readme = block.sub(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", readme)
-    return readme
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"commands": commands_table, "families": supported_families_table, "options": options_table},
+    "docs/your-own-data.md": {"layouts": layouts_table},
+    "docs/memory.md": {"fits": fits_table},
+    "docs/moving.md": {library: partial(moving_table, library) for library in LIBRARIES},
+    "docs/chat-models.md": {"templates": templates_table},
+}
+
+
+def with_tables(name: str, page: str) -> str:
+    """A page with every generated table of it replaced by its current form."""
+    for table, make in PAGES[name].items():
+        block = re.compile(rf"(<!-- generated: {table} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if not block.search(page):
+            raise SystemExit(f"{name} has no block <!-- generated: {table} --> ... <!-- end -->")
+        made = make()
+        page = block.sub(lambda match, made=made: f"{match[1]}{made}\n{match[2]}", page)
+    return page
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only say whether the README is up to date")
+    parser.add_argument("--check", action="store_true", help="only say whether the pages are up to date")
     check = parser.parse_args().check
-    path = ROOT / "README.md"
-    old = path.read_text(encoding="utf-8")
-    new = with_tables(old)
-    if check and new != old:
-        print("README.md is behind the code; run python scripts/update_readme.py", file=sys.stderr)
-        return 1
-    if not check:
-        path.write_text(new, encoding="utf-8")
+    for name in PAGES:
+        path = ROOT / name
+        old = path.read_text(encoding="utf-8")
+        new = with_tables(name, old)
+        if check and new != old:
+            print(f"{name} is behind the code; run python scripts/update_readme.py", file=sys.stderr)
+            return 1
+        if not check and new != old:
+            path.write_text(new, encoding="utf-8")
     return 0
 
 

@@ -14,22 +14,28 @@ if TYPE_CHECKING:
     from slothcore.data.files import load_dataset
     from slothcore.data.standardize import standardize
     from slothcore.data.tokenizer import Tokenizer
+    from slothcore.export.export import export_model
     from slothcore.export.merged import save_merged
-    from slothcore.inference.generate import generate
+    from slothcore.inference.chat import Chat
+    from slothcore.inference.generate import generate, stream
     from slothcore.loading import load
     from slothcore.lora.adapter_io import load_adapter, save_adapter
     from slothcore.lora.attach import add_lora
     from slothcore.models.load import from_config
     from slothcore.training.config import TrainConfig
+    from slothcore.training.new_tokens import add_tokens
     from slothcore.training.trainer import SFTTrainer, TrainResult
 
 __all__ = [
+    "Chat",
     "SFTTrainer",
     "Tokenizer",
     "TrainConfig",
     "TrainResult",
     "__version__",
     "add_lora",
+    "add_tokens",
+    "export_model",
     "from_config",
     "generate",
     "load",
@@ -38,16 +44,20 @@ __all__ = [
     "save_adapter",
     "save_merged",
     "standardize",
+    "stream",
 ]
 
 # Where each name comes from. It is imported when it is first asked for: torch takes a second, and the command line's
 # help needs none of it.
 _HOMES = {
+    "Chat": "slothcore.inference.chat",
     "SFTTrainer": "slothcore.training.trainer",
     "Tokenizer": "slothcore.data.tokenizer",
     "TrainConfig": "slothcore.training.config",
     "TrainResult": "slothcore.training.trainer",
     "add_lora": "slothcore.lora.attach",
+    "add_tokens": "slothcore.training.new_tokens",
+    "export_model": "slothcore.export.export",
     "from_config": "slothcore.models.load",
     "generate": "slothcore.inference.generate",
     "load": "slothcore.loading",
@@ -56,6 +66,7 @@ _HOMES = {
     "save_adapter": "slothcore.lora.adapter_io",
     "save_merged": "slothcore.export.merged",
     "standardize": "slothcore.data.standardize",
+    "stream": "slothcore.inference.generate",
 }
 
 

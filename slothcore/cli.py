@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from slothcore.commands import doctor, generate, merge, plan, preview, report, train
+from slothcore.commands import chat, doctor, export, generate, merge, plan, preview, report, train
 from slothcore.commands.command import Command, HelpFormatter, UsageError
 from slothcore.commands.train import INTERRUPTED
 from slothcore.notices import notices
@@ -18,7 +18,8 @@ FAILURE, USAGE_ERROR = 1, 2
 BROKEN_PIPE = 141
 
 COMMANDS: dict[str, Command] = {
-    module.COMMAND.name: module.COMMAND for module in (train, preview, plan, generate, merge, report, doctor)
+    module.COMMAND.name: module.COMMAND
+    for module in (train, preview, plan, generate, chat, export, merge, report, doctor)
 }
 FIRST_STEPS = """\
 first steps:
@@ -26,7 +27,8 @@ first steps:
   slothcore plan --model meta-llama/Llama-3.1-8B --gpu 24           does it fit into 24 GiB?
   slothcore preview --model meta-llama/Llama-3.1-8B --data d.jsonl  what will be learned?
   slothcore train --model meta-llama/Llama-3.1-8B --data d.jsonl --output-dir run
-  slothcore generate --model run --prompt "Hello"
+  slothcore chat --model run                                        talk with the result
+  slothcore export --model run --format merged --output-dir merged  take it elsewhere
 
 slothcore COMMAND --help explains a command and shows examples.
 """

@@ -18,6 +18,7 @@ from slothcore.models.load import load_model, resolve_device, resolve_dtype
 def load(
     name_or_path: str | Path,
     *,
+    adapter: str | Path | None = None,
     bits: int = 4,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
@@ -38,6 +39,8 @@ def load(
     Args:
         name_or_path: a Hub name such as "meta-llama/Llama-3.1-8B", or a folder; of a model, an adapter, or a run of
             slothcore, which stands for its result.
+        adapter: what is put on the model `name_or_path`, to be trained further or used: an adapter's folder or Hub
+            name, or a run.
         bits: 4 (NF4, the values of bitsandbytes with double quantisation), 16 or 32: how weights are kept.
         dtype: in which the model computes; default: float32 on a CPU with 4 or 32 bits, else bfloat16, or float16
             on a GPU that has no bfloat16.
@@ -63,6 +66,7 @@ def load(
     resolve_dtype(bits, dtype, resolve_device(device))
     found = locate(
         name_or_path,
+        adapter=adapter,
         max_seq_length=max_seq_length,
         rope_scaling=rope_scaling,
         revision=revision,

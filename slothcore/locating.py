@@ -1,5 +1,6 @@
 """From the name of a model, an adapter or a run to the folders that hold it, fetched from the Hub where need be."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ class Located:
 
     Attributes:
         folder: of the base model.
-        adapter: of the adapter, if the name is one's.
+        adapter: of the adapter, if the name is one's or one was named beside.
         base: name or folder of the base model, as others may write it.
         revision: of that on the Hub; None for a folder, which has none.
         max_seq_length, rope_scaling: what was asked for, or what an adapter was trained with.
@@ -44,6 +45,7 @@ class Located:
 def locate(
     name_or_path: str | Path,
     *,
+    adapter: str | Path | None = None,
     max_seq_length: int | None = None,
     rope_scaling: str | Mapping[str, Any] | None = None,
     revision: str | None = None,
@@ -53,7 +55,7 @@ def locate(
     """The folders of a model; a repository's files are fetched into the download cache.
 
     Args:
-        name_or_path, max_seq_length, rope_scaling, revision: as `load` has them.
+        name_or_path, adapter, max_seq_length, rope_scaling, revision: as `load` has them.
         weights: False: configuration and tokenizer are enough.
         hub: token, cache_dir, local_files_only, progress, as `model_folder` has them.
     Raises: ValueError, in one sentence, for whatever is wrong with the name or the files.
@@ -68,24 +70,34 @@ def locate(
             read_config(folder, max_seq_length=max_seq_length, rope_scaling=rope_scaling)
 
     hub = {**hub, "weights": weights, "check": check}
-    folder = model_folder(source.path, revision=revision, **hub)
-    adapter = folder if (folder / ADAPTER_CONFIG_FILE).is_file() else None
-    base, base_revision = source.path, revision
+    runs: list[TrainConfig] = []
+    own: Path | None = None  # the adapter's folder
     if adapter is not None:
-        base, base_revision = _base_of(adapter, weights=weights)
-        runs = list(_runs_behind(source))
+        beside = find_source(adapter)
+        own, runs = model_folder(beside.path, **hub), list(_runs_behind(beside))
+        _check_beside(own, str(adapter), name_or_path, weights=weights)
+    folder = model_folder(source.path, revision=revision, **hub)
+    base, base_revision = source.path, revision
+    if own is not None and not (folder / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"{name_or_path} is no base model, so the adapter {adapter} cannot be put on it; name the adapter's base, "
+            "or leave it out to take the one that the adapter names"
+        )
+    if own is None and (folder / ADAPTER_CONFIG_FILE).is_file():
+        own, runs = folder, list(_runs_behind(source))
+        base, base_revision = _base_of(own, weights=weights)
         # On the Hub `revision` has chosen the adapter's commit; a folder has none.
         if Path(source.path).expanduser().is_dir():
             of_the_run = next((run.revision for run in runs if run.model == base), None)
             base_revision = revision or base_revision or of_the_run
-        # The factors fit the angles that they were trained with; a base that turns otherwise would be another model.
-        lengths = [max_seq_length, *(run.max_seq_length for run in runs)]
-        max_seq_length = max((length for length in lengths if length is not None), default=None)
-        rope_scaling = rope_scaling or next((run.rope_scaling for run in runs if run.rope_scaling), None)
         folder = _base_folder(base, adapter_name=str(name_or_path), revision=base_revision, **hub)
+    # The factors fit the angles that they were trained with; a base that turns otherwise would be another model.
+    lengths = [length for length in (max_seq_length, *(run.max_seq_length for run in runs)) if length is not None]
+    max_seq_length = max(lengths, default=None)
+    rope_scaling = rope_scaling or next((run.rope_scaling for run in runs if run.rope_scaling), None)
     return Located(
         folder=folder,
-        adapter=adapter,
+        adapter=own,
         base=base,
         revision=None if Path(base).expanduser().is_dir() else base_revision,
         max_seq_length=max_seq_length,
@@ -98,7 +110,22 @@ def _runs_behind(source: Source) -> Iterator[TrainConfig]:
     run = source.config
     while run is not None:
         yield run
-        run = find_source(run.model).config if run.model else None
+        before = run.adapter or run.model
+        run = find_source(before).config if before else None
+
+
+def _check_beside(folder: Path, adapter: str, base: str | Path, *, weights: bool) -> None:
+    """Look at the small files of an adapter that is to go on `base`, and say if they name another.
+
+    Raises: ValueError if this is no adapter, or one that cannot be used in any case.
+    """
+    named = LoraConfig.from_folder(folder).base_model_name_or_path
+    if weights:
+        adapter_weights(folder)
+    # The same model may lie in many folders, but two names on the Hub are two models.
+    names = [str(name) for name in (named, base) if name and not Path(name).expanduser().is_dir()]
+    if len(set(names)) > 1:
+        warnings.warn(f"the adapter {adapter} was made for {named}, and is put on {base}", stacklevel=4)
 
 
 def _base_of(adapter: Path, *, weights: bool) -> tuple[str, str | None]:

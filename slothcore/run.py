@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from slothcore.data.columns import ColumnTemplates
 from slothcore.data.dataset import Dataset, open_dataset
 from slothcore.data.formats import INSTRUCTIONS, plain_record
@@ -15,16 +13,19 @@ from slothcore.data.preferences import CONVERSATIONS
 from slothcore.data.templates import template_source
 from slothcore.data.tokenizer import Tokenizer
 from slothcore.loading import load
-from slothcore.lora.attach import add_lora, lora_config_of
 from slothcore.models.decoder import Decoder
 from slothcore.models.load import resolve_device
 from slothcore.notices import notices
+from slothcore.training.adapter_choice import put_adapter
 from slothcore.training.config import TrainConfig
-from slothcore.training.optimizer import check_8bit
-from slothcore.training.preparation import ADAPTER_OPTIONS, check_continued, check_evaluation, shows_progress
+from slothcore.training.new_tokens import add_tokens
+from slothcore.training.optimizer_kinds import check_optimizer
+from slothcore.training.preparation import check_evaluation, shows_progress
 from slothcore.training.report import say
 from slothcore.training.run_folder import check_output_dir, find_source
 from slothcore.training.run_state import find_checkpoint
+from slothcore.training.sample_prompts import check_prompt_files
+from slothcore.training.trackers import check_trackers
 from slothcore.training.trainer import SFTTrainer, TrainResult
 
 # Of the record shown in the command that talks to the result; a longer one would bury the command.
@@ -39,23 +40,25 @@ def train_from_config(config: TrainConfig) -> TrainResult:
     Raises: ValueError or FileNotFoundError in one sentence for anything in the configuration, the data or the model
         that cannot be trained with; then nothing was written.
     """
-    if config.model is None:
+    if config.source is None:
         raise ValueError("model is not set; give --model NAME_OR_FOLDER, or model: in the configuration file")
     if config.data is None:
         raise ValueError("data is not set; give --data FILE, or data: in the configuration file")
     check_output_dir(config)
     check_evaluation(config, has_data=bool(config.eval_data or config.eval_fraction))
+    check_trackers(config.report_to)
+    check_prompt_files(config)
     if config.resume_from_checkpoint is not None:
         find_checkpoint(str(config.resume_from_checkpoint), Path(config.output_dir))
     if config.chat_template is not None:
         template_source(config.chat_template)
     device = resolve_device(config.device)
-    if config.optim == "adamw_8bit":
-        check_8bit(device)
+    check_optimizer(config.optim, device)
     train_records, eval_records = read_records(config)
     with notices(say):
         model, tokenizer = load_both(
-            config.model,
+            config.source,
+            adapter=config.adapter if config.model else None,
             bits=config.bits,
             dtype=config.dtype,
             device=config.device,
@@ -66,20 +69,13 @@ def train_from_config(config: TrainConfig) -> TrainResult:
             local_files_only=config.local_files_only,
             progress=not config.disable_tqdm,
         )
-    if lora_config_of(model) is not None:
-        check_continued(model, config)
-    elif not config.full_finetuning:
-        torch.manual_seed(config.seed)
-        add_lora(model, **adapter_options(config))
+    if config.new_tokens:
+        add_tokens(model, tokenizer, config.new_tokens)
+    put_adapter(model, config)
     result = SFTTrainer(model, tokenizer, train_records, eval_records, config).train()
     if not result.interrupted:
         say(f"talk to it: {how_to_talk(config, train_records[0])}")
     return result
-
-
-def adapter_options(config: TrainConfig) -> dict[str, Any]:
-    """What the configuration says of a new adapter, as `add_lora` takes it."""
-    return {name: getattr(config, name) for name in ADAPTER_OPTIONS}
 
 
 def load_both(name: str, **options: Any) -> tuple[Decoder, Tokenizer]:

@@ -1,5 +1,6 @@
 """The README's tables come from the code, and its first Python example runs."""
 
+import io
 import re
 import shlex
 import subprocess
@@ -58,6 +59,7 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys) -> None:
     write_model(tmp_path / "model", max_position_embeddings=2048)
     write_records(tmp_path / "data.jsonl")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hello\n/quit\n")))
     for line in commands():
         line = line.replace("meta-llama/Llama-3.1-8B", "model")
         line = line.replace("--max-steps 200", "--max-steps 2").replace("--max-steps 300", "--max-steps 3")

@@ -37,7 +37,7 @@ OPTIONS = {
     "adam_beta2": 0.8,
     "adam_epsilon": 1e-5,
     "warmup_ratio": 0.5,
-    "lr_scheduler_type": "constant",
+    "lr_scheduler_type": "constant_with_warmup",
     "max_steps": 8,
     "per_device_train_batch_size": 3,
     "gradient_accumulation_steps": 2,
@@ -103,9 +103,8 @@ def test_options_reach_the_optimizer_and_the_schedule(trainer_of) -> None:
     assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.3
     assert [len(trainer.schedule.plan(step).rows) for step in range(2)] == [6, 3]
     assert (trainer.total_steps, trainer.warmup_steps) == (8, 4)
-    rates = [trainer._learning_rate(step) for step in range(8)]
-    assert rates[:5] == sorted(rates[:5])
-    assert rates[4:] == [3e-3] * 4
+    factors = [trainer._factor(step) for step in range(8)]
+    assert factors == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ Backward  with p = softmax(s) and the incoming scalar y:
 Shapes    h, dh [N, H] (the rows of `hidden` with a target); W, dW [V, H]; b [V]; l, s, p [N, V]; t [N].
           N = rows with a target, V = vocabulary, H = hidden_size, n = num_items.
 Dtypes    l and dl in the dtype of `hidden`, the loss and its sum in float32, dW and db summed over chunks in float32.
-Memory    one chunk of l, about 256 MiB, which dl overwrites. dh (and dW, db if asked for) wait for the backward pass.
+Memory    one chunk of l, about 256 MiB, which dl overwrites. dh (and dW, db if asked for) wait for the backward pass,
+          which scales the float32 dW of a float32 W where it lies: there is one [V, H] and never two. A second
+          backward pass through a retained graph then raises.
 Source    chunking: Hsu et al. 2024, arXiv:2410.10989; soft cap: Gemma 2, arXiv:2408.00118.
 
 y is unknown in the forward pass, but it is one number, so the backward pass needs nothing except a multiplication.
@@ -104,8 +106,14 @@ class _LinearCrossEntropy(Function):
     @once_differentiable
     def backward(ctx, grad_output):
         scale = grad_output * ctx.remaining_scale
-        scaled = [_scaled(g, scale, dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
-        return *scaled, None, None, None, None
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        hidden_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        return (
+            _scaled(grad_hidden, scale, hidden_dtype),
+            _scaled(grad_weight, scale, weight_dtype, inplace=weight_dtype == torch.float32),
+            _scaled(grad_bias, scale, bias_dtype),
+            *(None, None, None, None),
+        )
 
 
 def _losses_and_gradients(
@@ -199,13 +207,16 @@ def _mean(losses: Tensor, num_items: Tensor | int | float) -> Tensor:
     return total / (_on_device(num_items, losses) if isinstance(num_items, Tensor) else num_items)
 
 
-def _scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype | None) -> Tensor | None:
-    """gradient * scale in `dtype`, with the product rounded once."""
+def _scaled(
+    gradient: Tensor | None, scale: Tensor, dtype: torch.dtype | None, *, inplace: bool = False
+) -> Tensor | None:
+    """gradient * scale in `dtype`, with the product rounded once; in its own memory if that is wanted and possible."""
     if gradient is None:
         return None
     # A 0-dim float32 factor would be rounded to a 16-bit gradient's dtype first; one with dimensions is not.
     factor = scale.reshape([1] * gradient.dim())
-    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+    reused = inplace and gradient.dtype == dtype
+    return torch.mul(gradient, factor, out=gradient if reused else torch.empty_like(gradient, dtype=dtype))
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor | None, bias: Tensor | None) -> None:

@@ -9,6 +9,8 @@ The equations of one group of projections (forward, dx, dA, dB, db) stand in `lo
 so the backward recomputes h instead of keeping it. Gate and up are two projections, or one whose rows are those of the
 gate and then those of up (Phi-3).
 
+Projections with a magnitude go to `dora.py`, which composes the same functions.
+
 Kept for backward: x, and x A^T of every projection, the factors joined in the compute dtype, and for the MLP [g | u]
 unless it is to be multiplied again. If x is the output of a norm, that norm's input and deviations are kept in its
 place, which the norm keeps anyway: `lora_source.py`. Never kept: a decoded NF4 weight, a dropout mask, h. What only a
@@ -21,14 +23,15 @@ Source    Hu et al. 2021, arXiv:2106.09685; the recomputations follow Chen et al
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from slothcore.autograd.autocast import check_autocast
+from slothcore.autograd.dora import dora_fused, dora_mlp
 from slothcore.autograd.first_order import once_differentiable
-from slothcore.autograd.lora_group import Group, Projection, joined_bias, joined_factors
+from slothcore.autograd.lora_group import Group, MlpChoices, Projection, joined_bias, joined_factors
 from slothcore.autograd.lora_projection import (
     bias_grads,
     factor_grads,
@@ -68,6 +71,8 @@ def lora_fused(x: Tensor | Normed, projections: Sequence[Projection]) -> Tensor:
     """
     x, normed = _input(x)
     _check(x, projections)
+    if any(p.magnitude is not None for p in projections):
+        return dora_fused(x, projections, normed)
     return _LoraFused.apply(x, *_factors(projections), Group.of(projections), normed)
 
 
@@ -101,17 +106,11 @@ def lora_mlp(
     if len(rows) > 2 or len(set(rows)) != 1 or 2 * down.weight.shape[1] != sum(rows):
         shapes = [tuple(p.weight.shape) for p in (*gate_up, down)]
         raise ValueError(f"gate and up must have the out_features that down takes; got weights {shapes}")
+    how = MlpChoices(activation, inplace, keep_gate_up)
+    if any(p.magnitude is not None for p in (*gate_up, down)):
+        return dora_mlp(x, gate_up, down, normed, how)
     groups = Group.of(gate_up), Group.of((down,))
-    how = _How(activation, inplace, keep_gate_up)
     return _LoraMlp.apply(x, *_factors((*gate_up, down)), *groups, normed, how)
-
-
-class _How(NamedTuple):
-    """The choices of `lora_mlp`."""
-
-    activation: Activation
-    inplace: bool
-    keep_gate_up: bool
 
 
 class _LoraFused(torch.autograd.Function):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from slothcore.kernels import lora_factors, lora_factors_eager, nf4, nf4_eager
+from slothcore.kernels.glu_eager import Activation
 from slothcore.kernels.lora_factors_eager import Factors, padded_rank
 from slothcore.kernels.nf4_tensor import Nf4Tensor, decoded_together
 
@@ -31,6 +32,8 @@ Dtypes = tuple[torch.dtype | None, ...]
 class Projection:
     """One frozen linear map with an optional LoRA term: y = x W^T + scaling * dropout(x) A^T B^T + bias.
 
+    With a magnitude it is DoRA's: see `dora.py`.
+
     Attributes:
         weight: [out, in], dense in the compute dtype or NF4; never gets a gradient.
         lora_A: [r, in], float32 or the compute dtype; None for no LoRA term.
@@ -38,6 +41,9 @@ class Projection:
         scaling: lora_alpha / r, or what the user chose.
         dropout: probability that an element of x is hidden from the LoRA term; 0 in evaluation.
         bias: [out]; may be trainable.
+        magnitude: [out] float32, what DoRA gives the rows of W + scaling * B A for lengths; may be trainable; None: the
+            rows keep those that they have.
+        norms: [out] float32, those lengths, if they are known already; None: they are computed in every pass.
     """
 
     weight: Tensor | Nf4Tensor
@@ -46,10 +52,14 @@ class Projection:
     scaling: float = 1.0
     dropout: float = 0.0
     bias: Tensor | None = None
+    magnitude: Tensor | None = None
+    norms: Tensor | None = None
 
     def __post_init__(self) -> None:
         if (self.lora_A is None) != (self.lora_B is None):
             raise ValueError("a LoRA term needs both lora_A and lora_B; one of them is None")
+        if self.magnitude is not None:
+            self._check_magnitude(self.magnitude)
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"LoRA dropout must be at least 0 and below 1, got {self.dropout}")
         if self.lora_A is None or self.lora_B is None:
@@ -62,6 +72,21 @@ class Projection:
                 f"LoRA factors of a weight {(out_features, in_features)} must be [r, in] and [out, r], "
                 f"got {tuple(shapes[0])} and {tuple(shapes[1])}"
             )
+
+    def _check_magnitude(self, magnitude: Tensor) -> None:
+        if self.lora_A is None:
+            raise ValueError("DoRA's magnitude goes with lora_A and lora_B; both are None")
+        for name, vector in (("magnitude", magnitude), ("norms", self.norms)):
+            if vector is not None and tuple(vector.shape) != (self.weight.shape[0],):
+                raise ValueError(f"the {name} of DoRA must be [{self.weight.shape[0]}], got {tuple(vector.shape)}")
+
+
+class MlpChoices(NamedTuple):
+    """The choices of `lora.lora_mlp`."""
+
+    activation: Activation
+    inplace: bool
+    keep_gate_up: bool
 
 
 class Layout(NamedTuple):

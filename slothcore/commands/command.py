@@ -11,6 +11,8 @@ from slothcore.training.config import TrainConfig, field_types
 from slothcore.training.options import coerce, describe, takes_bool
 
 WIDEST_HELP = 110
+# Choices beside a flag; more are listed in its help.
+LONGEST_METAVAR = 60
 CONFIG_IN_RUN = "config.yaml"
 
 
@@ -75,7 +77,7 @@ def add_run_options(parser: argparse.ArgumentParser, *, groups: tuple[str, ...] 
         if is_shown and group not in sections:
             sections[group] = parser.add_argument_group(group)
         annotation = types[item.name]
-        text = f"{item.metadata['help']} (default: {_shown(item.default)})".replace("%", "%%")
+        text = f"{item.metadata['help']}{_choices(annotation)} (default: {_shown(item.default)})".replace("%", "%%")
         options: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS, "metavar": _metavar(annotation)}
         if takes_bool(annotation):
             options |= {"nargs": "?", "const": True}
@@ -137,15 +139,22 @@ def _metavar(annotation: Any) -> str:
     """A short word for the value of an option, from its type."""
     what = describe(annotation).replace(" or null", "").replace(", null", "").replace(", a mapping", " | JSON")
     if "|" in what:
-        return what.replace(" ", "")
+        return what.replace(" ", "") if len(what) <= LONGEST_METAVAR else "NAME"
     words = {
         "a whole number": "N",
         "a number": "X",
         "true or false": "BOOL",
         "a list of names": "NAME",
         "a list of numbers": "X",
+        "a mapping": "JSON",
     }
     return words.get(what, "TEXT")
+
+
+def _choices(annotation: Any) -> str:
+    """The words to choose from, where they are too many to stand beside the flag."""
+    what = describe(annotation)
+    return f"; one of {what.replace(' |', ',')}" if "|" in what and _metavar(annotation) == "NAME" else ""
 
 
 def _shown(default: Any) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from slothcore.commands.command import Command, UsageError, add_model_options, model_options
+from slothcore.commands.sampling import add_sampling_options, sampling_of
 
 EXAMPLES = """\
   slothcore generate --model runs/alpaca --instruction "Name three rivers in Europe."
@@ -12,7 +13,7 @@ EXAMPLES = """\
   slothcore generate --model meta-llama/Llama-3.2-1B --prompt "The capital of France is" --max-new-tokens 8
 """
 # What has an effect only beside another option.
-NEEDED = {"input": "instruction", "system": "chat", "top_p": "temperature", "top_k": "temperature"}
+NEEDED = {"input": "instruction", "system": "chat"}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -24,27 +25,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     prompts.add_argument("--input", metavar="TEXT", default="", help="the input that goes with --instruction")
     prompts.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template")
     prompts.add_argument("--system", metavar="TEXT", help="the system message that goes with --chat")
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="of an answer; default: 256")
-    sampling.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token"
-    )
-    sampling.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest tokens with this total")
-    sampling.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
-    sampling.add_argument("--seed", type=int, default=42, metavar="N", help="of the sampling; default: 42")
+    add_sampling_options(parser, max_new_tokens=256)
 
 
 def run(values: dict[str, Any]) -> int:
     prompts = prompts_of(values)
     for name, needed in NEEDED.items():
         if values[name] and not values[needed]:
-            flag = name.replace("_", "-")
-            above_zero = " above 0" if needed == "temperature" else ""
-            raise UsageError(f"--{flag} has no effect without --{needed}{above_zero}; add it, or leave --{flag} out")
+            raise UsageError(f"--{name} has no effect without --{needed}; add it, or leave --{name} out")
+    sampling = sampling_of(values)
     from slothcore.inference.generate import generate
+    from slothcore.models.vocabulary import round_tables
     from slothcore.run import open_result
 
     model, tokenizer = open_result(values["model"], **model_options(values))
+    round_tables(model)
     if values["chat"]:
         system = [{"role": "system", "content": values["system"]}] if values["system"] else []
         prompts = [
@@ -55,7 +50,7 @@ def run(values: dict[str, Any]) -> int:
         model,
         tokenizer,
         prompts,
-        **{name: values[name] for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed")},
+        **sampling,
         # A chat template writes the begin token itself.
         add_special_tokens=not values["chat"],
     )

@@ -44,7 +44,7 @@ def as_text(plans: Plans) -> str:
         f"{gib:>3} GiB": [_tokens(longest_pass(plan, gib * GIB)) for plan in plans.modes.values()] for gib in GPUS_GIB
     }
     lines = [
-        f"{config.model} ({plans.family}): {plans.parameters:,} weights in {config.bits} bits, computing in {dtype}",
+        f"{config.source} ({plans.family}): {plans.parameters:,} weights in {config.bits} bits, computing in {dtype}",
         f"training {what}: {plans.trained:,} weights",
         "",
         f"GiB of a step of {config.step_rows} rows with {plans.row_tokens:,} tokens, {passes} passes of "
@@ -83,7 +83,7 @@ def as_json(plans: Plans) -> dict[str, Any]:
         for mode, plan in plans.modes.items()
     }
     return {
-        "model": plans.config.model,
+        "model": plans.config.source,
         "family": plans.family,
         "parameters": plans.parameters,
         "trained_parameters": plans.trained,

@@ -1,7 +1,7 @@
 """What the small files of a model tell; `preview` and `plan` need nothing else of it."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from slothcore.locating import Located, locate
 from slothcore.models.config import DecoderConfig
@@ -17,7 +17,7 @@ class ModelFiles:
     Attributes:
         found: where it lies.
         family: its name, for people.
-        decoder: its shape, with RoPE scaled as the run asks.
+        decoder: its shape, with RoPE scaled as the run asks, and rows for new tokens.
         longest_document: how many tokens it takes.
         max_seq_length: tokens of the longest row, as the run will resolve it.
     """
@@ -34,9 +34,10 @@ def read_model_files(config: TrainConfig) -> ModelFiles:
 
     Raises: ValueError, in one sentence, if there is no such model or slothcore cannot build it.
     """
-    assert config.model is not None
+    assert config.source is not None
     found = locate(
-        config.model,
+        config.source,
+        adapter=config.adapter if config.model else None,
         max_seq_length=config.max_seq_length,
         rope_scaling=config.rope_scaling,
         revision=config.revision,
@@ -50,5 +51,17 @@ def read_model_files(config: TrainConfig) -> ModelFiles:
     )
     if message is not None:
         warnings.warn(message, stacklevel=3)
+    decoder = replace(decoder, vocab_size=max(decoder.vocab_size, _tokens(found, config)))
     length = config.max_seq_length or min(DEFAULT_MAX_SEQ_LENGTH, found.max_seq_length or decoder.longest_document)
     return ModelFiles(found, family.name, decoder, max(length, decoder.longest_document), length)
+
+
+def _tokens(found: Located, config: TrainConfig) -> int:
+    """How many tokens the vocabulary comes to hold by those that an adapter brought and the run adds; 0: by none."""
+    if found.adapter is None and not config.new_tokens:
+        return 0
+    tokenizer = found.tokenizer()
+    if tokenizer is None:
+        return 0
+    tokenizer.add_tokens(config.new_tokens)
+    return tokenizer.vocab_size

@@ -27,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(values: dict[str, Any]) -> int:
     config = config_of(values)
-    if config.model is None:
+    if config.source is None:
         raise UsageError("model is not set; give --model NAME_OR_FOLDER, or model: in the configuration file")
     if values["gpu"] is not None and values["gpu"] <= 0:
         raise UsageError(f"--gpu must be greater than 0 GiB, got {values['gpu']}")

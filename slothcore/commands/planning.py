@@ -7,12 +7,12 @@ import torch
 
 from slothcore.commands.model_files import read_model_files
 from slothcore.lora.attach import add_lora
-from slothcore.lora.config import LoraConfig
+from slothcore.lora.recorded import trained_config
 from slothcore.models.decoder import Decoder
 from slothcore.models.decoder_body import GradientCheckpointing
 from slothcore.models.graphs import obstacle_in
 from slothcore.models.load import resolve_dtype
-from slothcore.run import adapter_options
+from slothcore.training.adapter_choice import adapter_options
 from slothcore.training.config import TrainConfig
 from slothcore.training.memory import attach_unfilled, memory_of
 from slothcore.training.memory_plan import MemoryPlan
@@ -98,13 +98,14 @@ def _choose_trained(model: Decoder, config: TrainConfig, adapter: Path | None) -
     if config.full_finetuning:
         model.requires_grad_(True)
     elif adapter is not None:
-        attach_unfilled(model, LoraConfig.from_folder(adapter), dtype=torch.float32)
+        attach_unfilled(model, trained_config(adapter), dtype=torch.float32)
     else:
         add_lora(model, **adapter_options(config))
 
 
 def _plan(model: Decoder, config: TrainConfig, mode: GradientCheckpointing) -> MemoryPlan:
     model.gradient_checkpointing = mode
+    model.neftune_noise_alpha = config.neftune_noise_alpha
     replays = config.cuda_graphs is not False and obstacle_in(model.model, model.config) is None
     return replace(memory_of(model, optim=config.optim), graph_tokens=config.graph_tokens if replays else 0)
 

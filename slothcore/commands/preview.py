@@ -35,8 +35,8 @@ def run(values: dict[str, Any]) -> int:
     if count < 0:
         raise UsageError(f"--rows must not be negative, got {count}")
     config = config_of(values)
-    if config.model is None or config.data is None:
-        missing = "model" if config.model is None else "data"
+    if config.source is None or config.data is None:
+        missing = "model" if config.source is None else "data"
         raise UsageError(f"{missing} is not set; give --{missing}, or {missing}: in the configuration file")
     from slothcore.commands.row_lengths import describe_lengths
     from slothcore.commands.rows import Ink, show_rows
@@ -60,11 +60,12 @@ def read_tokenizer(config: TrainConfig) -> "tuple[Tokenizer, TrainConfig]":
     from slothcore.commands.model_files import read_model_files
     from slothcore.run import require_tokenizer
 
-    assert config.model is not None
+    assert config.source is not None
     files = read_model_files(config)
-    tokenizer = require_tokenizer(files.found.tokenizer(), config.model)
+    tokenizer = require_tokenizer(files.found.tokenizer(), config.source)
+    tokenizer.add_tokens(config.new_tokens)
     print(
-        f"model: {config.model} ({files.family}), documents of up to {files.longest_document:,} tokens, "
+        f"model: {config.source} ({files.family}), documents of up to {files.longest_document:,} tokens, "
         f"rows of up to {files.max_seq_length:,}"
     )
     return tokenizer, replace(config, max_seq_length=files.max_seq_length)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from slothcore.data.packing import pack_first_fit_decreasing, wasted_fraction
+from slothcore.data.values import counted
 from slothcore.training.batches import RowSet
 from slothcore.training.config import TrainConfig
 
@@ -42,13 +43,14 @@ def describe_packing(lengths: Sequence[int], config: TrainConfig) -> str:
     packed = pack_first_fit_decreasing(lengths, capacity)
     wasted = wasted_fraction(packed, lengths, capacity)
     figures = (
-        f"{len(lengths):,} documents in {len(packed):,} rows of {capacity:,} tokens, {len(lengths) / len(packed):.1f} "
-        f"a row, {wasted:.1%} of the places empty"
+        f"{counted(len(lengths), 'document')} in {counted(len(packed), 'row')} of {capacity:,} tokens, "
+        f"{len(lengths) / len(packed):.1f} a row, {wasted:.1%} of the places empty"
     )
     steps, alone = (-(-number // config.step_rows) for number in (len(packed), len(lengths)))
+    of_rows = f"of {counted(config.step_rows, 'row')}"
     if config.packing:
-        return f"packing: {figures}; an epoch takes {steps:,} steps of {config.step_rows} rows"
-    return f"packing is off: an epoch takes {alone:,} steps of {config.step_rows} rows; with it {steps:,}: {figures}"
+        return f"packing: {figures}; an epoch takes {counted(steps, 'step')} {of_rows}"
+    return f"packing is off: an epoch takes {counted(alone, 'step')} {of_rows}; with it {steps:,}: {figures}"
 
 
 def histogram(lengths: Sequence[int]) -> str:

@@ -34,7 +34,7 @@ class TokenizedRow:
     @property
     def num_targets(self) -> int:
         """Labels that are learned; the first token is predicted by nothing."""
-        return sum(label != IGNORED_LABEL for label in self.labels[1:])
+        return len(self.labels) - self.labels.count(IGNORED_LABEL) - (self.labels[:1] not in ([], [IGNORED_LABEL]))
 
 
 class ChatRows:

@@ -40,6 +40,10 @@ class ColumnTemplates:
         completion, says_something = self._filled("completion_template", self.completion, record, where)
         return prompt, completion if says_something else ""
 
+    def prompt_of(self, record: Record, where: str) -> str:
+        """The prompt alone, for a record that may have no answer. Raises ValueError as `fill` does."""
+        return self._filled("prompt_template", self.prompt, record, where)[0]
+
     @staticmethod
     def _filled(option: str, template: str, record: Record, where: str) -> tuple[str, bool]:
         """The text, and whether any column holds some of it."""

@@ -40,7 +40,9 @@ def read_messages(value: Any, *, where: str, system: Any = None) -> tuple[Messag
             f"{where}: a conversation must be a list of at least one message, got {shown(value)}; fill it or drop it"
         )
     messages = [_message(message, f"{where}, message {number}") for number, message in enumerate(value, start=1)]
-    if isinstance(system, str) and system.strip() and messages[0]["role"] not in ("system", "developer"):
+    if system is not None and not isinstance(system, str):
+        raise ValueError(f"{where}: 'system' must be text, got {shown(system)}; write it as text in quotes")
+    if system and system.strip() and messages[0]["role"] not in ("system", "developer"):
         messages.insert(0, {"role": "system", "content": whole_characters(system, f"{where}: 'system'")})
     return tuple(messages)
 
@@ -48,13 +50,20 @@ def read_messages(value: Any, *, where: str, system: Any = None) -> tuple[Messag
 def read_tools(value: Any, where: str) -> tuple[Mapping[str, Any], ...] | None:
     """The descriptions of functions, or None for none. Raises ValueError if they are no list of objects."""
     value = parsed(value)
-    if value is None or not len(value):
+    if value is None or (hasattr(value, "__len__") and not len(value)):
         return None
     if isinstance(value, Sequence) and not isinstance(value, str):
         tools = [parsed(tool) for tool in value]
         if all(isinstance(tool, Mapping) for tool in tools):
             return tuple(tools)
     raise ValueError(f"{where}: 'tools' must be a list of objects, got {shown(value)}; write it as JSON")
+
+
+def is_blank(content: Any) -> bool:
+    """Whether a message's content, a text or a list of parts, says nothing."""
+    if isinstance(content, list | tuple):
+        return all(is_blank(part.get("text", part) if isinstance(part, Mapping) else part) for part in content)
+    return content is None or (isinstance(content, str) and not content.strip())
 
 
 def check_turns(messages: Sequence[Message], where: str) -> None:
@@ -76,7 +85,8 @@ def check_turns(messages: Sequence[Message], where: str) -> None:
                 f"{here}: {role!r} speaks twice in a row; join the two messages, or add the missing turn between them"
             )
         if role == "tool" and before not in ("assistant", "tool"):
-            raise ValueError(f"{here}: the result of a tool follows {before!r}; put the assistant's call before it")
+            stands = "begins the conversation" if before is None else f"follows {before!r}"
+            raise ValueError(f"{here}: the result of a tool {stands}; put the assistant's call before it")
         before = role
     if all(message["role"] != "assistant" for message in messages):
         raise ValueError(f"{where}: nobody answers in this conversation; add the assistant's turn, or drop the row")
@@ -98,6 +108,9 @@ def _message(message: Any, where: str) -> Message:
             "name them so, as OpenAI (role, content) or ShareGPT (from, value) does"
         )
     _check_content(kept, content_key, where)
+    called = kept.get("tool_calls")
+    if called and not (isinstance(called, list | tuple) and all(isinstance(call, Mapping) for call in called)):
+        raise ValueError(f"{where}: 'tool_calls' must be a list of objects, got {shown(called)}; write it so")
     speaker = str(kept[role_key]).strip().lower()
     if speaker in CALLS:
         return {"role": "assistant", "content": "", "tool_calls": _calls(kept[content_key], where)}
@@ -117,9 +130,10 @@ def _check_content(message: Record, key: str, where: str) -> None:
     content = message[key]
     if isinstance(content, str):
         whole_characters(content, where)
-        if not content.strip() and str(message.get("role", message.get("from"))).lower() in ("user", "human"):
+    if isinstance(content, str | list):
+        if is_blank(content) and str(message.get("role", message.get("from"))).lower() in ("user", "human"):
             raise ValueError(f"{where}: {key!r} is empty; write what the user says, or drop the row")
-    elif not (isinstance(content, list) or (content is None and message.get("tool_calls"))):
+    elif not (content is None and message.get("tool_calls")):
         raise ValueError(f"{where}: {key!r} must be text, got {shown(content)}; write it as text, or drop the row")
 
 

@@ -23,6 +23,7 @@ from slothcore.data.formats import (
     detect_format,
     format_example,
 )
+from slothcore.data.preferences import VERDICTS
 from slothcore.data.row_checks import RowCounts, check_example, check_size
 from slothcore.data.sources import MemorySource, Source, find_sources, is_records
 
@@ -237,7 +238,12 @@ def _example(reading: Reading, record: Any, where: str, *, mixed: bool) -> Examp
     try:
         return reading.example(record, where)
     except ValueError as error:
-        if mixed and isinstance(record, Mapping):
+        # A judged file's wrong verdict is what its own error says.
+        if (
+            mixed
+            and isinstance(record, Mapping)
+            and not (reading.format == "kto" and any(name in record for name in VERDICTS))
+        ):
             found = _format_or_none(record, reading.text_field)
             if found not in (None, reading.format):
                 raise ValueError(

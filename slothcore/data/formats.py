@@ -32,6 +32,7 @@ from slothcore.data.values import Record, field_names, text_value
 
 __all__ = [
     "LAYOUTS",
+    "PIECE_FIELD",
     "ChatExample",
     "Example",
     "Record",
@@ -84,6 +85,8 @@ LAYOUTS = {
     "text": Layout(("text",)),
     "document": Layout(("document",)),
 }
+# Beside the document of a piece: which one it is, as the fields of a `TextExample` say it.
+PIECE_FIELD = "piece of the document"
 FORMAT_ALIASES = {"sharegpt": "conversations", "chat": "messages", "instruction": "alpaca", "dpo": "preference"}
 # Layouts of a question and an answer: both fields, and the one that may hold more about the question.
 INSTRUCTIONS = {
@@ -102,11 +105,15 @@ class TextExample:
     """A prompt (possibly empty) and the text that follows it.
 
     `running` text has no beginning or end of its own: it is cut into rows of full length instead of being truncated.
+    A long one comes in pieces, of which this is number `part`, with the end of the text `before` it.
     """
 
     prompt: str
     completion: str
     running: bool = False
+    part: int = 0
+    last: bool = True
+    before: str = ""
 
 
 @dataclass(frozen=True)
@@ -189,7 +196,8 @@ def format_example(
     if name in INSTRUCTIONS:
         return _instruction_example(record, *INSTRUCTIONS[name], where=where)
     if name == "document":
-        return TextExample("", text_value(record, "document", where), running=True)
+        text = text_value(record, "document", where)
+        return TextExample("", text, running=True, **record.get(PIECE_FIELD, {}))
     return TextExample("", text_value(record, text_field, where))
 
 
@@ -231,7 +239,11 @@ def _prompt_example(record: Record, where: str) -> Example:
 
 
 def _instruction_example(record: Record, question: str, answer: str, context: str | None, *, where: str) -> TextExample:
-    more = text_value(record, context, where, optional=True) if context and not _is_table(record.get(context)) else ""
+    more = (
+        text_value(record, context, where, optional=True)
+        if context and not (context == "context" and _is_table(record.get(context)))
+        else ""
+    )
     prompt = alpaca_prompt(text_value(record, question, where), more)
     system = next((field for field in ("system", "system_prompt") if isinstance(record.get(field), str)), None)
     if system and record[system].strip():

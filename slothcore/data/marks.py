@@ -142,11 +142,12 @@ class MarkedConversation:
 
 def _rendering(text: str, found: Sequence[tuple[int, int]]) -> Rendering:
     """`found` are the marks and their places in the text without them, in order."""
-    times = Counter(mark for mark, _ in found)
-    single = [(mark, place) for mark, place in found if times[mark] == 1]
-    ends = [*(place for _, place in single[1:]), len(text)]
-    following = {mark: end for (mark, _), end in zip(single, ends, strict=False)}
-    return Rendering(text, dict(single), following, single[-1][0] if single else None, frozenset(times))
+    places = single = dict(found)
+    if len(places) < len(found):
+        times = Counter(mark for mark, _ in found)
+        single = {mark: place for mark, place in found if times[mark] == 1}
+    following = dict(zip(single, [*single.values(), len(text)][1:], strict=True))
+    return Rendering(text, single, following, next(reversed(single), None), frozenset(places))
 
 
 def marks_of(index: int) -> range:
@@ -160,7 +161,7 @@ def mark_number(index: int, edge: int) -> int:
 
 def _free_plane(text: str, needed: int) -> tuple[int, int]:
     for first, last in PLANES:
-        if needed <= last - first and not re.search(f"[{chr(first)}-{chr(last)}]", text):
+        if needed <= last - first and (text.isascii() or not re.search(f"[{chr(first)}-{chr(last)}]", text)):
             return first, last
     raise ValueError(
         "the conversation has too many messages, or characters of both of Unicode's planes for private use, so its "

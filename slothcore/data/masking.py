@@ -8,63 +8,29 @@ predicted by the position before it, so the label of a row's first token never c
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from typing import Literal, get_args
 
 from slothcore.data.chat_rows import IGNORED_LABEL, ChatRows, TokenizedRow
 from slothcore.data.formats import ChatExample, Example, Record, TextExample, format_example
+from slothcore.data.outcomes import TokenizeStats, nothing_left, why_nothing
+from slothcore.data.running_text import FullRows
 from slothcore.data.spans import Turn
 from slothcore.data.text_rows import text_rows
 from slothcore.data.tokenizer import Tokenizer
-from slothcore.data.values import counted
+from slothcore.data.values import whole_characters
 
 __all__ = ["IGNORED_LABEL", "TokenizeStats", "TokenizedRow", "tokenise_dataset", "tokenise_example", "tokenise_stream"]
 
+# What is encoded at once: enough records for all cores, and not so much text that it matters in memory, where each
+# character takes some fifty bytes until its tokens are counted.
 RECORDS_PER_BATCH = 1000
-LONGEST_SHOWN = 400
+CHARACTERS_PER_BATCH = 2_000_000
+SKIP_HINT = "; or leave such rows out with on_bad_row: skip"
 
 Overlength = Literal["truncate", "drop"]
 OnBadRow = Literal["error", "skip"]
-
-
-@dataclass
-class TokenizeStats:
-    """What became of the records.
-
-    Attributes:
-        records: how many there were.
-        rows: how many rows they gave.
-        tokens: tokens of all rows.
-        targets: tokens that are learned.
-        truncated: rows cut at the maximum length.
-        dropped_overlength: rows left out because they were longer than that.
-        dropped_without_target: rows left out because nothing in them is learned.
-        skipped: records left out because they are wrong.
-        first_skipped: what is wrong with the first of all that were left out for one of the last two reasons.
-    """
-
-    records: int = 0
-    rows: int = 0
-    tokens: int = 0
-    targets: int = 0
-    truncated: int = 0
-    dropped_overlength: int = 0
-    dropped_without_target: int = 0
-    skipped: int = 0
-    first_skipped: str | None = None
-
-    def describe(self, max_seq_length: int) -> str:
-        """The counts in one line for the user; `first_skipped`, which may be long, is left to a line of its own."""
-        gave = f"{counted(self.records, 'record')} gave {counted(self.rows, 'row')} with {self.tokens:,} tokens"
-        others = {
-            f"{self.truncated:,} truncated to {max_seq_length:,} tokens": self.truncated,
-            f"{self.dropped_overlength:,} longer than {max_seq_length:,} tokens dropped": self.dropped_overlength,
-            f"{self.dropped_without_target:,} dropped, having no token to learn": self.dropped_without_target,
-            f"{counted(self.skipped, 'wrong one')} skipped": self.skipped,
-        }
-        happened = [text for text, count in others.items() if count]
-        return "; ".join([f"{gave}, {self.targets:,} of them learned", *happened])
 
 
 def tokenise_dataset(
@@ -135,28 +101,26 @@ def tokenise_stream(
     _check_arguments(max_seq_length, overlength, on_bad_row, completion_only_loss, mask_history)
     only_completions = completion_only_loss is not False
     chats = ChatRows(tokenizer, "last turn" if mask_history else "turns" if only_completions else "all")
-    source = iter(records)
-    while batch := list(islice(source, RECORDS_PER_BATCH)):
-        stats.records += len(batch)
-        examples: list[_Prepared] = []
-        for where, record in batch:
-            try:
-                example = record
-                if not isinstance(example, TextExample | ChatExample):
-                    example = format_example(example, format=format, text_field=text_field, where=where)
-                examples.append(_Prepared(where, example, _rendered(example, chats, where)))
-            except ValueError as error:
+    running = FullRows(max_seq_length)
+    batches = _batches(records, chats, on_bad_row, format, text_field)
+    for batch, rows in _encoded_ahead(batches, tokenizer, chats, only_completions):
+        whole_rows = iter(rows)
+        for prepared in batch:
+            is_later_piece = not isinstance(prepared, ValueError) and getattr(prepared.example, "part", 0) > 0
+            stats.records += not is_later_piece
+            if isinstance(prepared, ValueError):
                 stats.skipped += 1
-                _note(stats, error, on_bad_row)
-        for prepared, row in _whole_rows(examples, tokenizer, chats, only_completions):
-            for fitted in _fit(row, prepared.example, max_seq_length, overlength, stats):
+                _note(stats, prepared, on_bad_row)
+                continue
+            row = next(whole_rows)
+            for fitted in _fit(row, prepared.example, running, overlength, stats):
                 targets = fitted.num_targets
                 if targets == 0:
                     stats.dropped_without_target += 1
                     # What was cut off might have been learned; that is counted, as other truncation is.
                     stops = on_bad_row == "error" and not row.num_targets
                     if stops or stats.first_skipped is None:
-                        why = _why_nothing(row, prepared, max_seq_length, tokenizer)
+                        why = why_nothing(row, prepared.example, prepared.where, max_seq_length, tokenizer)
                         _note(stats, ValueError(why), "error" if stops else "skip")
                     continue
                 stats.rows += 1
@@ -164,7 +128,7 @@ def tokenise_stream(
                 stats.targets += targets
                 yield fitted
     if not stats.rows:
-        raise ValueError(_nothing_left(stats, max_seq_length))
+        raise ValueError(nothing_left(stats, max_seq_length))
 
 
 def tokenise_example(
@@ -205,19 +169,85 @@ class _Prepared:
     example: Example
     rendered: tuple[str, list[Turn]] | None
 
+    @property
+    def characters(self) -> int:
+        if self.rendered is not None:
+            return len(self.rendered[0])
+        assert isinstance(self.example, TextExample)
+        return len(self.example.prompt) + len(self.example.completion)
+
+
+_Batch = list[_Prepared | ValueError]
+
+
+def _batches(
+    records: Iterable[tuple[str, Record | Example]],
+    chats: ChatRows,
+    on_bad_row: OnBadRow,
+    format: str,
+    text_field: str,
+) -> Iterator[_Batch]:
+    """Records, read and rendered, some at a time; a wrong one as what is wrong with it, and the last if it stops."""
+    batch: _Batch = []
+    characters = 0
+    for where, record in records:
+        try:
+            example = record
+            if not isinstance(example, TextExample | ChatExample):
+                example = format_example(example, format=format, text_field=text_field, where=where)
+            prepared = _Prepared(where, example, _rendered(example, chats, where))
+        except ValueError as error:
+            batch.append(error)
+            if on_bad_row == "error":
+                break
+            continue
+        batch.append(prepared)
+        characters += prepared.characters
+        if len(batch) >= RECORDS_PER_BATCH or characters >= CHARACTERS_PER_BATCH:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _encoded_ahead(
+    batches: Iterable[_Batch], tokenizer: Tokenizer, chats: ChatRows, only_completions: bool
+) -> Iterator[tuple[_Batch, list[TokenizedRow]]]:
+    """Each batch with its rows of any length; while one is encoded, which needs no Python, the next is rendered."""
+    with ThreadPoolExecutor(1, thread_name_prefix="slothcore-encoder") as encoder:
+        coming = None
+        for batch in batches:
+            before, coming = coming, (batch, encoder.submit(_whole_rows, batch, tokenizer, chats, only_completions))
+            if before is not None:
+                yield before[0], before[1].result()
+        if coming is not None:
+            yield coming[0], coming[1].result()
+
+
+def _whole_rows(batch: _Batch, tokenizer: Tokenizer, chats: ChatRows, only_completions: bool) -> list[TokenizedRow]:
+    """Rows of any length, in order; all plain texts are encoded in one call, and all conversations in another."""
+    good = [prepared for prepared in batch if not isinstance(prepared, ValueError)]
+    texts = [prepared.example for prepared in good if isinstance(prepared.example, TextExample)]
+    from_texts = iter(text_rows(texts, tokenizer, only_completions))
+    from_chats = iter(chats.tokenise([prepared.rendered for prepared in good if prepared.rendered is not None]))
+    return [next(from_texts if prepared.rendered is None else from_chats) for prepared in good]
+
 
 def _rendered(example: Example, chats: ChatRows, where: str) -> tuple[str, list[Turn]] | None:
     if isinstance(example, TextExample):
         return None
     try:
-        return chats.render(example)
+        text, turns = chats.render(example)
+        return whole_characters(text, "the conversation"), turns
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
 
 def _note(stats: TokenizeStats, error: ValueError, on_bad_row: OnBadRow) -> None:
     if on_bad_row == "error":
-        raise error
+        # With good rows before it, the file is probably right and this row wrong.
+        hint = SKIP_HINT if stats.rows and "on_bad_row" not in str(error) else ""
+        raise ValueError(f"{error}{hint}") from error
     stats.first_skipped = stats.first_skipped or str(error)
 
 
@@ -236,64 +266,17 @@ def _check_arguments(
         )
 
 
-def _whole_rows(
-    examples: Sequence[_Prepared], tokenizer: Tokenizer, chats: ChatRows, only_completions: bool
-) -> Iterator[tuple[_Prepared, TokenizedRow]]:
-    """Rows of any length, in order; all plain texts are encoded in one call, and all conversations in another."""
-    texts = [prepared.example for prepared in examples if isinstance(prepared.example, TextExample)]
-    from_texts = iter(text_rows(texts, tokenizer, only_completions))
-    from_chats = iter(chats.tokenise([prepared.rendered for prepared in examples if prepared.rendered is not None]))
-    for prepared in examples:
-        yield prepared, next(from_texts if prepared.rendered is None else from_chats)
-
-
 def _fit(
-    row: TokenizedRow, example: Example, max_seq_length: int, overlength: Overlength, stats: TokenizeStats
+    row: TokenizedRow, example: Example, running: FullRows, overlength: Overlength, stats: TokenizeStats
 ) -> Iterator[TokenizedRow]:
     """The row itself if it fits, else its pieces, its beginning or nothing."""
-    if len(row.input_ids) <= max_seq_length:
+    max_seq_length = running.max_seq_length
+    if isinstance(example, TextExample) and example.running:
+        yield from running.add(row, example)
+    elif len(row.input_ids) <= max_seq_length:
         yield row
-    elif isinstance(example, TextExample) and example.running:
-        # Neighbours share a token: the first of a row is no target, so each token is one exactly once.
-        for start in range(0, len(row.input_ids) - 1, max_seq_length - 1):
-            piece = slice(start, start + max_seq_length)
-            yield TokenizedRow(row.input_ids[piece], row.labels[piece])
     elif overlength == "truncate":
         stats.truncated += 1
         yield TokenizedRow(row.input_ids[:max_seq_length], row.labels[:max_seq_length])
     else:
         stats.dropped_overlength += 1
-
-
-def _why_nothing(row: TokenizedRow, prepared: _Prepared, max_seq_length: int, tokenizer: Tokenizer) -> str:
-    """The sentence about a row of which nothing is learned, with the row to look at."""
-    example = prepared.example
-    remedy = "take the record out, or set on_bad_row to skip"
-    if row.num_targets:
-        answer = next(place for place, label in enumerate(row.labels) if place and label != IGNORED_LABEL)
-        # Its text would say no more: what is to be learned stands beyond what a row can hold.
-        return (
-            f"{prepared.where}: nothing of it is learned, because the first word to learn is token {answer + 1:,}, and "
-            f"max_seq_length is {max_seq_length:,}; raise max_seq_length, or shorten what stands before it"
-        )
-    if isinstance(example, TextExample):
-        why = "its completion is empty" if example.prompt else "it has less than two tokens"
-    elif not any(message["role"] == "assistant" for message in example.messages):
-        why = f"it has no assistant's turn (roles: {', '.join(str(m['role']) for m in example.messages)})"
-    else:
-        why = "the chat template writes nothing that the assistant says"
-    text = tokenizer.decode(row.input_ids, skip_special_tokens=False)
-    shown = text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN // 2]} ... {text[-LONGEST_SHOWN // 2 :]}"
-    return f"{prepared.where}: nothing of it is learned, because {why}; {remedy}. The row is: {shown!r}"
-
-
-def _nothing_left(stats: TokenizeStats, max_seq_length: int) -> str:
-    """Why no row is left."""
-    if not stats.records:
-        return "the dataset has no records"
-    if stats.first_skipped:
-        return f"no row is left ({stats.describe(max_seq_length)}; the first left out: {stats.first_skipped})"
-    return (
-        f"all {stats.records:,} records are longer than max_seq_length = {max_seq_length} tokens and were dropped; "
-        "raise max_seq_length or set overlength to truncate"
-    )

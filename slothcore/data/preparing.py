@@ -4,11 +4,13 @@ While one batch is encoded, which needs no Python, a thread reads the records of
 files as they are made, and found there the next time (`prepared_cache`); small ones are prepared faster than found.
 """
 
+import errno
+import gc
 import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
@@ -26,6 +28,9 @@ from slothcore.data.tokenizer import Tokenizer
 BATCH = 1000
 # Bytes of files from which on their tokens are kept on disk.
 CACHED_FROM = 4 << 20
+# New objects after which Python searches for garbage in cycles.
+SEARCHED_AFTER = 100_000
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -77,9 +82,17 @@ def prepare_dataset(dataset: Dataset, tokenizer: Tokenizer, settings: Settings, 
         prepared.notes.append(f"nothing is kept for the next run: {error}; set {HOME_VARIABLE} to a folder for it")
         return prepared
     with folder:
-        stats, notes = _write(folder.writer, dataset, tokenizer, settings, progress)
-        store, path = folder.keep({"stats": asdict(stats), "notes": notes})
-    return Prepared(store, stats, [*notes, f"the prepared rows are kept in {path} for the next run"])
+        try:
+            stats, notes = _write(folder.writer, dataset, tokenizer, settings, progress)
+            store, kept = folder.keep({"stats": asdict(stats), "notes": notes})
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            raise OSError(
+                f"the prepared rows do not fit into {folder.path.parent} ({error.strerror}); "
+                f"free some space there, or set {HOME_VARIABLE} to a folder on another disk"
+            ) from None
+    return Prepared(store, stats, [*notes, *kept])
 
 
 def _in_memory(dataset: Dataset, tokenizer: Tokenizer, settings: Settings, progress: bool) -> Prepared:
@@ -96,6 +109,7 @@ def _write(
     began = time.monotonic()
     bar_options: dict[str, Any] = {"delay": BAR_DELAY, "disable": not progress, "leave": False}
     with tqdm(total=len(dataset), desc="tokenizing", unit=" records", **bar_options) as bar, ExitStack() as stack:
+        stack.enter_context(_rare_searches_for_garbage())
         examples = _read_ahead(dataset, bar, stack)
         for row in tokenise_stream(examples, tokenizer, stats, **asdict(settings)):
             writer.add(row)
@@ -122,3 +136,14 @@ def _read_ahead(dataset: Dataset, bar: tqdm, stack: ExitStack) -> Iterator[tuple
         coming = reader.submit(read)
         yield from batch
         bar.update(len(batch))
+
+
+@contextmanager
+def _rare_searches_for_garbage() -> Iterator[None]:
+    """Rows and messages are many and hold no cycles; Python would look through them for a fifth of the time."""
+    before = gc.get_threshold()
+    gc.set_threshold(SEARCHED_AFTER, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)

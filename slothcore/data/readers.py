@@ -6,7 +6,7 @@
 | .csv, .tsv      | a row under the header, every value a text               | row by row             |
 | .parquet        | a row (needs pyarrow)                                    | a thousand rows a time |
 | .json           | an element of the list, or of the only list in an object | whole                  |
-| .txt, .md       | the whole file, as one running text (`document`)         | whole                  |
+| .txt, .md       | the whole file, as one running text (`document`)         | two million characters |
 
 Each but Parquet, which is compressed already, may end in .gz. A record that cannot be read comes as the ValueError
 that says so: its reader decides whether to go on. What is wrong with the file as a whole is raised.
@@ -15,6 +15,7 @@ Training cuts a running text into rows of full length. It is not split at blank 
 no document; many short texts are written as JSON lines with a field `text`.
 """
 
+import codecs
 import csv
 import gzip
 import json
@@ -25,14 +26,18 @@ from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, cast
 
+from slothcore.data.beginnings import BYTE_ORDER_MARK, check_beginning
+from slothcore.data.formats import PIECE_FIELD
+from slothcore.data.pieces import pieces_of
+
 Located = tuple[str, Any]  # where a record stands, for messages, and the record or what is wrong with it
 Reader = Callable[[Path], Iterator[Located]]
 
 # A row beyond this is a file that lost its line ends, or a text that a model never sees more than the start of.
 LONGEST_ROW = 8_000_000
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 PARQUET_BATCH = 1000
+TEXT_BLOCK = 1 << 20
 
 
 def read_records(path: Path) -> Iterator[Located]:
@@ -40,8 +45,10 @@ def read_records(path: Path) -> Iterator[Located]:
 
     Raises: ValueError for an unknown extension, or if the file cannot be read at all.
     """
+    reader = reader_of(path)
+    check_beginning(path)
     try:
-        yield from reader_of(path)(path)
+        yield from reader(path)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is not a whole gzip file ({error}); pack it again, or download it again") from None
 
@@ -110,6 +117,8 @@ def _read_json(path: Path) -> Iterator[Located]:
         raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); {remedy}") from None
     except RecursionError:
         raise ValueError(f"{path} nests lists or objects too deeply for a dataset; flatten them") from None
+    except ValueError:
+        raise ValueError(f"{path} holds a number of thousands of digits; write it as text in quotes") from None
     if isinstance(value, dict):
         lists = [key for key, item in value.items() if isinstance(item, list)]
         if len(lists) != 1:
@@ -155,6 +164,8 @@ def _json_line(line: bytes, number: int, where: str) -> Any:
         return ValueError(f"{where}: not valid JSON ({error.msg}); {remedy}")
     except RecursionError:
         return ValueError(f"{where}: lists or objects are nested too deeply; flatten them")
+    except ValueError:
+        return ValueError(f"{where}: a number has thousands of digits; write it as text in quotes")
 
 
 def _read_csv(path: Path) -> Iterator[Located]:
@@ -177,6 +188,12 @@ def _read_csv(path: Path) -> Iterator[Located]:
             twice = next((name for name in header if header.count(name) > 1), None)
             if twice is not None:
                 raise ValueError(f"{path}: the header names the column {twice!r} twice; rename one of them")
+            between = next((sign for sign in (";", "\t", "|") if len(header) == 1 and sign in header[0]), None)
+            if between is not None:
+                raise ValueError(
+                    f"{path}, line 1: {between!r} stands between the columns instead of a comma; "
+                    "save the file with commas, or with tabs as .tsv"
+                )
             if header and not all(name.strip() for name in header):
                 raise ValueError(f"{path}, line 1: the header has a column without a name; name it, or delete it")
             for row in rows:
@@ -199,9 +216,37 @@ def _ragged(where: str, row: list[str], header: list[str]) -> str:
 
 
 def _read_text(path: Path) -> Iterator[Located]:
-    text = _text(path)
-    if text.strip():
-        yield str(path), {"document": text}
+    said_something = False
+    for part, (text, before, last) in enumerate(pieces_of(_text_blocks(path))):
+        said_something |= not text.isspace()
+        if part == 0 and last:
+            if said_something:
+                yield str(path), {"document": text}
+            return
+        piece = {"part": part, "last": last, "before": before}
+        yield f"{path}, piece {part + 1}", {"document": text, PIECE_FIELD: piece}
+
+
+def _text_blocks(path: Path) -> Iterator[str]:
+    """The text of a file as it is read, without a byte order mark."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    line, begin = 1, True
+    with _open(path) as file:
+        while True:
+            content = file.read(TEXT_BLOCK)
+            start = content[:2]
+            if begin:
+                content = content.removeprefix(BYTE_ORDER_MARK)
+            try:
+                text = decoder.decode(content, final=not content)
+            except UnicodeDecodeError as error:
+                line += error.object.count(b"\n", 0, error.start)
+                raise ValueError(_not_utf8(f"{path}, line {line}", start if begin else b"", error)) from None
+            if text:
+                yield text
+            if not content:
+                return
+            line, begin = line + text.count("\n"), False
 
 
 def _read_parquet(path: Path) -> Iterator[Located]:

@@ -4,7 +4,7 @@ from array import array
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from slothcore.data.conversations import check_turns
+from slothcore.data.conversations import check_turns, is_blank
 from slothcore.data.formats import Example, TextExample, detect_format
 from slothcore.data.preferences import verdict
 from slothcore.data.readers import LONGEST_ROW
@@ -69,7 +69,7 @@ class RowCounts:
             blank = not example.completion.strip()
         else:
             answers = [message for message in example.messages if message["role"] == "assistant"]
-            blank = any(message["content"] in ("", None) and not message.get("tool_calls") for message in answers)
+            blank = any(is_blank(message["content"]) and not message.get("tool_calls") for message in answers)
         if blank:
             self._num_empty += 1
             self.repeats.append(0)
@@ -121,7 +121,9 @@ class RowCounts:
         else:
             what = ", ".join(f"format {name}" for name in self.formats)
         verb = "is" if len(self.repeats) == 1 else "are"
-        lines = [f"{self.name}: {what}; {used:,} of {counted(len(self.repeats), 'row')} {verb} used"]
+        # A long text is one document, read in pieces.
+        unit = "piece" if reading.format == "document" and len(self.repeats) > 1 else "row"
+        lines = [f"{self.name}: {what}; {used:,} of {counted(len(self.repeats), unit)} {verb} used"]
         if "preference" in self.formats:
             lines.append(
                 f"{self.name}: preference data, trained as SFT: the chosen answers are learned, the rejected ignored"

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from slothcore.data.chat_rows import IGNORED_LABEL, TokenizedRow
 from slothcore.data.formats import TextExample
+from slothcore.data.running_text import running_row
 from slothcore.data.tokenizer import Tokenizer
 
 
@@ -13,10 +14,15 @@ def text_rows(examples: Sequence[TextExample], tokenizer: Tokenizer, only_comple
     The text is encoded as one piece, because a tokenizer may mark the beginning of each piece with a space. A token
     that joins the end of the prompt and the start of the completion is a target.
     """
-    encoded = tokenizer.encode_batch([example.prompt + example.completion for example in examples])
+    running = {index: running_row(example, tokenizer) for index, example in enumerate(examples) if example.running}
+    texts = ["" if example.running else example.prompt + example.completion for example in examples]
+    encoded = tokenizer.encode_batch(texts)
     prompts = tokenizer.encode_batch([example.prompt for example in examples]) if only_completions else []
     rows = []
     for index, example in enumerate(examples):
+        if example.running:
+            rows.append(running[index])
+            continue
         ids = tokenizer.single_begin(encoded[index])
         if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
             ids.append(tokenizer.eos_token_id)

@@ -10,7 +10,7 @@ import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 
@@ -30,7 +30,10 @@ class TokenStore:
         labels: [tokens] bool, whether the token is learned; or int32, the labels as they are.
         starts: [documents + 1] int64, where each document begins, and the number of tokens.
         targets: [documents] int64, labels that are learned; the first token of a document is predicted by nothing.
+        lease: what stays open for as long as the arrays are used.
     """
+
+    lease: IO[bytes] | None = None
 
     def __init__(self, ids: np.ndarray, labels: np.ndarray, starts: np.ndarray, targets: np.ndarray) -> None:
         self.ids, self.labels, self.starts, self.targets = ids, labels, starts, targets

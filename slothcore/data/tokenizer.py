@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as TokenizerCore
 from torch import Tensor
 
+from slothcore.data import special_tokens as tokens
 from slothcore.data import tokenizer_files as files
 from slothcore.data.chat import ChatTemplate, Message
+from slothcore.data.new_tokens import check_new_tokens
 from slothcore.data.templates import BUILTIN_TEMPLATES, PLAIN_TEMPLATES, control_tokens, template_source
+from slothcore.data.token_ends import TokenEnds
 
-SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
-DEDICATED_PAD_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|padding|>")
 PaddingSide = Literal["left", "right"]
-UNUSED_TOKEN_MARKS = ("reserved_special_token", "placeholder", "unused")
 
 
 class Tokenizer:
@@ -63,13 +64,14 @@ class Tokenizer:
         core.no_truncation()
         core.no_padding()
         files.add_missing_tokens(core, files.added_tokens(folder, config), folder)
-        self.bos_token_id = _id_of(core, special_tokens, "bos_token", folder)
-        self.eos_token_id = _id_of(core, special_tokens, "eos_token", folder)
-        self.pad_token_id = _pad_token_id(core, special_tokens.get("pad_token"), self.eos_token_id)
+        self.bos_token_id = tokens.id_of(core, special_tokens, "bos_token", folder)
+        self.eos_token_id = tokens.id_of(core, special_tokens, "eos_token", folder)
+        self.pad_token_id = tokens.pad_token_id(core, special_tokens.get("pad_token"), self.eos_token_id)
         self.padding_side: PaddingSide = config.get("padding_side") or "right"
         _check_side(self.padding_side, f"{folder}: padding_side")
         self._special_tokens = dict(special_tokens)
         self._chosen_template: str | None = None
+        self._new_tokens: list[AddedToken] = []
         self._templates = {
             name: ChatTemplate(source, special_tokens=special_tokens) for name, source in (chat_templates or {}).items()
         }
@@ -94,7 +96,7 @@ class Tokenizer:
         config = files.read_json(folder / "tokenizer_config.json")
         token_map = files.read_json(folder / "special_tokens_map.json")
         special_tokens = {}
-        for name in SPECIAL_TOKEN_NAMES:
+        for name in tokens.SPECIAL_TOKEN_NAMES:
             token = files.token_text(config.get(name), name, folder) or files.token_text(
                 token_map.get(name), name, folder
             )
@@ -143,10 +145,10 @@ class Tokenizer:
         """`encode` for many texts at once, on all cores unless `TOKENIZERS_PARALLELISM=false`."""
         return [e.ids for e in self._core.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)]
 
-    def encode_with_ends(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+    def encode_with_ends(self, texts: Sequence[str]) -> list[tuple[list[int], Sequence[int]]]:
         """For each text the ids without added begin or end, and for each id the character behind its last one."""
         encoded = self._core.encode_batch(list(texts), add_special_tokens=False)
-        return [(encoding.ids, [end for _, end in encoding.offsets]) for encoding in encoded]
+        return [(encoding.ids, TokenEnds(encoding)) for encoding in encoded]
 
     @cached_property
     def special_token_ids(self) -> frozenset[int]:
@@ -162,6 +164,27 @@ class Tokenizer:
     def token_id(self, token: str) -> int | None:
         """Id of a token given by its exact text, or None."""
         return self._core.token_to_id(token)
+
+    def token_text(self, token_id: int) -> str | None:
+        """How the vocabulary spells a token, or None if no token has this id."""
+        return self._core.id_to_token(token_id)
+
+    def add_tokens(self, new: Sequence[str], *, special: bool | None = None) -> dict[str, int]:
+        """Make each of these texts one token, wherever it stands in a text; `save` writes them.
+
+        Args:
+            new: as they stand in the text; a space belongs to a token only if it is written here.
+            special: whether `decode` leaves them out; None: those that look like control tokens, such as <|im_start|>.
+        Returns: the ids of those that the vocabulary did not hold yet; the others stay as they are.
+        Raises: ValueError for an empty text, or one that stands twice.
+        """
+        check_new_tokens(new)
+        lacking = [text for text in new if self.token_id(text) is None]
+        added = [tokens.new_token(text, special=special) for text in lacking]
+        tokens.add_tokens(self._core, added)
+        self._new_tokens += added
+        self.__dict__.pop("special_token_ids", None)
+        return {text: token_id for text in lacking if (token_id := self.token_id(text)) is not None}
 
     def template_for(self, tools: Sequence[Mapping[str, Any]] | None = None) -> ChatTemplate:
         """The template that writes a conversation with or without tools.
@@ -194,8 +217,8 @@ class Tokenizer:
         if lacking:
             warnings.warn(
                 f"{name} writes {', '.join(lacking)}, which the tokenizer in {self._folder} has no tokens for: each is "
-                "spelled out as text of several tokens, which costs length; these templates end turns with the "
-                f"tokenizer's own end token: {', '.join(PLAIN_TEMPLATES)}",
+                "spelled out as text of several tokens, which costs length; new_tokens makes each of them one, and "
+                f"these templates end turns with the tokenizer's own end token: {', '.join(PLAIN_TEMPLATES)}",
                 stacklevel=2,
             )
 
@@ -262,32 +285,12 @@ class Tokenizer:
     def save(self, path: str | Path) -> None:
         """Copy the original files into the folder `path`, each under its final name only once it is complete.
 
-        A template that `use_chat_template` chose takes the place of the original ones.
+        A template that `use_chat_template` chose takes the place of the original ones, and tokens that `add_tokens`
+        added stand in the copies.
         """
-        files.copy_files(self._folder, Path(path), chat_template=self._chosen_template)
+        files.copy_files(self._folder, Path(path), chat_template=self._chosen_template, new_tokens=self._new_tokens)
 
 
 def _check_side(side: str, what: str) -> None:
     if side not in get_args(PaddingSide):
         raise ValueError(f"{what} must be 'left' or 'right', got {side!r}")
-
-
-def _id_of(core: TokenizerCore, special_tokens: Mapping[str, str], name: str, folder: Path) -> int | None:
-    token = special_tokens.get(name)
-    if token is None:
-        return None
-    token_id = core.token_to_id(token)
-    if token_id is None:
-        raise ValueError(f"{folder}: {name} is {token!r}, which tokenizer.json does not hold")
-    return token_id
-
-
-def _pad_token_id(core: TokenizerCore, configured: str | None, eos_token_id: int | None) -> int | None:
-    """By the order in the docstring of `Tokenizer`."""
-    for token in (configured, *DEDICATED_PAD_TOKENS):
-        if token is not None and (token_id := core.token_to_id(token)) is not None:
-            return token_id
-    for token_id, added in sorted(core.get_added_tokens_decoder().items()):
-        if added.special and any(mark in added.content for mark in UNUSED_TOKEN_MARKS):
-            return token_id
-    return eos_token_id

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,16 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as TokenizerCore
 
-CONFIG_FILE, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
+from slothcore.data.special_tokens import add_tokens
+
+CONFIG_FILE, TEMPLATE_FILE, ADDED_FILE = "tokenizer_config.json", "chat_template.jinja", "added_tokens.json"
 # What a tokenizer folder may hold.
 TOKENIZER_FILES = (
     "tokenizer.json",
     CONFIG_FILE,
     "special_tokens_map.json",
     TEMPLATE_FILE,
-    "added_tokens.json",
+    ADDED_FILE,
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
@@ -25,11 +27,14 @@ TOKENIZER_FILES = (
 ADDITIONAL_TEMPLATES = "additional_chat_templates"
 
 
-def copy_files(source: Path, target: Path, *, chat_template: str | None = None) -> None:
+def copy_files(
+    source: Path, target: Path, *, chat_template: str | None = None, new_tokens: Sequence[AddedToken] = ()
+) -> None:
     """Copy what is there of a tokenizer's files into the folder `target`, each under its name once it is complete.
 
     `chat_template`, the source of another template, is written in place of all that the folder has.
     """
+    enlarged = _with_tokens(source, new_tokens) if new_tokens else {}
     replaced = chat_template is not None
     templates = [] if replaced else source.glob(f"{ADDITIONAL_TEMPLATES}/*.jinja")
     for name in (*TOKENIZER_FILES, *(str(file.relative_to(source)) for file in templates)):
@@ -38,13 +43,45 @@ def copy_files(source: Path, target: Path, *, chat_template: str | None = None) 
             continue
         with _complete(copy) as partial:
             shutil.copyfile(original, partial)
+    for name, text in enlarged.items():
+        _write(target / name, text)
     if chat_template is not None:
-        with _complete(target / TEMPLATE_FILE) as partial:
-            partial.write_text(chat_template, encoding="utf-8")
-        config = read_json(source / CONFIG_FILE)
+        _write(target / TEMPLATE_FILE, chat_template)
+        config = read_json(target / CONFIG_FILE)
         if config.pop("chat_template", None) is not None:
-            with _complete(target / CONFIG_FILE) as partial:
-                partial.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            _write(target / CONFIG_FILE, _as_text(config))
+
+
+def _with_tokens(source: Path, new_tokens: Sequence[AddedToken]) -> dict[str, str]:
+    """The files of a tokenizer that list its tokens, by name, with more of them.
+
+    transformers takes the added tokens of some models from `tokenizer_config.json` and not from `tokenizer.json`; there
+    and in `added_tokens.json` they are listed where others are already.
+    """
+    core = TokenizerCore.from_file(str(source / "tokenizer.json"))
+    config, older = read_json(source / CONFIG_FILE), read_json(source / ADDED_FILE)
+    add_missing_tokens(core, added_tokens(source, config), source)
+    add_tokens(core, new_tokens)
+    texts = {"tokenizer.json": core.to_str(pretty=True)}
+    listed = config.get("added_tokens_decoder") or {}
+    if listed:
+        flags = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+        more = {
+            str(core.token_to_id(token.content)): {name: getattr(token, name) for name in flags} for token in new_tokens
+        }
+        texts[CONFIG_FILE] = _as_text({**config, "added_tokens_decoder": {**listed, **more}})
+    if older:
+        texts[ADDED_FILE] = _as_text({**older, **{t.content: core.token_to_id(t.content) for t in new_tokens}})
+    return texts
+
+
+def _as_text(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+
+def _write(file: Path, text: str) -> None:
+    with _complete(file) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 @contextmanager
@@ -109,7 +146,7 @@ def added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[int, Mapping[s
     Raises: ValueError if an entry is no token.
     """
     found: dict[int, Mapping[str, Any]] = {}
-    older = read_json(folder / "added_tokens.json")
+    older = read_json(folder / ADDED_FILE)
     try:
         found.update((int(token_id), {"content": text}) for text, token_id in older.items())
         found.update((int(key), dict(token)) for key, token in (config.get("added_tokens_decoder") or {}).items())

@@ -1,6 +1,7 @@
 """Single values of a record: texts, lists written as text, and the words in which messages speak of them."""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,16 +32,19 @@ def text_value(record: Record, field: str, where: str, *, optional: bool = False
     value = record.get(field)
     if value is None and optional:
         return ""
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)  # JSON writers leave the quotes off numeric answers
     if not isinstance(value, str):
-        remedy = "; fill it in, or drop the row" if value is None else "; write it as text in quotes"
+        missing = value is None or isinstance(value, float)  # NaN is how data frames write an empty cell
+        remedy = "; fill it in, or drop the row" if missing else "; write it as text in quotes"
         raise ValueError(f"{where}: {field!r} must be text, got {shown(value)}{remedy}")
     return whole_characters(value, f"{where}: {field!r}")
 
 
 def whole_characters(text: str, where: str) -> str:
     """The text itself. Raise if it holds half a surrogate pair, which JSON can escape and UTF-8 cannot say."""
+    if text.isascii():
+        return text
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

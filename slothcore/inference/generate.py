@@ -1,13 +1,14 @@
 """Text in, text out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from slothcore.data.chat_rows import turn_end
 from slothcore.data.tokenizer import Tokenizer
+from slothcore.inference.endings import Endings
+from slothcore.inference.text_pieces import TextPieces
 from slothcore.models.decoder import Decoder
 
 
@@ -20,8 +21,9 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
     repetition_penalty: float = 1.0,
-    stop: str | Sequence[str] = (),
+    stop_strings: str | Sequence[str] = (),
     seed: int | None = None,
     batch_size: int = 8,
     add_special_tokens: bool = True,
@@ -32,9 +34,10 @@ def generate(
         prompts: one text or several, each encoded as in training: with one begin token and no end token. For a chat,
             the text from `tokenizer.apply_chat_template` with add_generation_prompt=True, and
             add_special_tokens=False.
-        max_new_tokens, temperature, top_k, top_p, repetition_penalty: see `Decoder.generate`; temperature 0 is greedy.
-        stop: a text ends before the first of these strings; an end-of-sequence token, and what the chat template ends
-            an answer with, end it in any case.
+        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty: see `Decoder.generate`; temperature 0 is
+            greedy.
+        stop_strings: a text ends before the first of these strings; an end-of-sequence token, and what the chat
+            template ends an answer with, end it in any case.
         seed: of the random draws.
         batch_size: how many prompts are continued together; greedy results do not depend on it.
         add_special_tokens: let the tokenizer add its begin-of-text token.
@@ -42,33 +45,19 @@ def generate(
     Raises: ValueError for an option that does not fit or a prompt without any token.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    stops = [stop] if isinstance(stop, str) else list(stop)
-    if "" in stops:
-        raise ValueError("stop must not hold an empty string")
+    endings = Endings.of(model, tokenizer, stop_strings)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    encoded = [tokenizer.encode_prompt(text, add_special_tokens=add_special_tokens) for text in texts]
-    for text, ids in zip(texts, encoded, strict=True):
-        if not ids:
-            raise ValueError(f"the prompt {text!r} has no token; give it some text")
-    eos_ids = set(model.eos_token_ids)
-    if tokenizer.eos_token_id is not None:
-        eos_ids.add(tokenizer.eos_token_id)
-    # A chat template may end answers with a token that the model's own files do not call an end.
-    end = turn_end(tokenizer)
-    if isinstance(end, int):
-        eos_ids.add(end)
-    elif end is not None:
-        stops.append(end)
-
+    encoded = [_prompt_ids(tokenizer, text, add_special_tokens) for text in texts]
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
+        "min_p": min_p,
         "repetition_penalty": repetition_penalty,
-        "eos_token_id": sorted(eos_ids),
-        "should_stop": _finds(stops, tokenizer) if stops else None,
+        "eos_token_id": sorted(endings.eos_ids),
+        "should_stop": _finds(endings.stops, tokenizer) if endings.stops else None,
     }
     results: list[str] = []
     for start in range(0, len(encoded), batch_size):
@@ -78,9 +67,41 @@ def generate(
         batch_seed = None if seed is None else seed + start
         continued = model.generate(input_ids, attention_mask, seed=batch_seed, **options)
         for row in continued[:, input_ids.shape[1] :].tolist():
-            length = next((i for i, token in enumerate(row) if token in eos_ids), len(row))
-            results.append(_cut(tokenizer.decode(row[:length]), stops))
+            length = next((i for i, token in enumerate(row) if token in endings.eos_ids), len(row))
+            results.append(endings.cut(tokenizer.decode(row[:length])))
     return results
+
+
+def stream(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    stop_strings: str | Sequence[str] = (),
+    add_special_tokens: bool = True,
+    **sampling: Any,
+) -> Iterator[str]:
+    """Continue one prompt and give the text out as it is made; joined, the pieces are what `generate` returns.
+
+    No piece ends within a character, and none is of what may yet turn out to be a stop string.
+
+    Args:
+        prompt, max_new_tokens, stop_strings, add_special_tokens: see `generate`.
+        sampling: temperature, top_k, top_p, min_p, repetition_penalty, seed and cache, see `Decoder.stream`.
+    Raises: ValueError for an option that does not fit or a prompt without any token, at once.
+    """
+    endings = Endings.of(model, tokenizer, stop_strings)
+    ids = _prompt_ids(tokenizer, prompt, add_special_tokens)
+    tokens = model.stream(ids, max_new_tokens=max_new_tokens, eos_token_id=sorted(endings.eos_ids), **sampling)
+    return TextPieces(tokenizer, endings).take(tokens)
+
+
+def _prompt_ids(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    ids = tokenizer.encode_prompt(text, add_special_tokens=add_special_tokens)
+    if not ids:
+        raise ValueError(f"the prompt {text!r} has no token; give it some text")
+    return ids
 
 
 def _left_padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -99,8 +120,3 @@ def _finds(stops: Sequence[str], tokenizer: Tokenizer) -> Callable[[Tensor], Ten
         return torch.tensor([any(stop in text for stop in stops) for text in texts])
 
     return should_stop
-
-
-def _cut(text: str, stops: Sequence[str]) -> str:
-    """The text before the first of `stops`."""
-    return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]

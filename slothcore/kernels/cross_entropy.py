@@ -56,9 +56,10 @@ def _cross_entropy_kernel(
         if HAS_SOFTCAP:
             # The cap would turn the -inf of a lane beyond the row into -c.
             capped = tl.where(columns < vocabulary - start, softcap * tanh(capped / softcap), float("-inf"))
-        larger = tl.maximum(maximum, capped)
-        total = total * tl.exp(maximum - larger) + tl.exp(capped - larger)
-        maximum = larger
+        # Of exp(maximum - larger) and exp(capped - larger) one is exp(0): the other is all there is to compute.
+        rest = tl.exp(-tl.abs(capped - maximum))
+        total = tl.where(capped > maximum, total * rest + 1, total + rest)
+        maximum = tl.maximum(maximum, capped)
     row_maximum = tl.max(maximum, axis=0)
     log_normalizer = row_maximum + tl.log(tl.sum(total * tl.exp(maximum - row_maximum), axis=0))
     tl.store(loss_ptr + row, log_normalizer - picked)
@@ -82,8 +83,8 @@ def _cross_entropy_kernel(
 
 def _launch_config(vocabulary: int) -> tuple[int, int]:
     """Columns per tile and warps. Wide tiles keep few rows in flight, so the second sweep still finds them in L2."""
-    block = min(8192, max(128, triton.next_power_of_2(vocabulary)))
-    return block, max(1, min(16, block // 512))
+    block = min(16384, max(128, triton.next_power_of_2(vocabulary)))
+    return block, max(1, min(32, block // 512))
 
 
 def cross_entropy_forward_(

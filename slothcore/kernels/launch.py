@@ -16,6 +16,10 @@ ELEMENTS_PER_THREAD = 16
 WARP_SIZE = 32
 MAX_WARPS = 32
 MIN_TILE = 2048
+# Two rows of 4096 under one program are normalised 1.6% faster than one, and 40 heads of 128 all at once are turned
+# 2.4% faster than 16 at a time (H100).
+NORM_TILE = 8192
+ROTARY_PAIRS = 4096
 
 # Most programs that share a sum over tokens. The same on every GPU, so that the order of the sum depends on the shapes
 # alone; four for each multiprocessor of an H100, where the partial sums add 6% to the traffic of 8192 tokens.
@@ -45,10 +49,10 @@ def warps_for(elements: int, *, elements_per_thread: int = ELEMENTS_PER_THREAD) 
 
 
 @cache
-def whole_row_tile(width: int) -> Tile:
-    """Rows that must be seen whole (norms): one row a program, or several where rows are short."""
+def whole_row_tile(width: int, least: int = MIN_TILE) -> Tile:
+    """Rows that must be seen whole (norms): one row a program, or several where rows are shorter than `least`."""
     columns = next_power_of_2(width)
-    rows = max(1, MIN_TILE // columns)
+    rows = max(1, least // columns)
     return Tile(rows, columns, warps_for(rows * columns))
 
 
@@ -60,13 +64,13 @@ def partial_row_tile(width: int) -> Tile:
 
 
 @cache
-def head_tile(num_heads: int, half_dim: int) -> Tile:
+def head_tile(num_heads: int, half_dim: int, pairs: int = MIN_TILE // 2) -> Tile:
     """Rotary work on one token: `rows` heads at a time, `columns` covers half of the head dimension.
 
-    A thread holds both halves, so 8 elements of each are its 16.
+    A thread holds both halves, so 8 elements of each are its 16; a program holds `pairs` of them.
     """
     columns = next_power_of_2(half_dim)
-    rows = min(next_power_of_2(num_heads), max(1, MIN_TILE // 2 // columns))
+    rows = min(next_power_of_2(num_heads), max(1, pairs // columns))
     return Tile(rows, columns, warps_for(rows * columns, elements_per_thread=ELEMENTS_PER_THREAD // 2))
 
 

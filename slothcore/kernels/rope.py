@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slothcore.kernels.launch import head_tile, with_contiguous_rows
+from slothcore.kernels.launch import ROTARY_PAIRS, head_tile, with_contiguous_rows
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def rope_rotate_(x: Tensor, cos: Tensor, sin: Tensor, *, num_heads: int, inverse
     assert num_heads <= heads
     assert x.stride(-1) == 1, "rotating in place needs a contiguous head dimension"
     cos, sin = with_contiguous_rows(cos), with_contiguous_rows(sin)
-    tile = head_tile(num_heads, half_dim)
+    tile = head_tile(num_heads, half_dim, ROTARY_PAIRS)
     rope_rotate_kernel[(num_tokens,)](
         x,
         cos,

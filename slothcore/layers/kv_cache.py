@@ -5,12 +5,15 @@ from torch import Tensor
 
 from slothcore.layers.packed import Documents
 
+SCORES_AT_ONCE = 2**26
+
 
 class KvCache:
     """Keys and values of every layer, [rows, capacity, kv heads, head_dim] each; row r is one sequence.
 
-    A forward pass with a cache is one of two kinds: `begin_prompt` (texts from their first token on, packed, each into
-    a row of its own) or `begin_token` (the next token of every row). Either says where the new keys and values go.
+    A forward pass with a cache is one of three kinds: `begin_prompt` (texts from their first token on, packed, each
+    into a row of its own), `begin_token` (the next token of every row) or `begin_chunk` (several more tokens of the
+    only row). Each says where the new keys and values go.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class KvCache:
         self.longest = 0  # the largest of `lengths`, kept on the host
         self.slots = self.row_starts  # [T]: where this pass writes, in [rows * capacity]
         self.is_prompt = True
+        self.is_chunk = False
 
     def layer(self, index: int) -> "LayerCache":
         """The share of one layer; made anew, because kept here it would be a cycle, and free its memory late."""
@@ -51,15 +55,41 @@ class KvCache:
         shifts = torch.repeat_interleave(row_starts - boundaries[:-1], lengths, output_size=num_tokens)
         self.slots = torch.arange(num_tokens, device=shifts.device) + shifts
         self.lengths = lengths if rows is None else self.lengths.index_copy(0, rows, lengths)
-        self.longest, self.is_prompt = max(self.longest, documents.max_seqlen), True
+        self.longest = max(self.longest, documents.max_seqlen)
+        self.is_prompt, self.is_chunk = True, False
 
     def begin_token(self) -> Tensor:
         """Take one more token of every row; returns their positions [rows]."""
         assert self.longest < self.capacity, "the cache is full"
         positions = self.lengths
         self.slots = self.row_starts + positions
-        self.lengths, self.longest, self.is_prompt = positions + 1, self.longest + 1, False
+        self.lengths, self.longest = positions + 1, self.longest + 1
+        self.is_prompt = self.is_chunk = False
         return positions
+
+    def begin_chunk(self, count: int) -> Tensor:
+        """Take `count` more tokens of the only row; returns their positions [count]."""
+        assert len(self.row_starts) == 1, "only one row can be continued by several tokens"
+        assert self.longest + count <= self.capacity, "the cache is full"
+        self.slots = torch.arange(self.longest, self.longest + count, device=self.lengths.device)
+        self.lengths, self.longest = self.lengths + count, self.longest + count
+        self.is_prompt, self.is_chunk = False, True
+        return self.slots
+
+    def shorten(self, length: int) -> None:
+        """Forget what stands behind the first `length` tokens of the only row."""
+        assert len(self.row_starts) == 1, "only one row can be shortened"
+        self.lengths, self.longest = torch.full_like(self.lengths, length), length
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for `capacity` tokens in the only row; what it holds stays."""
+        assert len(self.row_starts) == 1, "only one row can grow"
+        if capacity <= self.capacity:
+            return
+        for stacks in (self.keys, self.values):
+            for index, stack in enumerate(stacks):
+                stacks[index] = torch.cat([stack, stack.new_zeros(1, capacity - self.capacity, *stack.shape[2:])], 1)
+        self.capacity = capacity
 
 
 class LayerCache:
@@ -81,8 +111,12 @@ class LayerCache:
         self.values.flatten(0, 1).index_copy_(0, self.cache.slots, values)
 
     def attend(self, query: Tensor, *, scale: float, window: int | None, softcap: float | None) -> Tensor:
-        """Attention of the newest token of each row, [rows, heads, head_dim], over its row; returns that shape."""
+        """Attention of the tokens of this pass, [T, heads, head_dim], over the rows they end; returns that shape."""
         longest = self.cache.longest
+        if self.cache.is_chunk:
+            return attend_to_text(
+                query, self.keys[0, :longest], self.values[0, :longest], scale=scale, window=window, softcap=softcap
+            )
         return attend_to_rows(
             query,
             self.keys[:, :longest],
@@ -125,3 +159,42 @@ def attend_to_rows(
         visible &= position >= lengths[:, None] - window
     weights = scores.masked_fill(~visible[:, None, None], float("-inf")).softmax(-1)
     return torch.einsum("rkgl,rlkd->rkgd", weights, values.to(wide)).reshape(rows, heads, head_dim).to(query.dtype)
+
+
+def attend_to_text(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Causal attention of the last tokens of a text over all of it.
+
+    Args:
+        query: [T, heads, head_dim], of the last T of L tokens.
+        keys, values: [L, kv heads, head_dim]; heads must be a multiple of kv heads.
+        scale, window, softcap: as `attend_to_rows` has them.
+    Returns: [T, heads, head_dim] in query's dtype; scores and sums are float32 (float64 for float64).
+    """
+    length = len(keys)
+    first = length - len(query)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    keys, values = keys.to(wide), values.to(wide)
+    position = torch.arange(length, device=keys.device)
+    mixed = []
+    # Scores of all tokens at once would take heads * T * L numbers.
+    for part in query.split(max(1, SCORES_AT_ONCE // (length * query.shape[1]))):
+        own = position[first : first + len(part), None]
+        first += len(part)
+        grouped = part.to(wide).unflatten(1, (keys.shape[1], -1))
+        scores = torch.einsum("tkgd,lkd->kgtl", grouped, keys) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        visible = position <= own
+        if window is not None:
+            visible &= position > own - window
+        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+        mixed.append(torch.einsum("kgtl,lkd->tkgd", weights, values).flatten(1, 2))
+    return torch.cat(mixed).to(query.dtype)

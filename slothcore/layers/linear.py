@@ -2,6 +2,8 @@
 
     y = x W^T + bias + lora_scaling * dropout(x) lora_A^T lora_B^T
 
+and with `lora_magnitude_vector` the rows of W + lora_scaling * lora_B lora_A have these lengths: `autograd/dora.py`.
+
 Which code computes it follows from the layer's state alone: `F.linear` for a dense weight without LoRA, the fused
 Functions of `autograd.lora` for a frozen weight with LoRA or in NF4, and plain torch for LoRA beside a weight that
 trains too.
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from slothcore.autograd.dora_projection import row_norms
 from slothcore.autograd.glu import glu
 from slothcore.autograd.lora import Projection, lora_fused, lora_linear, lora_mlp
 from slothcore.autograd.rms_norm import Normed
@@ -33,9 +36,13 @@ class Linear(AdaptedWeight[Nf4Tensor]):
         lora_A, lora_B: [r, in] and [out, r] parameters, or None.
         lora_scaling: factor of the LoRA term.
         lora_dropout: probability that the LoRA term does not see an element of x, in training mode.
+        lora_magnitude_vector: [out] float32 parameter of DoRA, or None.
+        known_norms: [out] float32, the lengths of the rows without it, where somebody vouches that the factors stay as
+            they are; None: each pass computes them. See `known_norms.py`.
     """
 
     nf4_kind = Nf4Tensor
+    lora_magnitude_vector: nn.Parameter | None
 
     def __init__(
         self,
@@ -51,6 +58,8 @@ class Linear(AdaptedWeight[Nf4Tensor]):
         self.in_features = in_features
         self.out_features = out_features
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        self.register_parameter("lora_magnitude_vector", None)
+        self.known_norms: Tensor | None = None
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The base weight as a dense [out, in] in `dtype`, without LoRA and outside autograd."""
@@ -117,6 +126,24 @@ class Linear(AdaptedWeight[Nf4Tensor]):
         self._require_shape("lora_A", lora_A.shape, (rank, self.in_features))
         self._require_shape("lora_B", lora_B.shape, (self.out_features, rank))
         self._set_lora(lora_A, lora_B, scaling, dropout)
+        self.lora_magnitude_vector = None
+
+    def attach_magnitude(self, magnitude: Tensor) -> None:
+        """Make the LoRA term DoRA's; a plain tensor becomes a trainable parameter.
+
+        Args:
+            magnitude: [out] float32, the lengths that the rows of the weight with its LoRA term are to have; at first
+                those of `row_norms`.
+        Raises: ValueError if its shape does not fit, or without LoRA.
+        """
+        self._require_lora()
+        self._require_shape("the magnitude", magnitude.shape, (self.out_features,))
+        self.lora_magnitude_vector = magnitude if isinstance(magnitude, nn.Parameter) else nn.Parameter(magnitude)
+
+    def detach_lora(self) -> None:
+        """Remove the LoRA term; the base weight stays as it is."""
+        super().detach_lora()
+        self.lora_magnitude_vector = None
 
     def projection(self) -> Projection:
         """What the fused Functions need of this layer, with the dropout of the current mode."""
@@ -128,16 +155,29 @@ class Linear(AdaptedWeight[Nf4Tensor]):
             scaling=self.lora_scaling,
             dropout=self.lora_dropout if self.training else 0.0,
             bias=self.bias,
+            magnitude=self._parameters["lora_magnitude_vector"],
+            norms=self.known_norms,
         )
+
+    def row_norms(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Lengths of the rows of the weight with its LoRA term, [out] float32, outside autograd.
+
+        Args:
+            dtype: to which the factors are rounded first, as by a pass in this compute dtype; None: they are not.
+        Raises: ValueError without LoRA.
+        """
+        lora_A, lora_B = self._require_lora()
+        if lora_A.is_meta:
+            return torch.empty(self.out_features, dtype=torch.float32, device="meta")
+        return row_norms(self.base_weight(), lora_A, lora_B, scaling=self.lora_scaling, dtype=dtype)
 
     def delta_weight(self) -> Tensor:
         """What the LoRA term adds to the weight: lora_scaling * lora_B lora_A, [out, in] float32, outside autograd.
 
         Raises: ValueError without LoRA.
         """
-        if self.lora_A is None or self.lora_B is None:
-            raise ValueError("this layer has no LoRA term; call attach_lora first")
-        return self.lora_scaling * (self.lora_B.detach().float() @ self.lora_A.detach().float())
+        lora_A, lora_B = self._require_lora()
+        return self.lora_scaling * (lora_B.detach().float() @ lora_A.detach().float())
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out], in x's dtype."""
@@ -147,23 +187,35 @@ class Linear(AdaptedWeight[Nf4Tensor]):
             return lora_linear(x.reshape(-1, self.in_features), self.projection()).view(
                 *x.shape[:-1], self.out_features
             )
-        y = F.linear(x, self.weight, self.bias)
+        # A head that trains may be float32 in a model of 16 bits.
+        weight = self.weight.to(x.dtype)
+        y = F.linear(x, weight, self.bias)
         if self.lora_A is None or self.lora_B is None:
             return y
         hidden = F.dropout(x, self.lora_dropout, self.training)
-        return y + self.lora_scaling * F.linear(F.linear(hidden, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        lora = self.lora_scaling * F.linear(F.linear(hidden, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        if self.lora_magnitude_vector is None:
+            return y + lora
+        change = (self.lora_magnitude_vector / self.row_norms(x.dtype) - 1.0).to(x.dtype)
+        return y + lora + change * (F.linear(hidden, weight) + lora)
 
     def extra_repr(self) -> str:
         rank = None if self.lora_A is None else self.lora_A.shape[0]
         kind = "nf4" if self.is_nf4 else str(self.weight.dtype).removeprefix("torch.")
-        return f"{self.in_features}, {self.out_features}, {kind}, bias={self.bias is not None}, lora_rank={rank}"
+        dora = "" if self.lora_magnitude_vector is None else ", dora"
+        return f"{self.in_features}, {self.out_features}, {kind}, bias={self.bias is not None}, lora_rank={rank}{dora}"
 
     def _load_from_state_dict(self, *args: Any) -> None:
         # Loading copies into the buffers, whose identity then says nothing.
         self.drop_decoded()
         super()._load_from_state_dict(*args)
 
-    def _require_shape(self, what: str, actual: Sequence[int], expected: tuple[int, int]) -> None:
+    def _require_lora(self) -> tuple[Tensor, Tensor]:
+        if self.lora_A is None or self.lora_B is None:
+            raise ValueError("this layer has no LoRA term; call attach_lora first")
+        return self.lora_A, self.lora_B
+
+    def _require_shape(self, what: str, actual: Sequence[int], expected: tuple[int, ...]) -> None:
         if tuple(actual) != expected:
             raise ValueError(f"{what} must have shape {expected} in this layer, got {tuple(actual)}")
 

@@ -2,44 +2,54 @@
 
 Names: `base_model.model.` + the path of the module + `.lora_A.weight` [r, in] or `.lora_B.weight` [out, r], where each
 expert of a stack is a module; a module of `modules_to_save` has its own names; a trained bias is `X.bias`, or
-`X.base_layer.bias` where X is a target.
+`X.base_layer.bias` where X is a target. DoRA's `.lora_magnitude_vector` [out] has no `.weight`.
 """
 
 import os
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from slothcore.lora.attach import (
-    AdapterPlan,
     LoraDtype,
     attach,
     lora_config_of,
     require_no_adapter,
     resolve_lora_dtype,
 )
+from slothcore.lora.base_change import initial_factors, take_out
 from slothcore.lora.config import LoraConfig
 from slothcore.lora.fused_experts import split_fused_adapter
+from slothcore.lora.init_factors import Factors
+from slothcore.lora.init_names import REPEATABLE
+from slothcore.lora.plan import AdapterPlan
+from slothcore.lora.recorded import AdapterFile, as_trained, doubled, recorded
 from slothcore.models.checkpoint import save_tensors
 from slothcore.models.decoder import Decoder
 from slothcore.models.hub import model_folder
+from slothcore.models.vocabulary import EMBEDDING, TABLES, resize_vocabulary, vocabulary_tables
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 PREFIX = "base_model.model."
+# The factor that has a row for each token, too.
+HEAD_FACTOR = "lm_head.lora_B.weight"
+MAGNITUDE = "lora_magnitude_vector"
+# A parameter at first, then a module with a weight; in files it has kept its name.
+THEIR_MAGNITUDE = re.compile(rf"\.{MAGNITUDE}(\.default)?(\.weight)?$")
 # transformers 5 calls every block of experts `mlp`; PEFT renames the factors that it reads, but no trained router.
 OUR_ROUTER, THEIR_ROUTER = ".block_sparse_moe.gate.", ".mlp.gate."
-# PEFT adds these to an adapter of the head, or of a model whose vocabulary was changed.
-OPTIONAL = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def save_adapter(model: Decoder, path: str | Path) -> None:
     """Write the adapter of the model into the folder `path`, readable by PEFT.
 
-    Both files get their final names once they are complete; an earlier adapter there is replaced.
+    Both files get their final names once they are complete; an earlier adapter there is replaced. Where the adapter
+    began with a part of the base weights, the files hold an ordinary one of twice the rank for the unchanged base, and
+    what `load_adapter` makes the changed one from: see `recorded.py`.
 
     Raises: ValueError if the model has no adapter.
     """
@@ -50,13 +60,18 @@ def save_adapter(model: Decoder, path: str | Path) -> None:
         )
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    if any(target.is_stack for target in AdapterPlan.of(model, config).targets.values()):
+    plan = AdapterPlan.of(model, config)
+    metadata = recorded(config, is_doubled=bool(model.taken_out))
+    if any(target.is_stack for target in plan.targets.values()):
         # PEFT fuses gate and up into one adapter of twice the rank and alpha: it keeps alpha / r, not alpha / sqrt(r).
         config = config.without_rslora()
-    state = {name: tensor.detach().to("cpu").contiguous() for name, tensor in adapter_state(model).items()}
+    state = adapter_state(model)
+    if model.taken_out:
+        config, state = doubled(config, state, _factors_by_name(plan, model.taken_out))
+    state = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
     partial = {name: folder / f".{name}.{os.getpid()}.tmp" for name in (WEIGHTS_FILE, CONFIG_FILE)}
     try:
-        save_tensors(state, partial[WEIGHTS_FILE])
+        save_tensors(state, partial[WEIGHTS_FILE], metadata=metadata)
         partial[CONFIG_FILE].write_text(config.to_json(), encoding="utf-8")
         for name, file in partial.items():
             file.replace(folder / name)
@@ -75,16 +90,26 @@ def adapter_state(model: Decoder) -> dict[str, Tensor]:
         raise ValueError("the model has no LoRA adapter")
     plan = AdapterPlan.of(model, config)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    state: dict[str, Tensor] = {}
-    for path, target in plan.targets.items():
-        for factor in ("lora_A", "lora_B"):
-            parameter = parameters[f"{path}.{factor}"]
-            for name, tensor in zip(target.names, parameter if target.is_stack else [parameter], strict=True):
-                state[f"{PREFIX}{name}.{factor}.weight"] = tensor
+    state = _factors_by_name(
+        plan, {path: (parameters[f"{path}.lora_A"], parameters[f"{path}.lora_B"]) for path in plan.targets}
+    )
+    if config.use_dora:
+        state.update((f"{PREFIX}{path}.{MAGNITUDE}", parameters[f"{path}.{MAGNITUDE}"]) for path in plan.targets)
     # By the configuration, not by what trains now: an adapter may be frozen when it is saved.
-    for name in dict.fromkeys((*plan.biases, *plan.saved)):
+    changed = vocabulary_tables(model) if model.vocabulary_changed else ()
+    for name in dict.fromkeys((*plan.biases, *plan.saved, *changed)):
         state[_file_name(name, plan)] = parameters[name]
     return state
+
+
+def _factors_by_name(plan: AdapterPlan, factors: Mapping[str, Factors]) -> dict[str, Tensor]:
+    """The factors of each target under their names in the file; of a stack, each expert's."""
+    return {
+        f"{PREFIX}{name}.lora_{kind}.weight": tensor
+        for path, target in plan.targets.items()
+        for kind, factor in zip("AB", factors[path], strict=True)
+        for name, tensor in zip(target.names, factor if target.is_stack else [factor], strict=True)
+    }
 
 
 def load_adapter(
@@ -100,7 +125,8 @@ def load_adapter(
 ) -> Decoder:
     """Put an adapter that slothcore or PEFT saved on its base model.
 
-    Everything is checked before the model is touched.
+    Everything is checked before the model is touched. An adapter that slothcore began with a part of the base weights
+    changes these as it did then; in NF4 they are quantised anew, from what the model's folder holds.
 
     Args:
         model: the base, without an adapter; changed in place.
@@ -117,34 +143,57 @@ def load_adapter(
     config = LoraConfig.from_folder(folder)
     weights = adapter_weights(folder)
     dtype = resolve_lora_dtype(lora_dtype, model)
-    try:
-        with safe_open(weights, framework="pt") as file:
-            # Mapped from the file, and read where they are used.
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{weights} is truncated or damaged ({error}); copy it again") from error
+    config, stored, taken_out = as_trained(AdapterFile.read(weights), config, model)
     if config.target_parameters:
         config, stored = split_fused_adapter(config, stored, model, str(weights))
     plan = AdapterPlan.of(model, config)
-    loaded = {_plain_name(name, model): tensor for name, tensor in stored.items()}
-    _check(_expected_shapes(model, plan, loaded), loaded, weights, config)
-    factors = {}
-    for path, target in plan.targets.items():
-        pair = []
-        for kind in "AB":
-            tensors = [loaded[f"{name}.lora_{kind}.weight"] for name in target.names]
-            tensor = torch.stack(tensors) if target.is_stack else tensors[0]
-            pair.append(tensor.to(model.device, dtype, copy=True))
-        factors[path] = pair[0], pair[1]
-    attach(model, plan, factors)
+    # Of a trained module of a resized base PEFT saves what it was before, too.
+    loaded = {_plain_name(name, model): tensor for name, tensor in stored.items() if ".original_module." not in name}
+    vocab_size = max((len(loaded[name]) for name in (*TABLES, HEAD_FACTOR) if name in loaded), default=0)
+    expected = _expected_shapes(model, plan, loaded, vocab_size)
+    _check(expected, loaded, weights, config)
+    if vocab_size > model.config.vocab_size:
+        resize_vocabulary(model, vocab_size)
+    factors = {
+        path: (lora_A.to(model.device, dtype, copy=True), lora_B.to(model.device, dtype, copy=True))
+        for path, (lora_A, lora_B) in _factors_of(plan, loaded).items()
+    }
+    if not taken_out and config.init_lora_weights in REPEATABLE:
+        # PEFT's, saved unconverted: its own loader decomposes the base again, too.
+        take_out(model, plan, initial_factors(model, plan, dtype=torch.float32)[1])
+    if taken_out:
+        taken = {_plain_name(name, model): tensor.clone() for name, tensor in taken_out.items()}
+        _check({name: shape for name, shape in expected.items() if _is_factor(name)}, taken, weights, config)
+        take_out(model, plan, _factors_of(plan, taken))
+    magnitudes = None
+    if config.use_dora:
+        stored_as = {path: loaded[f"{path}.{MAGNITUDE}"] for path in plan.targets}
+        magnitudes = {path: m.to(model.device, torch.float32, copy=True) for path, m in stored_as.items()}
+    attach(model, plan, factors, magnitudes)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
-        for name in dict.fromkeys((*plan.saved, *plan.biases, *OPTIONAL)):
-            if name in loaded:
-                parameters[name].copy_(loaded[name])
+        for name in (name for name in dict.fromkeys((*plan.saved, *plan.biases, *TABLES)) if name in loaded):
+            value = loaded[name].to(parameters[name])
+            if name in TABLES and name not in plan.saved and not torch.equal(value, parameters[name]):
+                model.vocabulary_changed = True
+            parameters[name].copy_(value)
     if not trainable:
         model.requires_grad_(False)
     return model
+
+
+def _factors_of(plan: AdapterPlan, loaded: Mapping[str, Tensor]) -> dict[str, Factors]:
+    """Path of each target -> A and B, of a stack for all experts, from their plain names."""
+    factors = {}
+    for path, target in plan.targets.items():
+        tensors = [[loaded[f"{name}.lora_{kind}.weight"] for name in target.names] for kind in "AB"]
+        lora_A, lora_B = (torch.stack(each) if target.is_stack else each[0] for each in tensors)
+        factors[path] = lora_A, lora_B
+    return factors
+
+
+def _is_factor(name: str) -> bool:
+    return name.endswith((".lora_A.weight", ".lora_B.weight"))
 
 
 def adapter_weights(folder: Path) -> Path:
@@ -172,6 +221,7 @@ def _plain_name(name: str, model: Decoder) -> str:
 
     PEFT itself leaves out the adapter's name, "default", which state dicts gathered by other programs still have.
     """
+    name = THEIR_MAGNITUDE.sub(f".{MAGNITUDE}", name)
     for inserted in (".base_layer.", ".modules_to_save.", ".default."):
         name = name.replace(inserted, ".")
     if model.config.moe is not None and model.config.moe.block_name == "block_sparse_moe":
@@ -179,16 +229,32 @@ def _plain_name(name: str, model: Decoder) -> str:
     return name.removeprefix(PREFIX)
 
 
-def _expected_shapes(model: Decoder, plan: AdapterPlan, found: Collection[str]) -> dict[str, tuple[int, ...]]:
-    """Plain name -> shape of every tensor that the file must hold, and of what it need not but does."""
+def _expected_shapes(
+    model: Decoder, plan: AdapterPlan, found: Collection[str], vocab_size: int
+) -> dict[str, tuple[int, ...]]:
+    """Plain name -> shape of every tensor that the file must hold, and of what it need not but does.
+
+    PEFT adds the embedding and the head to an adapter of the head; and, as slothcore, to one of a model with more
+    tokens than its base has, which `vocab_size` counts.
+    """
     expected: dict[str, tuple[int, ...]] = {}
     for target in plan.targets.values():
         for name in target.names:
             expected[f"{name}.lora_A.weight"] = target.shape_A[-2:]
             expected[f"{name}.lora_B.weight"] = target.shape_B[-2:]
+            if plan.config.use_dora:
+                expected[f"{name}.{MAGNITUDE}"] = target.shape_B[-2:-1]
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    optional = [name for name in OPTIONAL if name in found]
+    optional = [name for name in TABLES if name in found]
     expected.update((name, tuple(parameters[name].shape)) for name in (*plan.biases, *plan.saved, *optional))
+    if vocab_size > model.config.vocab_size:
+        # Where the head stays the embedding, one table has all rows.
+        stays_tied = model.has_tied_head and set(TABLES).isdisjoint(plan.saved)
+        for name in {*optional, *((EMBEDDING,) if stays_tied else TABLES)}:
+            expected[name] = vocab_size, model.config.hidden_size
+        for name in (HEAD_FACTOR, f"lm_head.{MAGNITUDE}"):
+            if name in expected:
+                expected[name] = vocab_size, *expected[name][1:]
     return expected
 
 

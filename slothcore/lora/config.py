@@ -4,10 +4,13 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from slothcore.lora.init_names import ALONE, REPEATABLE, check_init
+from slothcore.lora.module_names import ALL_LINEAR, by_pattern, ends_with, matches, unmatched_names
 
 TUPLES = (
     "target_modules",
@@ -18,8 +21,6 @@ TUPLES = (
     "layers_pattern",
 )
 Bias = Literal["none", "all", "lora_only"]
-ALL_LINEAR = "all-linear"
-EMBEDDING = "embed_tokens"
 
 # What PEFT writes and slothcore has no option for, with the only value under which an adapter means the same here.
 # Written so that every reader of the format, old or new, finds what it expects.
@@ -33,7 +34,6 @@ FIXED_FIELDS: dict[str, Any] = {
     "megatron_core": "megatron.core",
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
-    "use_dora": False,
 }
 # Values here say how an adapter was made or run, not what it computes.
 HARMLESS_FIELDS = frozenset(
@@ -41,15 +41,13 @@ HARMLESS_FIELDS = frozenset(
         "auto_mapping",
         "eva_config",
         "inference_mode",
+        "loftq_config",  # of an initialisation that is refused by its own name
         "megatron_core",
         "peft_version",
         "qalora_group_size",
         "runtime_config",
     }
 )
-# Ways to draw the first factors that leave the base weights alone, so that only the factors matter afterwards. Others
-# (PiSSA, OLoRA, LoftQ, CorDA) train an adapter against changed base weights.
-HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +65,9 @@ class LoraConfig:
         exclude_modules: names or a regular expression of modules that are no target.
         bias: which biases train: none, all of the model's, or those of the targets.
         use_rslora: scaling = lora_alpha / sqrt(r) instead of lora_alpha / r (arXiv:2312.03732).
-        init_lora_weights: True: A uniform as `nn.Linear` does, B zero; "gaussian": A normal with deviation 1 / r, B
-            zero; False: both as `nn.Linear` does, so the adapter changes the model from the start.
+        use_dora: the rows of W + scaling * B A get lengths that are learned apart (arXiv:2402.09353).
+        init_lora_weights: what the factors began with: see `init_names`. In a file, True stands for all that began with
+            a part of the base weights, too; `recorded` keeps the rest.
         modules_to_save: modules that train as a whole; a name stands for every path that ends with its letters, so
             "norm" is every norm (as in PEFT).
         layers_to_transform: indices of the layers with targets; None or empty: all.
@@ -88,6 +87,7 @@ class LoraConfig:
     exclude_modules: tuple[str, ...] | str | None = None
     bias: Bias = "none"
     use_rslora: bool = False
+    use_dora: bool = False
     init_lora_weights: bool | str = True
     modules_to_save: tuple[str, ...] = ()
     layers_to_transform: tuple[int, ...] | None = None
@@ -110,13 +110,12 @@ class LoraConfig:
             object.__setattr__(self, "lora_alpha", int(self.lora_alpha))  # as PEFT writes it
         if not isinstance(self.lora_dropout, int | float) or not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout!r}")
+        if not isinstance(self.use_dora, bool):
+            raise ValueError(f"use_dora must be true or false, got {self.use_dora!r}")
         if self.bias not in get_args(Bias):
             raise ValueError(f"bias must be one of {', '.join(get_args(Bias))}, got {self.bias!r}")
-        if self.init_lora_weights not in HARMLESS_INITS:
-            raise ValueError(
-                f"init_lora_weights must be true, false or 'gaussian', got {self.init_lora_weights!r}; initialisations "
-                "that change the base weights are not supported"
-            )
+        if self.init_lora_weights not in ALONE:
+            check_init(self.init_lora_weights)
         if not self.target_modules and not self.target_parameters:
             raise ValueError("target_modules is empty; name linear layers, or 'all-linear'")
         patterns = [p for p in (self.target_modules, self.exclude_modules) if isinstance(p, str)]
@@ -148,27 +147,27 @@ class LoraConfig:
         chosen = [path for path in linears if self._is_target(path, head)]
         if not chosen:
             said = (self.target_modules,) if isinstance(self.target_modules, str) else self.target_modules
-            raise ValueError(_unmatched(said, linears))
+            raise ValueError(unmatched_names(said, linears))
         return chosen
 
     def require_all_match(self, linears: Sequence[str]) -> None:
         """Raises: ValueError, listing the known names, if one in `target_modules` stands for no path in `linears`."""
         if isinstance(self.target_modules, str):
             return
-        unmatched = [name for name in self.target_modules if not any(_ends_with(path, name) for path in linears)]
+        unmatched = [name for name in self.target_modules if not any(ends_with(path, name) for path in linears)]
         if unmatched:
-            raise ValueError(_unmatched(unmatched, linears))
+            raise ValueError(unmatched_names(unmatched, linears))
 
     def _is_target(self, path: str, head: str) -> bool:
         # A module trains either as a whole or through its LoRA term.
         if any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save):
             return False
-        if self.exclude_modules is not None and _matches(self.exclude_modules, path):
+        if self.exclude_modules is not None and matches(self.exclude_modules, path):
             return False
         if self.target_modules == ALL_LINEAR:
             named = path != head
         else:
-            named = _matches(self.target_modules, path)
+            named = matches(self.target_modules, path)
         return named and self._is_in_chosen_layers(path)
 
     def _is_in_chosen_layers(self, path: str) -> bool:
@@ -202,6 +201,8 @@ class LoraConfig:
         if not values["target_parameters"]:
             del values["target_parameters"]  # nor this
         values["modules_to_save"] = values["modules_to_save"] or None
+        if self.init_lora_weights not in ALONE:
+            values["init_lora_weights"] = True  # or PEFT would decompose the base before it loads these factors
         return json.dumps(values, indent=2, sort_keys=True)
 
     @classmethod
@@ -226,7 +227,7 @@ class LoraConfig:
                 continue
             # A feature that a newer PEFT knows and this adapter does not use is written as null, false or empty.
             if value and value != FIXED_FIELDS.get(name):
-                # Only for a slip of the pen: use_dora is a feature of its own, and not a wrong use_rslora.
+                # Only for a slip of the pen: a feature of its own may have a name like another's.
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ValueError(f"{source}: {name} = {value!r} is not supported{hint}")
@@ -234,6 +235,11 @@ class LoraConfig:
         if missing:
             raise ValueError(f"{source} lacks {', '.join(missing)}")
         given = {name: values[name] for name in known if values.get(name) is not None}
+        if given.get("init_lora_weights", True) not in (*ALONE, *REPEATABLE):
+            raise ValueError(
+                f"{source}: init_lora_weights is {given['init_lora_weights']!r}, so the adapter may belong to changed "
+                "base weights; save it with PEFT's path_initial_model_for_weight_conversion"
+            )
         try:
             return cls(**given)
         except ValueError as error:
@@ -263,35 +269,3 @@ def _as_tuple(value: Any, name: str) -> Any:
     if isinstance(value, str):
         return value
     raise ValueError(f"{name} must be a list of names, got {value!r}")
-
-
-def _ends_with(path: str, name: str) -> bool:
-    return path == name or path.endswith(f".{name}")
-
-
-def _unmatched(names: Iterable[str], linears: Iterable[str]) -> str:
-    """What to say of names in `target_modules` that no linear layer has."""
-    names = list(names)
-    known = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in linears))
-    message = (
-        f"target_modules {', '.join(map(repr, names))} match no linear layer; known are {known}, "
-        f"and {ALL_LINEAR!r} takes all but the head"
-    )
-    if EMBEDDING in names:
-        message += f"; {EMBEDDING} has no LoRA, and trains as a whole in modules_to_save"
-    return message
-
-
-def _matches(names: tuple[str, ...] | str, path: str) -> bool:
-    """By names, or by a regular expression for the whole path."""
-    if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
-    return any(_ends_with(path, name) for name in names)
-
-
-def by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """The value of the first pattern that the end of the path matches."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return default

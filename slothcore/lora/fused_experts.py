@@ -18,8 +18,9 @@ from torch import Tensor
 
 from slothcore.layers.linear import Linear
 from slothcore.layers.moe import Experts
-from slothcore.lora.attach import lora_layers
-from slothcore.lora.config import LoraConfig, by_pattern
+from slothcore.lora.config import LoraConfig
+from slothcore.lora.module_names import by_pattern
+from slothcore.lora.plan import lora_layers
 from slothcore.models.decoder import Decoder
 
 PARAMETERS = ("gate_up_proj", "down_proj")

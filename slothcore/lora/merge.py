@@ -1,4 +1,4 @@
-"""An adapter folded into the weights: W + scaling * B A."""
+"""An adapter folded into the weights: W + scaling * B A, its rows brought to their lengths where DoRA learned them."""
 
 from collections.abc import Iterator
 
@@ -13,11 +13,16 @@ from slothcore.models.decoder import Decoder
 def merged_weight(linear: Linear, dtype: torch.dtype) -> Tensor:
     """The base weight plus its LoRA term, [out, in].
 
-    NF4 is decoded to float32 and the sum is taken there, so the result is rounded once.
+    NF4 is decoded to float32 and the sum is taken there, so the result is rounded once; DoRA's scales are taken there,
+    too, from factors that are not rounded.
     """
     if linear.lora_A is None:
         return linear.dequantized(dtype)
-    return linear.delta_weight().add_(linear.dequantized(torch.float32)).to(dtype)
+    total = linear.delta_weight().add_(linear.dequantized(torch.float32))
+    if linear.lora_magnitude_vector is not None:
+        scales = linear.lora_magnitude_vector.detach().float() / linear.row_norms()
+        total *= scales[:, None]
+    return total.to(dtype)
 
 
 def merged_expert(layer: ExpertLinear, index: int, dtype: torch.dtype) -> Tensor:

@@ -19,14 +19,17 @@ INDEX_FILE = "model.safetensors.index.json"
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
     """Write one safetensors file, readable by whoever may read the user's other new files.
+
+    Args:
+        metadata: texts by name, for the header.
 
     safetensors itself leaves files that only their owner may read, and a shared model folder would stay closed.
     """
     path.touch()
     mode = path.stat().st_mode
-    save_file(dict(tensors), path, metadata={"format": "pt"})
+    save_file(dict(tensors), path, metadata={"format": "pt", **(metadata or {})})
     path.chmod(mode)
 
 

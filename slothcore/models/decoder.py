@@ -4,6 +4,7 @@ T  tokens, packed    H  hidden_size    V  vocab_size    N  tokens that have a ta
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,7 +48,12 @@ class Decoder(Generates, nn.Module):
         max_seq_length: the longest document it is meant for.
         name_or_path: what it was loaded as, which an adapter names as its base; None for random weights.
         revision: branch, tag or commit of that on the Hub, if one was asked for.
+        folder: where its weights were read; None for random ones.
         lora_config: the `slothcore.lora` configuration of its adapter; None without one.
+        taken_out: path of each layer whose base weight W is W - scaling * B A by now -> A and B; see `base_change`.
+        vocabulary_changed: whether rows of the embedding and the head are others than the base model's, so that an
+            adapter has to bring them along; see `models/vocabulary.py`.
+        new_token_ids: the tokens that have been added since it was loaded.
         graphs: what replays short training passes, after `enable_graphs`; else None.
     """
 
@@ -66,7 +72,11 @@ class Decoder(Generates, nn.Module):
         self.generation_config: dict[str, Any] = {}
         self.name_or_path: str | None = None
         self.revision: str | None = None
+        self.folder: Path | None = None
         self.lora_config: Any = None
+        self.taken_out: dict[str, tuple[Tensor, Tensor]] = {}
+        self.vocabulary_changed = False
+        self.new_token_ids: tuple[int, ...] = ()
         self.graphs: StepGraphs | None = None
         self.dtype = dtype
         self.bits = bits if bits is not None else torch.finfo(dtype).bits
@@ -109,6 +119,15 @@ class Decoder(Generates, nn.Module):
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, mode: GradientCheckpointing) -> None:
         self.model.gradient_checkpointing = mode
+
+    @property
+    def neftune_noise_alpha(self) -> float | None:
+        """NEFTune's alpha: noise on the embeddings of passes in training mode with gradients enabled; None: none."""
+        return self.model.neftune_noise_alpha
+
+    @neftune_noise_alpha.setter
+    def neftune_noise_alpha(self, alpha: float | None) -> None:
+        self.model.neftune_noise_alpha = alpha
 
     def enable_graphs(self, max_tokens: int = 2048) -> StepGraphs:
         """Replay training passes of at most `max_tokens` tokens as CUDA graphs: two launches instead of thousands.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from slothcore.layers.embedding_noise import add_embedding_noise
 from slothcore.layers.kv_cache import KvCache
 from slothcore.layers.offload import ActivationOffload
 from slothcore.layers.packed import Documents
@@ -45,6 +46,7 @@ class DecoderBody(nn.Module):
         self.rotary_emb_local: RotaryEmbedding | None = None
         if config.local_rope is not None:
             self.rotary_emb_local = RotaryEmbedding(config.local_rope, config.head_dim)
+        self.neftune_noise_alpha: float | None = None  # of NEFTune, in training passes; None: no noise
         self._gradient_checkpointing: GradientCheckpointing = False
         self._offload: ActivationOffload | None = None
 
@@ -82,15 +84,18 @@ class DecoderBody(nn.Module):
         `router_logits` is filled with those of the sparse layers, if they keep them.
         """
         # A token that continues a cached row has its document in the cache, not in this pass.
-        boundaries = documents.cu_seqlens if cache is None or cache.is_prompt else None
+        boundaries = documents.cu_seqlens if cache is None or cache.is_prompt or cache.is_chunk else None
         angles = local_angles = self.rotary_emb(position_ids, boundaries)
         if self.rotary_emb_local is not None:
             local_angles = self.rotary_emb_local(position_ids, boundaries)
-        branch: Tensor = self.embed_tokens(input_ids)
+        # An embedding that trains may be float32 in a model of 16 bits, which computes with what it rounds to.
+        branch: Tensor = self.embed_tokens(input_ids).to(self.norm.weight.dtype)
         if self.embedding_scale is not None:
             branch = branch * self.embedding_scale
         residual: Tensor | None = None
         learns = torch.is_grad_enabled()
+        if self.neftune_noise_alpha is not None and self.training and learns:
+            branch = add_embedding_noise(branch, documents, alpha=self.neftune_noise_alpha)
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)
             inputs = branch, residual, local_angles if layer.is_local else angles, documents

@@ -82,6 +82,19 @@ class FlatGroup:
                 torch._foreach_add_([view for view, _ in alike], [g for _, g in alike])
 
 
+def factors_apart(named: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
+    """Matrices, then factors B of LoRA, then vectors, each kind in the given order.
+
+    Those that may have a learning rate of their own then lie end to end, and one launch still updates them.
+    """
+    return sorted(named, key=lambda item: (item[1].dim() < 2, is_factor_b(item[0])))
+
+
+def is_factor_b(name: str) -> bool:
+    """Whether this is the name of a factor B of LoRA."""
+    return name.endswith("lora_B")
+
+
 class FlatFactors:
     """Parameters whose values and gradients lie end to end, in one group for each dtype and device.
 

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
+from slothcore.layers.known_norms import known_norms
 from slothcore.layers.kv_cache import KvCache
 from slothcore.layers.packed import Documents, PackedInputs
 from slothcore.models.sampling import Sampling, choose
+from slothcore.models.streaming import TextCache, stream_tokens
 
 if TYPE_CHECKING:
     from slothcore.models.decoder import Decoder
 
 
 class Generates:
-    """Gives a decoder its `generate`."""
+    """Gives a decoder its `generate` and its `stream`."""
 
     @torch.no_grad()
     def generate(
@@ -30,6 +32,7 @@ class Generates:
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
         repetition_penalty: float = 1.0,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
@@ -47,7 +50,7 @@ class Generates:
             input_ids: [B, S] prompts, or [S] for one.
             attention_mask: [B, S], zero at padding; left padding puts the new tokens right behind each prompt.
             max_new_tokens: most tokens to add to a row.
-            temperature, top_k, top_p, repetition_penalty: see `Sampling`; temperature 0 is greedy.
+            temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`; temperature 0 is greedy.
             eos_token_id: one or several; default: the model's own. An empty sequence: none, so every row gets
                 max_new_tokens.
             pad_token_id: default: the model's own, else its first end-of-sequence token.
@@ -58,25 +61,90 @@ class Generates:
         Raises: ValueError for options or inputs that do not fit.
         """
         model = cast("Decoder", self)
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        if seed is not None and not 0 <= seed < 2**63:
-            raise ValueError(f"seed must lie in 0..2**63 - 1, got {seed}")
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
+        _check_count(max_new_tokens)
+        sampling = Sampling(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+        )
         if input_ids.dim() == 1:
             input_ids = input_ids[None]
             attention_mask = attention_mask[None] if attention_mask is not None else None
         prompts = model.pack(input_ids, attention_mask=attention_mask)
         eos, pad = _ending_ids(model, eos_token_id, pad_token_id)
-        generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
+        generator = _generator(model, seed)
 
         was_training = model.training
         model.eval()
         try:
-            new = _generate(model, prompts, len(input_ids), max_new_tokens, sampling, eos, pad, generator, should_stop)
+            with known_norms(model, model.dtype):
+                new = _generate(
+                    model, prompts, len(input_ids), max_new_tokens, sampling, eos, pad, generator, should_stop
+                )
         finally:
             model.train(was_training)
         return torch.cat([input_ids.to(model.device, torch.int64), new], dim=1)
+
+    def stream(
+        self,
+        input_ids: Tensor | Sequence[int],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        eos_token_id: int | Sequence[int] | None = None,
+        seed: int | None = None,
+        cache: TextCache | None = None,
+    ) -> Iterator[int]:
+        """The tokens that follow one prompt, each computed when it is asked for: those of `generate` for it alone.
+
+        The model is in eval mode until the last token was taken or the iterator is closed.
+
+        Args:
+            input_ids: [S], or a list of ids.
+            cache: of this model; keeps what it reads, so that a next prompt that begins with this text and its
+                continuation costs only what is new. One iterator at a time may use it.
+            max_new_tokens, temperature, ..., seed: see `generate`. An end-of-sequence token is given out, as the last.
+        Raises: ValueError for options or ids that do not fit, at once.
+        """
+        model = cast("Decoder", self)
+        _check_count(max_new_tokens)
+        sampling = Sampling(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+        )
+        ids = torch.as_tensor(input_ids, dtype=torch.int64)
+        if ids.dim() != 1:
+            raise ValueError(f"one prompt can be streamed, [S]; got the shape {tuple(ids.shape)}")
+        prompt = model.pack(ids).input_ids.tolist()
+        eos, _ = _ending_ids(model, eos_token_id, None)
+        generator = _generator(model, seed)
+        if cache is not None and cache.model is not model:
+            raise ValueError("the cache holds keys and values of another model; make one with TextCache(model)")
+        return _stream(
+            cache or TextCache(model),
+            prompt,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            eos=eos,
+            generator=generator,
+        )
+
+
+@torch.no_grad()
+def _stream(cache: TextCache, prompt: list[int], **options: Any) -> Iterator[int]:
+    model, warned = cache.model, False
+    limit, was_training = model.config.longest_document, model.training
+    model.eval()
+    try:
+        with known_norms(model, model.dtype):
+            for token in stream_tokens(cache, prompt, **options):
+                if len(cache.ids) > limit and not warned:
+                    warned = True
+                    _warn_beyond(limit, stacklevel=4)  # the line that asked for the token
+                yield token
+    finally:
+        model.train(was_training)
 
 
 def _generate(
@@ -115,11 +183,7 @@ def _generate(
             hidden = _read_again(model, prompts, new[:, :step], outgrowing[step], cache, hidden)
         if cache.longest > limit and not warned:
             warned = True
-            warnings.warn(
-                f"generation goes beyond the {limit} positions that the model was made for (max_position_embeddings); "
-                "the text may degrade",
-                stacklevel=4,  # the line that called generate: torch.no_grad puts a frame between
-            )
+            _warn_beyond(limit, stacklevel=5)  # the line that called generate: torch.no_grad puts a frame between
         token = choose(model.logits(hidden), sampling, seen, generator)
         token = torch.where(finished, pad, token)
         new[:, step] = token
@@ -161,6 +225,25 @@ def _read_again(
     positions = torch.arange(length, device=model.device).repeat(len(rows))
     again = model.model(torch.cat(texts), positions, documents, cache)
     return hidden.index_copy(0, which, again[starts[1:].long() - 1])
+
+
+def _warn_beyond(limit: int, *, stacklevel: int) -> None:
+    warnings.warn(
+        f"generation goes beyond the {limit} positions that the model was made for (max_position_embeddings); "
+        "the text may degrade",
+        stacklevel=stacklevel,
+    )
+
+
+def _check_count(max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+
+
+def _generator(model: Decoder, seed: int | None) -> torch.Generator | None:
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ValueError(f"seed must lie in 0..2**63 - 1, got {seed}")
+    return None if seed is None else torch.Generator(model.device).manual_seed(seed)
 
 
 def empty_cache(model: Decoder, rows: int, capacity: int) -> KvCache:

@@ -192,7 +192,8 @@ class Buffers:
     def of(body: DecoderBody, tokens: int) -> "Buffers":
         """Buffers for passes of at most so many tokens."""
         like = body.embed_tokens.weight
-        hidden = torch.zeros(tokens, like.shape[1], dtype=like.dtype, device=like.device)
+        # An embedding may be float32 in a model that computes in 16 bits.
+        hidden = torch.zeros(tokens, like.shape[1], dtype=body.norm.weight.dtype, device=like.device)
         return Buffers(hidden, grad_hidden=torch.zeros_like(hidden))
 
 

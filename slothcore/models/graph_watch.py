@@ -37,6 +37,7 @@ class GraphWatch:
         parameters = [p for owned in self._owned for p in owned.values() if p is not None]
         return [
             self._body.gradient_checkpointing,
+            self._body.neftune_noise_alpha,
             *map(Tensor.data_ptr, parameters),
             *map(_requires_grad, parameters),
             *map(_options_of, self._layers),

@@ -32,13 +32,13 @@ from slothcore.layers.bucket import Bucket, bucket_for, pad_to
 from slothcore.layers.packed import PackedInputs
 from slothcore.models.config import DecoderConfig
 from slothcore.models.decoder_body import DecoderBody
-from slothcore.models.flat_factors import FlatFactors
+from slothcore.models.flat_factors import FlatFactors, factors_apart
 from slothcore.models.graph_runs import Buffers, CudaRecorder, Factors, PaddedRun, RecordedRun, Recorder, rehearse
 from slothcore.models.graph_watch import GraphWatch, adapted_layers
 
 MOST_BUCKETS = 32
 """So many are captured; passes of further ones are run by Python."""
-TRAINED = ("lora_A", "lora_B", "bias")
+TRAINED = ("lora_A", "lora_B", "lora_magnitude_vector", "bias")
 
 
 class StepGraphs:
@@ -89,9 +89,9 @@ class StepGraphs:
 
         These run as if graphs were not enabled: passes without labels, without gradients, or in evaluation mode; on
         tokens that are on the GPU already; of more than `max_tokens` tokens; under torch.autocast; and all passes of a
-        model on the CPU, with LoRA dropout, with the auxiliary loss of experts, with `gradient_checkpointing`
-        "offload", or whose layers or embedding train anything but LoRA factors and biases. (What trains in the head
-        is no obstacle: the head is part of the loss.)
+        model on the CPU, with LoRA dropout, with the auxiliary loss of experts, with the noise of NEFTune, with
+        `gradient_checkpointing` "offload", or whose layers or embedding train anything but LoRA factors, magnitudes and
+        biases. (What trains in the head is no obstacle: the head is part of the loss.)
         """
         if inputs is not None:
             tokens = len(inputs.input_ids)
@@ -203,7 +203,7 @@ class StepGraphs:
         if self._obstacle is not None:
             self._factors = None
         else:
-            trained = [parameter for parameter in self._body.parameters() if parameter.requires_grad]
+            trained = [p for _, p in factors_apart(self._body.named_parameters()) if p.requires_grad]
             flat = self.flat
             if flat is None or set(flat.parameters) != set(trained) or not flat.is_intact():
                 flat = FlatFactors(trained)
@@ -263,6 +263,8 @@ def obstacle_in(body: DecoderBody, config: DecoderConfig) -> str | None:
     """Why no pass through `body`, as it is now, can be captured on any GPU; None if some can."""
     if body.gradient_checkpointing == "offload":
         return 'gradient_checkpointing is "offload", whose copies to the host are not captured'
+    if body.neftune_noise_alpha is not None:
+        return "neftune_noise_alpha is set, and captures draw from its generator: a resumed run would see other noise"
     if config.moe is not None and config.moe.use_aux_loss:
         return "the auxiliary loss of the experts averages over tokens, and padding would count"
     if any(layer.lora_dropout > 0 for layer in adapted_layers(body)):
@@ -270,5 +272,5 @@ def obstacle_in(body: DecoderBody, config: DecoderConfig) -> str | None:
     trained = [name for name, parameter in body.named_parameters() if parameter.requires_grad]
     others = [name for name in trained if name.rpartition(".")[2] not in TRAINED]
     if others:
-        return f"{others[0]} trains, and graphs are made for LoRA factors and biases only"
+        return f"{others[0]} trains, and graphs are made for LoRA factors, magnitudes and biases only"
     return None if trained else "nothing in the layers trains"

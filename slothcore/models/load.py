@@ -77,7 +77,7 @@ def load_model(
     model = Decoder(config, dtype=dtype, device="meta", bits=bits, hf_config=hf_config)
     _read_weights(model, folder, family, device=device, progress=progress)
     model.tie_weights()
-    model.generation_config = generation_config
+    model.folder, model.generation_config = folder, generation_config
     model.max_seq_length = config.longest_document if max_seq_length is None else max_seq_length
     return model.eval()
 

@@ -32,7 +32,7 @@ class Chart {
         if (compared && series.kind === "faint" && smooth) return;
         const [steps, values] = run.series[series.key];
         const kind = series.kind === "faint" && !smooth ? "line" : series.kind;
-        const colour = compared ? index : series.kind === "dots" ? 1 : 0;
+        const colour = compared ? index : kind === "dots" || kind === "best" ? 1 : 0;
         const dashed = index >= data.colours || (compared && kind === "dots") ? " dashed" : "";
         const own = found.length > 1 ? `${run.name}, ${series.label}` : run.name;
         const label = compared ? own : series.label;
@@ -46,24 +46,17 @@ class Chart {
 
   legend(compared) {
     const list = this.holder.querySelector(".legend");
-    if (compared) {
-      // The runs are the same in all charts; the first one, which is the largest, names them.
-      if (this.holder.previousElementSibling) return;
-      const named = new Map(this.lines.filter((line) => line.kind !== "dots").map((line) => [line.index, line]));
-      for (const line of named.values()) {
-        const item = add(list, "li");
-        add(item, "i", { class: `swatch ${line.name}` });
-        item.append(line.run.name);
-      }
-      if (this.lines.some((line) => line.kind === "dots")) add(list, "li", {}, "with dots: evaluation");
-      return;
-    }
-    if (this.lines.length < 2) return;
-    for (const line of this.lines) {
+    const name = (line, text) => {
       const item = add(list, "li");
       add(item, "i", { class: `swatch ${line.name}` });
-      item.append(line.label);
-    }
+      item.append(text);
+    };
+    if (!compared) return this.lines.length > 1 && this.lines.forEach((line) => name(line, line.label));
+    // The runs are the same in all charts; the first one, which is the largest, names them.
+    if (this.holder.previousElementSibling) return;
+    const named = new Map(this.trends.filter((line) => line.kind !== "dots").map((line) => [line.index, line]));
+    for (const line of named.values()) name(line, line.run.name);
+    if (this.lines.some((line) => line.kind === "dots")) add(list, "li", {}, "with dots: evaluation; ring: the best");
   }
 
   /** Recompute where the points lie after the axis was changed. */
@@ -75,10 +68,15 @@ class Chart {
     return this.lines.filter((line) => !this.view.hidden.has(line.index));
   }
 
+  /** Those that have a course; the ring around the best evaluation says nothing that its curve does not. */
+  get trends() {
+    return this.shown.filter((line) => line.kind !== "best");
+  }
+
   /** Lowest and highest value among the visible points. */
   heights([from, to]) {
     let [low, high] = [Infinity, -Infinity];
-    for (const line of this.shown) {
+    for (const line of this.trends) {
       // One point further on each side: lines run on to the edge.
       const first = lastNotAbove(line.xs, from);
       const last = Math.min(lastNotAbove(line.xs, to) + 1, line.xs.length - 1);
@@ -115,7 +113,7 @@ class Chart {
     this.grid(range, low, high, width, height);
     const clip = `clip-${this.spec.name}`;
     const { left, top } = MARGIN;
-    add(add(svg, "clipPath", { id: clip }), "rect", { x: left, y: 0, width: inner.width + 6, height: top + inner.height + 4 });
+    add(add(svg, "clipPath", { id: clip }), "rect", { x: left, y: 0, width: inner.width + 10, height: top + inner.height + 8 });
     const curves = add(svg, "g", { "clip-path": `url(#${clip})` });
     for (const line of this.shown) this.curve(curves, line, range);
     this.marks = add(svg, "g", { class: "marks" });
@@ -153,7 +151,7 @@ class Chart {
       path.push(`${pen}${this.x(line.xs[i]).toFixed(1)} ${this.y(line.values[i]).toFixed(1)}`);
       pen = "L";
     }
-    add(parent, "path", { class: `curve ${line.name}`, d: path.join("") });
+    if (path.length > 1) add(parent, "path", { class: `curve ${line.name}`, d: path.join("") });
     // A lone point has no line.
     if ((line.kind === "dots" && path.length <= MOST_DOTS) || path.length === 1) {
       for (const place of path) {
@@ -174,7 +172,7 @@ class Chart {
     const attributes = { class: "cursor", x1: x, x2: x, y1: MARGIN.top, y2: MARGIN.top + this.inner.height };
     add(this.marks, "line", attributes);
     const rows = [];
-    for (const line of this.shown) {
+    for (const line of this.trends) {
       const i = nearest(line.xs, cursor.x);
       if (this.log && line.values[i] <= 0) continue;
       // An evaluation is rare, and the nearest may be far: it says where it is.

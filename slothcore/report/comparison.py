@@ -22,15 +22,24 @@ def colour(index: int) -> str:
     return f"c{index % COLOURS}" + (" dashed" if index >= COLOURS else "")
 
 
+def swatch(index: int) -> Html:
+    """A piece of a run's line."""
+    return element("i", class_=f"swatch {colour(index)}")
+
+
 def outcomes(runs: Sequence[SavedRun]) -> Html:
     """One line a run; its name switches its curves on and off."""
     rows: list[list[object]] = []
     for index, run in enumerate(runs):
         columns = run.log.columns
-        evaluated, speed = columns["eval_loss"].values, columns["tokens_per_second"].values
+        evaluations, speed = columns["eval_loss"], columns["tokens_per_second"].values
+        # That before training is no outcome, unless it is the only one.
+        trained = [value for step, value in zip(evaluations.steps, evaluations.values, strict=True) if step]
+        evaluated = trained or evaluations.values
         memory = columns["memory_gib"].values or columns["host_memory_gib"].values
-        swatch = element("i", class_=f"swatch {colour(index)}")
-        button = element("button", swatch, run.name, type="button", class_="run", data_run=index, aria_pressed="true")
+        button = element(
+            "button", swatch(index), run.name, type="button", class_="run", data_run=index, aria_pressed="true"
+        )
         rows.append(
             [
                 button,
@@ -74,7 +83,7 @@ def _differing(title: str, runs: Sequence[SavedRun], values_of: Callable[[SavedR
     if not rows:
         return None
     head: list[object] = [title]
-    head += [element("span", element("i", class_=f"swatch {colour(i)}"), run.name) for i, run in enumerate(runs)]
+    head += [element("span", swatch(i), run.name) for i, run in enumerate(runs)]
     return table(head, rows, class_="differences")
 
 

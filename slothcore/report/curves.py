@@ -22,8 +22,12 @@ DIGITS = 6
 Points = tuple[Sequence[int], Sequence[float]]
 
 
-def curves(log: RunLog) -> dict[str, Any]:
-    """The curves of one log, `{"loss": [steps, values], ...}`, and `axis`, which maps steps to time and tokens."""
+def curves(log: RunLog, *, best: int | None = None) -> dict[str, Any]:
+    """The curves of one log, `{"loss": [steps, values], ...}`, and `axis`, which maps steps to time and tokens.
+
+    Args:
+        best: the step of the evaluation that is marked.
+    """
     series: dict[str, Any] = {}
     for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_gib", "host_memory_gib"):
         steps, values = in_order(log.columns[name])
@@ -33,7 +37,10 @@ def curves(log: RunLog) -> dict[str, Any]:
         if name in ("loss", "grad_norm", "tokens_per_second") and len(steps) >= FEWEST_SMOOTHED:
             series[f"{name}_smooth"] = _rounded(thin(steps, smooth(values)))
     if log.columns["eval_loss"]:
-        series["eval_loss"] = _rounded(thin(*in_order(log.columns["eval_loss"])))
+        steps, values = in_order(log.columns["eval_loss"])
+        series["eval_loss"] = _rounded(thin(steps, values))
+        if best is not None and best in steps:
+            series["eval_best"] = _rounded(([best], [values[list(steps).index(best)]]))
     return {"series": series, "axis": _axis(log), "lines": len(log.columns["loss"].steps)}
 
 

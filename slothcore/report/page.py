@@ -14,11 +14,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from slothcore.report.comparison import COLOURS, differences, outcomes
+from slothcore.report.comparison import COLOURS, differences, outcomes, swatch
 from slothcore.report.curves import curves
 from slothcore.report.html import Html, element, script_json, together
+from slothcore.report.samples import compared_samples
 from slothcore.report.saved_run import SavedRun, name_apart
-from slothcore.report.sections import notices, subtitle, tiles, whole_run
+from slothcore.report.sections import notices, outcome, subtitle, tiles, whole_run
 from slothcore.report.words import count, period
 
 REPORT_FILE = "report.html"
@@ -35,7 +36,7 @@ class Chart:
 
     name: str
     title: str
-    series: tuple[tuple[str, str, str], ...]  # key, how it is drawn (line, faint or dots), label
+    series: tuple[tuple[str, str, str], ...]  # key, how it is drawn (line, faint, dots or best), label
     logarithmic: bool = False
     from_zero: bool = False
 
@@ -44,7 +45,12 @@ CHARTS = (
     Chart(
         "loss",
         "Loss",
-        (("loss", "faint", "training"), ("loss_smooth", "line", "smoothed"), ("eval_loss", "dots", "evaluation")),
+        (
+            ("loss", "faint", "training"),
+            ("loss_smooth", "line", "smoothed"),
+            ("eval_loss", "dots", "evaluation"),
+            ("eval_best", "best", "best evaluation"),
+        ),
         logarithmic=True,
     ),
     Chart("learning_rate", "Learning rate", (("learning_rate", "line", "learning rate"),), from_zero=True),
@@ -116,7 +122,7 @@ class LivePage:
 def page(runs: Sequence[SavedRun]) -> str:
     """The page of these runs as they have been read."""
     single = runs[0] if len(runs) == 1 else None
-    drawn = [{"name": run.name, **curves(run.log)} for run in runs]
+    drawn = [{"name": run.name, **curves(run.log, best=run.best_step)} for run in runs]
     charts = [chart for chart in CHARTS if any(key in run["series"] for run in drawn for key, _, _ in chart.series)]
     running = any(run.status == "running" for run in runs)
     title = single.name if single else f"{len(runs)} runs"
@@ -127,6 +133,7 @@ def page(runs: Sequence[SavedRun]) -> str:
             *(note for run in runs for note in notices(run)),
             outcomes(runs),
             _curves(charts, drawn),
+            compared_samples(runs, [swatch(index) for index in range(len(runs))]),
             differences(runs),
             *(element("details", element("summary", run.name), tiles(run), whole_run(run)) for run in runs),
         )
@@ -179,6 +186,7 @@ def _header(runs: Sequence[SavedRun], title: str) -> Html:
         [
             element("p", subtitle(single), class_="subtitle"),
             element("p", period(single.notes.get("started"), single.notes.get("ended")), class_="note"),
+            element("p", said, class_="outcome") if (said := outcome(single)) else None,
         ]
         if single
         else []

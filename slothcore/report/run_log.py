@@ -6,11 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from slothcore.report.growing_file import GrowingFile
+
 # Fields of a line that are drawn or counted.
 FIELDS = (
     "loss",
     "learning_rate",
     "grad_norm",
+    "skipped_steps",
     "tokens_per_second",
     "memory_gib",
     "host_memory_gib",
@@ -42,59 +45,49 @@ class RunLog:
 
     Attributes:
         columns: of each name in FIELDS.
-        samples: step, and the generations that a line with `samples` has.
         lines, skipped: those read, and those of them that are no record.
+        unfinished: lines at the end that are not whole, 0 or 1.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self._file = GrowingFile(path)
         self._clear()
 
     def _clear(self) -> None:
-        self._offset, self._inode = 0, -1
         self.columns = {name: Column() for name in FIELDS}
-        self.samples: list[tuple[int, list[dict[str, Any]]]] = []
         self.lines = self.skipped = self.unfinished = 0
 
     def update(self) -> None:
         """Read what was written since the last call; all of it again if the file is another or became shorter."""
-        try:
-            with self.path.open("rb") as file:
-                status = self.path.stat()
-                if status.st_size < self._offset or status.st_ino != self._inode:
-                    self._clear()
-                    self._inode = status.st_ino
-                file.seek(self._offset)
-                content = file.read()
-        except OSError:
+        is_whole, lines = self._file.read()
+        if is_whole:
             self._clear()
-            return
-        whole, newline, rest = content.rpartition(b"\n")
-        self._offset += len(whole) + len(newline)
-        self.unfinished = int(bool(rest.strip()))
-        for line in whole.split(b"\n"):
-            if line.strip():
-                self._add(line)
+        self.unfinished = int(self._file.has_unfinished)
+        for line in lines:
+            self._add(line)
 
     def _add(self, line: bytes) -> None:
         self.lines += 1
-        try:
-            record = json.loads(line)
-            step = record["step"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            self.skipped += 1
-            return
-        if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 2**53:
+        record = read_record(line)
+        if record is None:
             self.skipped += 1
             return
         for name, column in self.columns.items():
             value = _number(record.get(name))
             if value is not None:
-                column.steps.append(step)
+                column.steps.append(record["step"])
                 column.values.append(value)
-        samples = record.get("samples")
-        if isinstance(samples, list):
-            self.samples.append((step, [sample for sample in samples if isinstance(sample, dict)]))
+
+
+def read_record(line: bytes) -> dict[str, Any] | None:
+    """The object of a line, with the step that it tells of; None if it is no such thing."""
+    try:
+        record = json.loads(line)
+        step = record["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    is_step = isinstance(step, int) and not isinstance(step, bool) and 0 <= step < 2**53
+    return record if is_step and isinstance(record, dict) else None
 
 
 def _number(value: object) -> float | None:

@@ -8,9 +8,11 @@ from typing import Any
 import yaml
 
 from slothcore.report.run_log import RunLog
+from slothcore.report.samples import SampleLog
 
 LOG_FILE = "log.jsonl"
 NOTES_FILE = "run.json"
+SAMPLES_FILE = "samples.jsonl"
 CONFIG_FILE = "config.yaml"
 
 
@@ -19,7 +21,7 @@ class SavedRun:
 
     Attributes:
         name: what the page calls it.
-        log: its curves; `update` reads on.
+        log, samples: its curves, and what the model said; `update` reads on.
         notes: run.json: what the run was made of and what became of it; {} for a run that has none.
     Raises: FileNotFoundError if the folder is absent, ValueError if it is not that of a run.
     """
@@ -32,12 +34,14 @@ class SavedRun:
         self.folder = folder
         self.name = _ending(folder.resolve(), 2)
         self.log = RunLog(folder / LOG_FILE)
+        self.samples = SampleLog(folder / SAMPLES_FILE)
         self.notes: dict[str, Any] = {}
         self.update()
 
     def update(self) -> None:
         """Read what was written since."""
         self.log.update()
+        self.samples.update()
         self.notes = _read_notes(self.folder / NOTES_FILE)
 
     def section(self, name: str) -> dict[str, Any]:
@@ -60,6 +64,13 @@ class SavedRun:
     def step(self) -> int:
         """The newest step in the log."""
         return max((column.steps[-1] for column in self.log.columns.values() if column), default=0)
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the lowest evaluation loss; None if there were fewer than two. Before training does not count."""
+        column = self.log.columns["eval_loss"]
+        evaluated = [(value, step) for step, value in zip(column.steps, column.values, strict=True) if step]
+        return min(evaluated)[1] if len(evaluated) > 1 else None
 
     def options(self) -> list[dict[str, Any]]:
         """Name, value, default and group of each option; of a run without notes, name and value from config.yaml."""

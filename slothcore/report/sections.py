@@ -5,11 +5,10 @@ from statistics import median
 from typing import Any
 
 from slothcore.report.html import Html, element, table, together
+from slothcore.report.samples import samples
 from slothcore.report.saved_run import SavedRun
 from slothcore.report.words import GIB, NOTHING, count, duration, figure, gib, is_number, short_count, size, value_of
 
-# Samples of as many evaluations are shown side by side: the first, and the newest.
-SAMPLE_COLUMNS = 3
 BAR_WIDTH, BAR_GAP, BAR_HEIGHT = 10, 2, 100
 
 
@@ -36,15 +35,25 @@ def subtitle(run: SavedRun) -> str:
     return " \N{MIDDLE DOT} ".join(str(part) for part in parts if part)
 
 
+def outcome(run: SavedRun) -> str | None:
+    """What decided where the run ended and which weights are its result."""
+    early, best = run.notes.get("early_stop"), run.notes.get("best_step")
+    said = [f"{early[:1].upper()}{early[1:]}." if isinstance(early, str) and early else None]
+    if run.notes.get("best_is_saved") is True and is_number(best):
+        said.append(f"The result is that of step {count(best)}, whose evaluation was the best.")
+    return " ".join(filter(None, said)) or None
+
+
 def tiles(run: SavedRun) -> Html:
     """The figures that one looks for first."""
     columns, total = run.log.columns, run.notes.get("total_steps")
     loss, evaluation = columns["loss"], columns["eval_loss"]
     found = [("Loss", figure(loss.last), f"from {figure(loss.values[0])}" if loss else "none logged yet")]
     if evaluation:
-        best = min(range(len(evaluation.values)), key=evaluation.values.__getitem__)
-        where = f"best, step {count(evaluation.steps[best])}"
-        found.append(("Evaluation loss", figure(evaluation.values[best]), where))
+        best, lowest = run.best_step, dict(zip(evaluation.steps, evaluation.values, strict=True))
+        saved = ", saved" if run.notes.get("best_is_saved") is True and run.notes.get("best_step") == best else ""
+        where = f"step {count(evaluation.steps[-1])}" if best is None else f"best, step {count(best)}{saved}"
+        found.append(("Evaluation loss", figure(evaluation.last if best is None else lowest[best]), where))
     speed = columns["tokens_per_second"]
     found.append(("Tokens per second", figure(median(speed.values)) if speed else NOTHING, "median"))
     epochs = columns["epoch"].last
@@ -57,6 +66,8 @@ def tiles(run: SavedRun) -> Html:
         if columns[name]:
             found.append(("Peak memory", gib(max(columns[name].values)), where))
             break
+    if columns["skipped_steps"]:
+        found.append(("Skipped steps", count(int(sum(columns["skipped_steps"].values))), "float16 overflowed"))
     return element("dl", *(_tile(*tile) for tile in found), class_="tiles")
 
 
@@ -68,14 +79,20 @@ def evaluations(run: SavedRun) -> Html | None:
     """Loss and perplexity at each evaluation, newest first."""
     column = run.log.columns["eval_loss"]
     perplexity = dict(zip(*_both(run, "eval_perplexity"), strict=True))
-    rows = [
-        [count(step), figure(value), _perplexity(perplexity.get(step))]
+    rows: list[list[object]] = [
+        [_marked(step, run.best_step), figure(value), _perplexity(perplexity.get(step))]
         for step, value in zip(column.steps, column.values, strict=True)
     ]
     if len(rows) < 2:
         return None
     box = element("div", table(["Step", "Loss", "Perplexity"], rows[::-1], class_="numbers"), class_="tall")
     return section("Evaluations", box)
+
+
+def _marked(step: int, best: int | None) -> Html:
+    """The number of a step, and whether its evaluation was the best."""
+    badge = element("span", "best", class_="badge") if step == best else None
+    return together(count(step), " " if badge else None, badge)
 
 
 def _perplexity(value: float | None) -> str:
@@ -86,31 +103,6 @@ def _perplexity(value: float | None) -> str:
 def _both(run: SavedRun, name: str) -> tuple[list[int], list[float]]:
     column = run.log.columns[name]
     return column.steps, column.values
-
-
-def samples(run: SavedRun) -> Html | None:
-    """What the model said at the first and at the newest evaluations, side by side."""
-    every = run.log.samples
-    shown = every if len(every) <= SAMPLE_COLUMNS else [every[0], *every[1 - SAMPLE_COLUMNS :]]
-    if not shown:
-        return None
-    prompts = list(dict.fromkeys(str(s.get("prompt", "")) for _, found in shown for s in found))
-    articles = []
-    for prompt in prompts:
-        said: list[Html] = []
-        for step, found in shown:
-            outputs = [str(s.get("output", "")) for s in found if str(s.get("prompt", "")) == prompt]
-            said.extend(_speech(f"step {count(step)}", output) for output in outputs)
-        expected = {
-            str(s["expected"]) for _, found in shown for s in found if s.get("prompt") == prompt and "expected" in s
-        }
-        said.extend(_speech("expected", text, class_="expected") for text in sorted(expected))
-        articles.append(element("article", element("p", prompt, class_="prompt"), element("div", *said, class_="said")))
-    return section("Samples", *articles, note="The same prompts, asked again as training went on.")
-
-
-def _speech(label: str, text: str, *, class_: str | None = None) -> Html:
-    return element("figure", element("figcaption", label), element("blockquote", text or "(nothing)"), class_=class_)
 
 
 def data(run: SavedRun) -> Html | None:

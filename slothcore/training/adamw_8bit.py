@@ -21,7 +21,7 @@ from bitsandbytes import functional
 from bitsandbytes.optim import AdamW8bit as BitsandbytesAdamW8bit
 from torch import Tensor, nn
 
-from slothcore.training.optimizer import LARGEST_BATCH
+from slothcore.training.optimizer_kinds import LARGEST_BATCH
 
 BLOCK = 256
 

@@ -12,8 +12,11 @@ from typing import Any, get_type_hints
 
 import yaml
 
+from slothcore.data.new_tokens import check_new_tokens
+from slothcore.lora.init_names import check_init
 from slothcore.training.option_groups import DataOptions, LoraOptions, ModelOptions, OptimizationOptions, RunOptions
-from slothcore.training.options import check_names, coerce, read_yaml
+from slothcore.training.options import WORDS_FOR_NONE, check_names, coerce, read_yaml
+from slothcore.training.schedule import checked_kwargs
 
 # At least 1 where they are given.
 COUNTS = (
@@ -26,16 +29,28 @@ COUNTS = (
     "save_total_limit",
     "eval_steps",
     "graph_tokens",
+    "loftq_iter",
+    *("early_stopping_patience", "sample_steps", "sample_max_new_tokens"),
+)
+
+# Greater than 0 where they are given.
+POSITIVE = (
+    *("learning_rate", "adam_epsilon", "num_train_epochs", "lora_alpha"),
+    *("loraplus_lr_ratio", "embedding_learning_rate", "neftune_noise_alpha"),
 )
 
 # As an unset variable of a shell script gives it.
 NOT_EMPTY = (
     *("model", "data", "eval_data", "output_dir", "revision", "token", "rope_scaling"),
     *("chat_template", "prompt_template", "completion_template", "data_weights"),
+    *("sample_prompts", "run_name", "logging_dir", "adapter"),
 )
 
 # Names in one word, q_proj,v_proj; a regular expression may have commas of its own.
 NAMES = re.compile(r"[\w.-]+(\s*,\s*[\w.-]+)+")
+
+# What report_to may name.
+TRACKERS = ("tensorboard", "wandb")
 
 # Never written into a file, and not shown.
 SECRETS = ("token",)
@@ -54,10 +69,16 @@ class TrainConfig(RunOptions, OptimizationOptions, LoraOptions, DataOptions, Mod
         if isinstance(self.target_modules, str) and NAMES.fullmatch(self.target_modules):
             object.__setattr__(self, "target_modules", _split([self.target_modules]))
         object.__setattr__(self, "modules_to_save", _split(self.modules_to_save))
+        object.__setattr__(self, "report_to", _trackers(self.report_to))
         if isinstance(self.resume_from_checkpoint, bool):
             object.__setattr__(self, "resume_from_checkpoint", "latest" if self.resume_from_checkpoint else None)
         self._check_ranges()
         self._check_combinations()
+        self._check_beginning()
+        kwargs = checked_kwargs(
+            self.lr_scheduler_type, self.lr_scheduler_kwargs or {}, learning_rate=self.learning_rate
+        )
+        object.__setattr__(self, "lr_scheduler_kwargs", kwargs or None)
 
     def _check_ranges(self) -> None:
         for name, value in asdict(self).items():
@@ -68,12 +89,14 @@ class TrainConfig(RunOptions, OptimizationOptions, LoraOptions, DataOptions, Mod
         for name in COUNTS:
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
-        for name in "warmup_steps save_steps seed weight_decay max_grad_norm".split():
+        for name in "warmup_steps save_steps seed weight_decay max_grad_norm early_stopping_threshold".split():
             _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
-        for name in "learning_rate adam_epsilon num_train_epochs lora_alpha".split():
-            _require(getattr(self, name) > 0, f"{name} must be greater than 0, got {getattr(self, name)}")
+        for name in POSITIVE:
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"{name} must be greater than 0, got {value}")
         for name in "eval_fraction lora_dropout adam_beta1 adam_beta2".split():
             _require(0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        check_new_tokens(self.new_tokens)
         for weight in self.data_weights or ():
             _require(0 < weight < math.inf, f"each of data_weights must be greater than 0, got {weight}")
         budget = self.memory_budget
@@ -102,6 +125,15 @@ class TrainConfig(RunOptions, OptimizationOptions, LoraOptions, DataOptions, Mod
             f"warmup_steps ({self.warmup_steps}) and warmup_ratio ({self.warmup_ratio}) are both set; drop one",
         )
         _require(
+            not (self.lr_scheduler_type == "constant" and (self.warmup_steps or self.warmup_ratio)),
+            "lr_scheduler_type constant has no warm-up; set it to constant_with_warmup, or drop warmup_steps and "
+            "warmup_ratio",
+        )
+        _require(
+            not (self.full_finetuning and self.loraplus_lr_ratio is not None),
+            "loraplus_lr_ratio is about LoRA factors, and full_finetuning has none; drop one",
+        )
+        _require(
             not (self.eval_data and self.eval_fraction),
             "eval_data and eval_fraction are both set; drop one",
         )
@@ -116,6 +148,56 @@ class TrainConfig(RunOptions, OptimizationOptions, LoraOptions, DataOptions, Mod
                 f"data_weights and data must be equally many, got {len(self.data_weights)} and {len(files)}; "
                 "give one for each",
             )
+        self._check_evaluations()
+
+    def _check_beginning(self) -> None:
+        """What an adapter begins with."""
+        check_init(self.init_lora_weights)
+        _require(
+            self.init_lora_weights != "loftq" or self.bits == 4,
+            f"init_lora_weights loftq makes up for what NF4 loses, and bits is {self.bits}; set bits to 4, or choose "
+            "pissa",
+        )
+        _require(
+            self.loftq_iter == 1 or self.init_lora_weights == "loftq",
+            f"loftq_iter is {self.loftq_iter}, and has no effect without init_lora_weights loftq; set that too, or "
+            "drop loftq_iter",
+        )
+        # axolotl says so which kind of adapter is to be made.
+        _require(
+            self.adapter not in ("lora", "qlora"),
+            f"adapter names a saved adapter that is to be trained further, got {self.adapter!r}; leave it out for a "
+            "new one, which bits: 4 makes a QLoRA",
+        )
+        _require(
+            self.adapter is None or not self.full_finetuning,
+            f"adapter {self.adapter} would be trained further, and full_finetuning trains no adapter; drop one",
+        )
+
+    def _check_evaluations(self) -> None:
+        """What is decided by several evaluations needs several; what goes with an option needs that option."""
+        for name in ("early_stopping_patience", "load_best_model_at_end"):
+            _require(
+                not getattr(self, name) or self.eval_steps is not None,
+                f"{name} is set without eval_steps, so there is one evaluation only, at the end; set eval_steps, "
+                "and eval_data or eval_fraction",
+            )
+        for name, needed in (
+            ("early_stopping_threshold", "early_stopping_patience"),
+            ("sample_steps", "sample_prompts"),
+        ):
+            _require(
+                not getattr(self, name) or getattr(self, needed) is not None,
+                f"{name} is set without {needed}, and has no effect; set {needed} too, or leave {name} out",
+            )
+        known = ", ".join(TRACKERS)
+        for name in self.report_to or ():
+            _require(name in TRACKERS, f"report_to must be of {known}, got {name!r}; correct the name, or leave it out")
+
+    @property
+    def source(self) -> str | None:
+        """What is loaded: the model, or without one the adapter, which names its base."""
+        return self.model or self.adapter
 
     @property
     def step_rows(self) -> int:
@@ -163,6 +245,12 @@ def field_types() -> dict[str, Any]:
 def _split(words: Iterable[str]) -> tuple[str, ...]:
     """The names in words that may hold several of them, with commas between."""
     return tuple(name.strip() for word in words for name in word.split(","))
+
+
+def _trackers(report_to: str | tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """The names in `report_to`, each once; None for none, however that is written."""
+    names = _split([report_to] if isinstance(report_to, str) else report_to or ())
+    return tuple(dict.fromkeys(name for name in names if name.lower() not in WORDS_FOR_NONE)) or None
 
 
 def _require(holds: bool, message: str) -> None:

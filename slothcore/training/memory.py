@@ -4,24 +4,23 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from slothcore.autograd.cross_entropy import max_chunk_rows
 from slothcore.kernels.nf4_tensor import BLOCK, NESTED_BLOCK
 from slothcore.layers.experts import ExpertLinear
 from slothcore.layers.linear import Linear
-from slothcore.lora.attach import AdapterPlan, attach
+from slothcore.lora.attach import attach
 from slothcore.lora.config import LoraConfig
+from slothcore.lora.plan import AdapterPlan
 from slothcore.models.config import DecoderConfig
 from slothcore.models.decoder import Decoder
 from slothcore.models.decoder_body import GradientCheckpointing
 from slothcore.models.decoder_layer import DecoderLayer
 from slothcore.training.memory_layers import FLOAT, INDEX, counts_as_nf4, layer_memory, trains
 from slothcore.training.memory_plan import Cost, LossMemory, MemoryPlan
-from slothcore.training.optimizer import LARGEST_BATCH
+from slothcore.training.optimizer_kinds import KINDS, Optim
 
-SMALLEST_8BIT = 4096  # below as many elements bitsandbytes keeps its state in float32
-STATE_BLOCK = 256  # elements of 8-bit state that share a scale
 INDICES = 4 * INDEX  # of a token: its id, its position, its target and the target's row
 
 
@@ -32,7 +31,7 @@ def plan_memory(
     dtype: torch.dtype = torch.bfloat16,
     lora: LoraConfig | None = None,
     lora_dtype: torch.dtype = torch.float32,
-    optim: str = "adamw",
+    optim: Optim = "adamw",
     gradient_checkpointing: GradientCheckpointing = False,
     graph_tokens: int = 0,
 ) -> MemoryPlan:
@@ -43,7 +42,7 @@ def plan_memory(
         dtype: in which it computes, and in which dense weights are kept.
         lora: the adapter; None: all weights train.
         lora_dtype: of its factors.
-        optim: adamw or adamw_8bit.
+        optim: one of `KINDS`.
         gradient_checkpointing: True: layers are computed again in the backward pass; "mlp": the first products of the
             MLP are; "offload": as "mlp", and what is kept waits in host memory.
         graph_tokens: passes of up to so many tokens replay CUDA graphs; 0: none does.
@@ -69,7 +68,7 @@ def attach_unfilled(model: Decoder, lora: LoraConfig, *, dtype: torch.dtype) -> 
     attach(model, adapter, factors)
 
 
-def memory_of(model: Decoder, *, optim: str) -> MemoryPlan:
+def memory_of(model: Decoder, *, optim: Optim) -> MemoryPlan:
     """What training this model takes as it is now: what trains, what it computes again, whether it replays graphs.
 
     Decoded weights do not count, kept or not; see `MemoryPlan.keeping_decoded`. The model may be on the meta device.
@@ -94,11 +93,14 @@ def memory_of(model: Decoder, *, optim: str) -> MemoryPlan:
         weights=sum(_frozen_bytes(model)),
         trained=sum(parameter.nbytes for parameter in trained),
         gradients=sum(parameter.nbytes for parameter in trained),
-        optimizer=sum(_state_bytes(parameter, optim) for parameter in trained),
+        optimizer=sum(map(KINDS[optim].state_bytes, trained)),
         layers=tuple(layers),
         body=Cost(INDICES + _angles(model)),
         loss=_loss(model),
-        update=_update(trained, optim),
+        embedding=_embedding(model),
+        head_waits=model.has_tied_head and model.lm_head.weight.requires_grad,
+        update=KINDS[optim].update_bytes(trained),
+        pages=float(sum(map(KINDS[optim].page_bytes, trained))),
         recompute=recompute,
         hidden=model.config.hidden_size * model.dtype.itemsize,
         graph_tokens=0 if graphs is None or graphs.why_not() is not None else graphs.max_tokens,
@@ -129,23 +131,6 @@ def _nf4_bytes(linear: Linear | ExpertLinear) -> int:
     return one * (linear.num_experts if isinstance(linear, ExpertLinear) else 1)
 
 
-def _state_bytes(parameter: nn.Parameter, optim: str) -> int:
-    """Two moments."""
-    if optim == "adamw":
-        return 2 * parameter.nbytes + FLOAT  # and the step, which the fused kernel reads
-    if parameter.numel() < SMALLEST_8BIT:
-        return 2 * FLOAT * parameter.numel()
-    return 2 * (parameter.numel() + FLOAT * -(-parameter.numel() // STATE_BLOCK))
-
-
-def _update(trained: list[nn.Parameter], optim: str) -> int:
-    """8-bit AdamW lays parameters and their gradients end to end; torch's works in place."""
-    if optim == "adamw" or not trained:
-        return 0
-    most = min(LARGEST_BATCH, sum(parameter.numel() for parameter in trained))
-    return 2 * max(most, *(p.numel() for p in trained)) * max(p.itemsize for p in trained)
-
-
 def _angles(model: Decoder) -> int:
     """Cosines and sines of a token, one float32 of each a rotated pair."""
     total = 0
@@ -161,12 +146,27 @@ def _loss(model: Decoder) -> LossMemory:
     hidden = Cost(3 * stream + 2 * FLOAT)
     if head.lora_A is not None:
         # A head with an adapter makes all logits: its own, in float32, and their logarithms.
-        logits = Cost(vocabulary * (e + 2 * FLOAT))
+        # DoRA keeps what it scales, and scales its gradient.
+        rescaled = 0 if head.lora_magnitude_vector is None else 2 * e
+        logits = Cost(vocabulary * (e + 2 * FLOAT + rescaled))
         return LossMemory(hidden + logits, hidden + logits)
-    summed = scaled = Cost()
+    summed = scaled = rounded = Cost()
     if head.weight.requires_grad:
-        # The head's gradient is summed in float32, then scaled in the dtype of the weight.
-        summed, scaled = Cost(0, head.weight.numel() * max(e, FLOAT)), Cost(0, head.weight.nbytes)
+        # The head's gradient is summed in float32, then scaled in the dtype of the weight: where it is, if that is so.
+        summed = Cost(0, head.weight.numel() * max(e, FLOAT))
+        scaled = Cost(0, 0 if head.weight.dtype == torch.float32 else head.weight.nbytes)
+    if head.weight.dtype != model.dtype:
+        # A float32 head of a model in 16 bits is rounded before it multiplies.
+        rounded = Cost(0, head.weight.numel() * e)
     # A row of a chunk: its logits, its hidden state and the gradient of that.
     rows, row = max_chunk_rows(vocabulary, model.dtype), vocabulary * e + 2 * stream
-    return LossMemory(hidden + summed, hidden + summed + scaled, chunk_rows=rows, chunk_row=row)
+    return LossMemory(hidden + summed + rounded, hidden + summed + scaled, chunk_rows=rows, chunk_row=row)
+
+
+def _embedding(model: Decoder) -> Cost:
+    """The gradient of an embedding that trains, and that of the hidden states in its dtype, from which it is summed."""
+    weight = model.model.embed_tokens.weight
+    if not weight.requires_grad:
+        return Cost()
+    row = model.config.hidden_size
+    return Cost(row * (model.dtype.itemsize + (weight.itemsize if weight.dtype != model.dtype else 0)), weight.nbytes)

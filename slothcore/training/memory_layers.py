@@ -109,6 +109,9 @@ class _Maps:
         lora: v of a token, and the factors' gradients as they are summed.
         scratch: NF4 weights, decoded.
         drops: whether a LoRA term has dropout.
+        unscaled: the outputs before DoRA scales them, which are kept for its magnitudes; with dropout they are made
+            again. Nothing without DoRA.
+        rescaled: what backward has beside dy for DoRA: dz, and with dropout z and an input under its mask.
     """
 
     input: tuple[Cost, ...]
@@ -116,13 +119,23 @@ class _Maps:
     lora: Cost
     scratch: Cost
     drops: bool
+    unscaled: tuple[Cost, ...]
+    rescaled: Cost
 
 
-def _maps(linears: Sequence[Linear], sizes: _Sizes, *, passes_gradient: bool = True, normed: bool = False) -> _Maps:
+def _maps(
+    linears: Sequence[Linear],
+    sizes: _Sizes,
+    *,
+    passes_gradient: bool = True,
+    normed: bool = False,
+    beside: Sequence[Linear] = (),
+) -> _Maps:
     """
     Args:
         passes_gradient: whether the input of these maps needs a gradient.
         normed: whether it is the output of a norm, which fused maps make again of what the norm keeps.
+        beside: further maps of the same Function; where one has DoRA, all have scales.
     """
     e, width = sizes.element, linears[0].in_features
     fused = all(linear.is_frozen for linear in linears)
@@ -143,12 +156,22 @@ def _maps(linears: Sequence[Linear], sizes: _Sizes, *, passes_gradient: bool = T
             kept.append(Cost(0, size_B * e))
         lora += Cost(sum(ranks) * e, (size_A + size_B) * FLOAT)
     scratch = e * sum(_size(linear) for linear in linears if counts_as_nf4(linear, sizes.bits))
+    drops, outputs = any(linear.lora_dropout > 0 for linear in linears), sum(p.out_features for p in linears)
+    unscaled: tuple[Cost, ...] = ()
+    rescaled = Cost()
+    if fused and any(linear.lora_magnitude_vector is not None for linear in (*linears, *beside)):
+        kept.append(Cost(0, 2 * outputs * FLOAT))  # norms and scales
+        rescaled = Cost(outputs * e + (outputs + 2 * width) * e * drops)
+    if fused and not drops and any(linear.lora_magnitude_vector is not None for linear in linears):
+        unscaled = (Cost(outputs * e),)
     return _Maps(
         input=(Cost(width * e),) if any(trains(linear) for linear in linears) and not (normed and fused) else (),
         kept=tuple(kept),
         lora=lora,
         scratch=Cost(0, scratch, scratch),
-        drops=any(linear.lora_dropout > 0 for linear in linears),
+        drops=drops,
+        unscaled=unscaled,
+        rescaled=rescaled,
     )
 
 
@@ -167,7 +190,7 @@ def _attention(layer: DecoderLayer, sizes: _Sizes, after_trained: bool) -> Branc
     passes_gradient = after_trained or trains(layer.input_layernorm)
     projections = _maps(linears, sizes, passes_gradient=passes_gradient, normed=True)
     output = _maps([attention.o_proj], sizes)
-    kept = [*projections.input, *projections.kept, *output.kept]
+    kept = [*projections.input, *projections.kept, *projections.unscaled, *output.kept, *output.unscaled]
     kept += [Cost(heads), Cost(mixed), Cost(q_heads * FLOAT)]
     if passes_gradient or (not projections.input and any(trains(linear) for linear in linears)):
         kept += sizes.norm
@@ -179,13 +202,13 @@ def _attention(layer: DecoderLayer, sizes: _Sizes, after_trained: bool) -> Branc
     stream = Cost(sizes.stream)
     moments: tuple[Cost, ...] = (
         stream + Cost(mixed + heads + q_heads * STATS.value * FLOAT + sums) + output.lora,
-        stream + Cost(mixed) + output.scratch,
-        stream + Cost(heads + sizes.stream) + projections.lora + projections.scratch,
+        stream + Cost(mixed) + output.rescaled + output.scratch,
+        stream + Cost(heads + sizes.stream) + projections.rescaled + projections.lora + projections.scratch,
     )
     if projections.drops or sizes.is_half:
         # dA reads the norm's output, made again beside dx, and with dropout a mask and that output under it.
         again = (3 if projections.drops else 1) * sizes.stream
-        moments += (stream + Cost(heads + sizes.stream + again) + projections.lora,)
+        moments += (stream + Cost(heads + sizes.stream + again) + projections.rescaled + projections.lora,)
     return Branch(tuple(kept), moments)
 
 
@@ -203,27 +226,31 @@ def _feed_forward(module: nn.Module, sizes: _Sizes, *, keep_gate_up: bool) -> Br
     assert isinstance(module, GatedMlp)
     e, down = sizes.element, module.down_proj
     gate_up = [child for name, child in module.named_children() if isinstance(child, Linear) and name != "down_proj"]
-    first, last = _maps(gate_up, sizes, normed=True), _maps([down], sizes)
+    first, last = _maps(gate_up, sizes, normed=True, beside=[down]), _maps([down], sizes, beside=gate_up)
     inner = down.in_features * e
-    kept = [*first.input, *first.kept, *last.kept]
+    kept = [*first.input, *first.kept, *last.kept, *last.unscaled]
     fused = down.is_frozen and all(linear.is_frozen for linear in gate_up)
     # Fused, h is computed again, and [g | u] is overwritten by its gradient.
     middle = Cost(2 * inner) if fused else Cost(4 * inner)
     if not fused:
         kept += last.input
+    # Where the activation does not scale, its gradient is scaled after it.
+    rescaled = first.rescaled if first.drops else Cost()
     if last.drops:
         middle += Cost(2 * inner)  # a mask, and h under it
     moments = (
-        Cost(inner) + last.scratch + last.lora,
-        middle + last.lora,
-        Cost(sizes.stream if fused else sizes.stream + 2 * inner) + first.scratch + first.lora,
+        Cost(inner) + last.rescaled + last.scratch + last.lora,
+        middle + last.rescaled + last.lora,
+        Cost(sizes.stream if fused else sizes.stream + 2 * inner) + rescaled + first.scratch + first.lora,
     )
     outputs = Cost(2 * inner)
+    # DoRA's activation adds the biases, and gives up [g | u] for z.
+    scaled = first.rescaled.per_token > 0 and not first.drops
+    if (scaled or not keep_gate_up) and fused and any(linear.bias is not None for linear in gate_up):
+        kept.append(Cost(0, sum(linear.out_features for linear in gate_up) * e))
     if keep_gate_up or not fused:
         return Branch((*kept, outputs), moments)
     # They are made again once dh is there, from the normed input, which is made again for it, and the joined biases.
-    if any(linear.bias is not None for linear in gate_up):
-        kept.append(Cost(0, sum(linear.out_features for linear in gate_up) * e))
     again = outputs + Cost(inner + sizes.stream) + first.scratch + last.lora
     return Branch(tuple(kept), (moments[0], again, outputs + moments[1], outputs + moments[2]))
 

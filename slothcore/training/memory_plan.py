@@ -3,6 +3,7 @@
     peak = weights + trained weights + optimizer state + workspaces + the largest of
            the loss         everything kept, the chunk of logits, hidden states and their gradient
            layer l          what layers 0..l keep, the gradients of the layers from l on, the moment of layer l
+           the embedding    all gradients; and its own once more, before it is added to that of an earlier pass
            the optimizer    all gradients, and its copies
 
 With more than one pass a step, the gradients of all layers are there throughout. What gradient_checkpointing changes:
@@ -127,11 +128,15 @@ class MemoryPlan:
         layers: what each layer keeps and needs.
         body: kept of a token outside of the layers.
         loss: what the loss needs.
+        embedding: what the backward pass of an embedding that trains needs; nothing of one that does not.
+        head_waits: whether the embedding is the head as well, whose gradient waits there to be added.
         update: what the optimizer copies in an update.
         recompute: the model's `gradient_checkpointing`.
         decoded_layers: how many layers, the first ones, keep their NF4 weights decoded.
         graph_tokens: passes of up to so many tokens replay CUDA graphs; 0: none does.
         hidden: bytes of a token's hidden state.
+        pages: of the optimizer's state, those that the driver moves between host and GPU; they are no part of a peak,
+            because they go where there is room.
     """
 
     weights: int
@@ -146,6 +151,9 @@ class MemoryPlan:
     hidden: int
     decoded_layers: int = 0
     graph_tokens: int = 0
+    embedding: Cost = Cost()
+    head_waits: bool = False
+    pages: float = 0.0
 
     @property
     def decoded(self) -> int:
@@ -175,10 +183,10 @@ class MemoryPlan:
         return self.body.at(tokens) + sum(self._held(layer, tokens) for layer in self.layers)
 
     def host(self, tokens: int) -> float:
-        """What waits in host memory between forward and backward; the last layer's tensors stay."""
+        """What waits in host memory: between forward and backward, all but the last layer's tensors; and pages."""
         if self.recompute != "offload":
-            return 0.0
-        return sum(layer.kept.at(tokens) - self._held(layer, tokens) for layer in self.layers[:-1])
+            return self.pages
+        return self.pages + sum(layer.kept.at(tokens) - self._held(layer, tokens) for layer in self.layers[:-1])
 
     def peak(self, tokens: int, *, passes: int = 1) -> float:
         """The most memory that a step takes whose largest pass has this many tokens.
@@ -195,9 +203,12 @@ class MemoryPlan:
         else:
             padded, in_backward = tokens, self._backward(tokens, gradients=there)
         at_loss = there + self._after_forward(padded) + self.loss.at(tokens)
+        # The gradient of a pass is a tensor of its own before it is added. Where the head has another, so is their sum.
+        others = self.gradients - (0 if there else self.embedding.fixed)
+        at_embedding = others + self.embedding.at(tokens) + (2 * self.embedding.fixed if self.head_waits else 0)
         # What lies end to end is updated where it is.
         copies = 0 if self.graph_tokens else self.update
-        return self.static + max(at_loss, in_backward, self.gradients + copies)
+        return self.static + max(at_loss, in_backward, at_embedding, self.gradients + copies)
 
     def graph_pool(self, tokens: int) -> float:
         """What CUDA graphs keep for themselves, once passes of up to this many tokens are captured.

@@ -47,6 +47,7 @@ class Figures:
     Attributes:
         loss: of all of them, summed.
         grad_norm: of the last, before clipping; None where it is not finite, as in float16 now and then.
+        skipped: how many were, because their gradient overflowed in float16.
         tokens_per_second, elapsed: of these steps, and seconds of the whole run until here.
     """
 
@@ -55,11 +56,12 @@ class Figures:
     grad_norm: float | None
     tokens_per_second: float
     elapsed: float
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Figures on their way to the host: `values` [2] float64, sum of losses and norm, are valid behind the mark."""
+    """Figures on their way to the host, valid behind the mark: `values` [3] float64, losses, norm and skipped steps."""
 
     values: Tensor
     steps: int
@@ -74,32 +76,44 @@ class Meter:
     for the device, because the steps that it still has to do are.
 
     Args:
-        window_loss, window_steps: of the line that is begun already, as a checkpoint has them.
+        window_loss, window_steps, window_skipped: of the line that is begun already, as a checkpoint has them.
         elapsed: seconds of the run before.
     """
 
-    def __init__(self, device: torch.device, *, window_loss: float, window_steps: int, elapsed: float) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        window_loss: float,
+        window_steps: int,
+        elapsed: float,
+        window_skipped: int = 0,
+    ) -> None:
         self.device = device
+        self.skipped = torch.tensor(float(window_skipped), dtype=torch.float64, device=device)
         self.loss = torch.tensor(window_loss, dtype=torch.float64, device=device)
         self.steps = window_steps
         self.tokens = 0
         self._elapsed = self._window_start = elapsed  # until the mark
         self._mark: Mark | None = Mark(device)  # None while the clock stands still
 
-    def add(self, loss: Tensor, tokens: int) -> None:
-        """Count one optimizer step."""
+    def add(self, loss: Tensor, tokens: int, *, skipped: Tensor | None = None) -> None:
+        """Count one optimizer step; `skipped`: whether its update was."""
         self.loss += loss
+        if skipped is not None:
+            self.skipped += skipped
         self.steps += 1
         self.tokens += tokens
 
     def close_window(self, grad_norm: Tensor) -> Reading:
         """Begin the next line of the log. What the line before has to say is read with `read`, best one step later."""
-        figures = torch.stack([self.loss, grad_norm.to(self.loss)])
+        figures = torch.stack([self.loss, grad_norm.to(self.loss), self.skipped])
         # Into pinned memory, or the copy would wait for the device.
-        values = torch.empty(2, dtype=torch.float64, pin_memory=self.device.type == "cuda")
+        values = torch.empty(3, dtype=torch.float64, pin_memory=self.device.type == "cuda")
         values.copy_(figures, non_blocking=True)
         reading = Reading(values, self.steps, self.tokens, Mark(self.device))
         self.loss.zero_()
+        self.skipped.zero_()
         self.steps = self.tokens = 0
         return reading
 
@@ -111,18 +125,23 @@ class Meter:
         reading.mark.wait()
         self._advance(reading.mark)
         seconds, self._window_start = self._elapsed - self._window_start, self._elapsed
-        loss, norm = reading.values.tolist()
+        loss, norm, skipped = reading.values.tolist()
         return Figures(
             loss=_checked(loss),
             steps=reading.steps,
             grad_norm=norm if math.isfinite(norm) else None,
             tokens_per_second=reading.tokens / max(seconds, 1e-9),
             elapsed=self._elapsed,
+            skipped=int(skipped),
         )
 
     def read_loss(self) -> float:
         """The losses of the line that is begun, summed; waits for the device. Raises ValueError as `read` does."""
         return _checked(self.loss.item())
+
+    def read_skipped(self) -> int:
+        """Skipped steps of the line that is begun; waits for the device."""
+        return int(self.skipped.item())
 
     def elapsed(self) -> float:
         """Seconds of training so far; waits for the device."""

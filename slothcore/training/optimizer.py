@@ -1,4 +1,4 @@
-"""Optimizers: parameter groups, AdamW in torch and in 8 bits, loss scaling, and their state as plain tensors."""
+"""Optimizers: which one a run has, loss scaling, and their state as plain tensors."""
 
 from typing import Any
 
@@ -6,55 +6,53 @@ import torch
 from torch import Tensor, nn
 
 from slothcore.models.decoder import Decoder
+from slothcore.training.adafactor import Adafactor
 from slothcore.training.config import TrainConfig
+from slothcore.training.optimizer_kinds import KINDS, check_optimizer
+from slothcore.training.parameter_groups import parameter_groups
 
-# What one launch of 8-bit AdamW takes at most of parameters that have to be copied end to end: it bounds the extra
-# memory. Here, because the plan of a run's memory needs it, and importing bitsandbytes takes a second.
-LARGEST_BATCH = 2**24
+# What bitsandbytes keeps in pages where it is large.
+PAGED_ENTRIES = ("state1", "state2")
 
 
 def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over the parameters that require a gradient, as `config.optim` says.
+    """The optimizer that `config.optim` names, over the parameters that require a gradient.
 
-    Raises: ValueError if nothing is trainable, or 8-bit AdamW is asked for without a GPU.
+    Raises: ValueError if nothing is trainable, a group that the configuration is about is empty, or the optimizer needs
+        a GPU and has none.
     """
-    decayed: list[nn.Parameter] = []
-    exempt: list[nn.Parameter] = []
-    for parameter in trainable_parameters(model).values():
-        # Biases and norm weights are the vectors; decay pulls a norm towards 0, which is no neutral value for it.
-        (decayed if parameter.ndim >= 2 else exempt).append(parameter)
-    if not decayed and not exempt:
-        raise ValueError("the model has no trainable parameter; call add_lora, or set full_finetuning")
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": exempt, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    options: dict[str, Any] = {
-        "lr": config.learning_rate,
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "eps": config.adam_epsilon,
-    }
+    groups = parameter_groups(model, config)
+    check_optimizer(config.optim, groups[0]["params"][0].device)
+    rate, betas = config.learning_rate, (config.adam_beta1, config.adam_beta2)
     if config.optim == "adamw":
-        return torch.optim.AdamW(groups, **options, fused=True)
-    device = next(iter(trainable_parameters(model).values())).device
-    check_8bit(device)
-    # bitsandbytes takes a second to import, which a run on a CPU need not spend.
+        return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=config.adam_epsilon, fused=True)
+    if config.optim == "sgd":
+        return torch.optim.SGD(groups, lr=rate, fused=True)
+    if config.optim == "adafactor":
+        return Adafactor(groups, lr=rate)
+    return _of_bitsandbytes(groups, config, lr=rate, betas=betas)
+
+
+def _of_bitsandbytes(groups: list[dict[str, Any]], config: TrainConfig, **options: Any) -> torch.optim.Optimizer:
+    # It takes a second to import, which a run on a CPU need not spend.
+    from bitsandbytes import optim
+
     from slothcore.training.adamw_8bit import AdamW8bit
 
-    return AdamW8bit(groups, **options)
+    if KINDS[config.optim].moments == 1:
+        return (optim.Lion8bit if KINDS[config.optim].is_8bit else optim.Lion)(groups, **options)
+    classes = {"adamw_8bit": AdamW8bit, "paged_adamw": optim.PagedAdamW, "paged_adamw_8bit": optim.PagedAdamW8bit}
+    return classes[config.optim](groups, eps=config.adam_epsilon, **options)
 
 
 def create_scaler(model: Decoder) -> torch.amp.GradScaler:
-    """float16 gradients below 6e-8 vanish; scaling the loss keeps them. A disabled scaler passes all through."""
-    scaled = model.dtype == torch.float16 and model.device.type == "cuda"
-    return torch.amp.GradScaler(model.device.type, enabled=scaled)
+    """float16 gradients below 6e-8 vanish; scaling the loss keeps them. A disabled scaler passes all through.
 
-
-def check_8bit(device: torch.device) -> None:
-    """Raises ValueError unless 8-bit AdamW can run on `device`."""
-    if device.type != "cuda":
-        raise ValueError(f"optim adamw_8bit needs a GPU, and the model is on {device.type}; set optim to adamw")
+    An update whose gradient overflows at the present scale is skipped and the scale halved; after 2000 updates in a row
+    it is doubled. A skipped step counts as a step: the learning rate follows the number of the step. So it does in
+    transformers with its default, torch's fused AdamW, which skips on the GPU and tells nobody.
+    """
+    return torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -97,7 +95,16 @@ def load_optimizer_state(
     for name, state in states.items():
         if name not in parameters:
             raise ValueError(f"the optimizer state has {name!r}, which this model does not train")
-        device = parameters[name].device
-        optimizer.state[parameters[name]] = {
-            entry: value.to(device) if isinstance(value, Tensor) else value for entry, value in state.items()
+        parameter = parameters[name]
+        optimizer.state[parameter] = {
+            entry: _in_place(optimizer, parameter, entry, value) if isinstance(value, Tensor) else value
+            for entry, value in state.items()
         }
+
+
+def _in_place(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, entry: str, value: Tensor) -> Tensor:
+    """An entry where the optimizer wants it: large moments of a paged one in pages, all else beside the parameter."""
+    if entry in PAGED_ENTRIES and getattr(optimizer, "is_paged", False):
+        buffer: Tensor = optimizer.get_state_buffer(parameter, dtype=value.dtype)  # type: ignore[attr-defined]
+        return buffer.copy_(value)
+    return value.to(parameter.device)

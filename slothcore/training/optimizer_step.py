@@ -1,7 +1,8 @@
 """One optimizer step: its passes, forward and backward, then the update. The host waits for nothing in it.
 
-(But for float16 with 8-bit AdamW, whose update bitsandbytes cannot skip on the GPU: there the host asks whether the
-gradient overflowed, after all else has been asked for.)
+(But for bitsandbytes' optimizers other than 8-bit AdamW, which wait after each parameter. And but for float16 with any
+other optimizer than torch's, whose update cannot be skipped on the GPU: there the host asks whether the gradient
+overflowed, after all else has been asked for.)
 """
 
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ class OptimizerStep:
     Attributes:
         flat: the parameters that lie end to end, if any do; their gradients then stay in its vectors.
         decoded_layers: how many layers keep decoded weights.
+        skipped: whether the last update was, because its gradient overflowed, on the device; None: none ever is.
         most_tokens, most_passes: of a pass, and of a step, as steps are cut now.
     """
 
@@ -52,6 +54,7 @@ class OptimizerStep:
         laid = {id(parameter) for parameter in (flat.parameters if flat is not None else ())}
         self._others = [parameter for parameter in parameters.values() if id(parameter) not in laid]
         self.decoded_layers = decoded_layers
+        self.skipped: Tensor | None = None
         self.most_tokens = self.most_passes = 0
         self._clear_gradients()
 
@@ -60,13 +63,15 @@ class OptimizerStep:
         """Whether passes are no longer replayed because memory did not suffice; the gradients stay end to end."""
         return self.flat is not None and self.model.graphs is None
 
-    def run(self, feed: StepFeed, learning_rate: float) -> tuple[StepPlan, Tensor, Tensor]:
+    def run(self, feed: StepFeed, factor: float) -> tuple[StepPlan, Tensor, Tensor]:
         """The next step. Gives its plan, its loss and the norm of its gradient before clipping, both on the device.
 
         That a merged pass fits, and decoded weights and graphs beside it, is a prediction. Where it fails, the step
         begins anew as if it had not been tried: first without the decoded weights, then with smaller passes, at last
         without graphs, whose memory only they can use; so do all that follow.
 
+        Args:
+            factor: what the learning rate of every group of parameters is multiplied by.
         Raises: DoesNotFit where nothing is left to give up for a pass; the weights are those of the step before. And
             where the update does not fit; it may then have been done in part.
         """
@@ -79,11 +84,13 @@ class OptimizerStep:
         self.most_passes = max(self.most_passes, len(step.passes))
         self.most_tokens = max(self.most_tokens, *(len(batch.input_ids) for _, batch in step.passes))
         try:
-            grad_norm = self._update(learning_rate)
+            grad_norm = self._update(factor)
         except torch.OutOfMemoryError as error:
             weights = sum(parameter.numel() for parameter in self.parameters.values())
             raise DoesNotFit(update_remedy(self.config, weights=weights)) from error
-        if not self.scaler.is_enabled():
+        if self.scaler.is_enabled():
+            self.skipped = ~torch.isfinite(grad_norm)
+        else:
             # Nothing skips a step whose gradient is no number, and it spoils the weights: 0 * NaN makes the loss tell.
             loss += 0.0 * grad_norm
         return step.plan, loss, grad_norm
@@ -131,12 +138,12 @@ class OptimizerStep:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.model.device)
 
-    def _update(self, learning_rate: float) -> Tensor:
+    def _update(self, factor: float) -> Tensor:
         """Clip the gradients, update the weights and clear the gradients. Gives the norm before clipping."""
         self.scaler.unscale_(self.optimizer)
         grad_norm = self._clip()
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = group["initial_lr"] * factor
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self._clear_gradients()

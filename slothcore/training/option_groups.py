@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from slothcore.data.formats import LAYOUTS
+from slothcore.training.optimizer_kinds import Optim
 from slothcore.training.options import option
+from slothcore.training.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,12 @@ class ModelOptions:
     rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | Mapping[str, Any] | None = option(
         None,
         "how positions beyond the model's limit are reached, or the values as in config.json; null: linear",
+        group="Model",
+    )
+    new_tokens: tuple[str, ...] = option(
+        (),
+        "texts to add to the vocabulary, each as one token; to be learned, it needs embed_tokens and lm_head in "
+        "modules_to_save",
         group="Model",
     )
     gradient_checkpointing: Literal["mlp", "offload"] | bool = option(
@@ -110,10 +118,30 @@ class LoraOptions:
     )
     bias: Literal["none", "all", "lora_only"] = option("none", "which biases are trained", group="LoRA")
     use_rslora: bool = option(False, "scale by lora_alpha / sqrt(r) instead", group="LoRA")
-    lora_dtype: Literal["float32", "auto"] = option(
-        "float32", "dtype of the adapter; auto: the compute dtype, which takes less memory", group="LoRA"
+    use_dora: bool = option(
+        False, "DoRA: lengths of the weights' rows are learned apart from their directions", group="LoRA"
     )
-    modules_to_save: tuple[str, ...] = option((), "further modules to train whole, such as lm_head", group="LoRA")
+    lora_dtype: Literal["float32", "auto"] = option(
+        "float32",
+        "dtype of the adapter, and of embed_tokens and lm_head where they train; auto: the compute dtype, which takes "
+        "less memory and rounds their small updates away",
+        group="LoRA",
+    )
+    init_lora_weights: bool | str = option(
+        True,
+        "first factors: true, false, gaussian, orthogonal; or out of the base weights: pissa, pissa_niter_N (fast, "
+        "with N = 4 or so), olora, loftq (with bits 4)",
+        group="LoRA",
+    )
+    loftq_iter: int = option(1, "rounds of quantising and decomposing of init_lora_weights loftq", group="LoRA")
+    modules_to_save: tuple[str, ...] = option(
+        (), "further modules to train whole, such as embed_tokens and lm_head", group="LoRA"
+    )
+    adapter: str | None = option(
+        None,
+        "train this saved adapter further instead of a new one: a run, its folder, or a Hub name; its options hold",
+        group="LoRA",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +159,8 @@ class OptimizationOptions:
     memory_budget: Literal["auto"] | float | None = option(
         "auto",
         "GiB that the tensors of a run may take on the GPU, or auto: what is free at its start; rows of a step then "
-        "go through in as few passes as fit by prediction, with the same result (LoRA dropout and the experts' "
-        "auxiliary loss depend on the cut); "
+        "go through in as few passes as fit by prediction, with the same result (LoRA dropout, NEFTune "
+        "and the experts' auxiliary loss depend on the cut); "
         "null, and auto on a CPU: per_device_train_batch_size rows a pass",
         group="Optimization",
     )
@@ -141,20 +169,39 @@ class OptimizationOptions:
     )
     graph_tokens: int = option(2048, "tokens of the longest pass that replays a graph", group="Optimization")
     learning_rate: float = option(2e-4, "highest learning rate", group="Optimization")
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = option(
-        "linear", "how the learning rate falls after the warm-up", group="Optimization"
+    lr_scheduler_type: Schedule = option(
+        "linear", "how the learning rate falls after the warm-up, as in transformers", group="Optimization"
+    )
+    lr_scheduler_kwargs: Mapping[str, Any] | None = option(
+        None,
+        "values of the schedule, such as num_cycles, min_lr_rate, power or num_decay_steps; null: its own",
+        group="Optimization",
     )
     warmup_steps: int = option(0, "steps over which the learning rate rises from 0", group="Optimization")
     warmup_ratio: float = option(0.0, "warmup_steps as a share of all steps", group="Optimization")
-    optim: Literal["adamw", "adamw_8bit"] = option(
-        "adamw", "AdamW, or bitsandbytes' 8-bit one (GPU)", group="Optimization"
+    loraplus_lr_ratio: float | None = option(
+        None, "LoRA+: factors B, biases and norms learn at this multiple of learning_rate", group="Optimization"
+    )
+    embedding_learning_rate: float | None = option(
+        None, "learning rate of embed_tokens and lm_head where they are trained in full", group="Optimization"
+    )
+    optim: Optim = option(
+        "adamw",
+        "the optimizer; those with 8bit (state in 8 bits), paged (moved to host memory if the GPU needs room) "
+        "or lion in the name are bitsandbytes' and need a GPU",
+        group="Optimization",
     )
     weight_decay: float = option(0.0, "decoupled decay; biases and norms are exempt", group="Optimization")
-    adam_beta1: float = option(0.9, "decay of AdamW's first moment", group="Optimization")
-    adam_beta2: float = option(0.999, "decay of AdamW's second moment", group="Optimization")
+    adam_beta1: float = option(0.9, "decay of the first moment of AdamW, and of Lion's update", group="Optimization")
+    adam_beta2: float = option(0.999, "decay of AdamW's second moment, and of Lion's", group="Optimization")
     adam_epsilon: float = option(1e-8, "added to AdamW's denominator", group="Optimization")
     max_grad_norm: float = option(1.0, "clip the norm of all gradients to this; 0: no clipping", group="Optimization")
-    seed: int = option(42, "fixes initial adapter weights, data order and dropout", group="Optimization")
+    neftune_noise_alpha: float | None = option(
+        None,
+        "NEFTune: noise of alpha / sqrt(tokens x hidden size) on the embeddings of a document",
+        group="Optimization",
+    )
+    seed: int = option(42, "fixes initial adapter weights, data order, dropout and noise", group="Optimization")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,9 +215,42 @@ class RunOptions:
     )
     logging_steps: int = option(10, "steps between two lines of the log", group="Run")
     save_steps: int = option(500, "steps between two checkpoints; 0: none", group="Run")
-    save_total_limit: int | None = option(3, "how many checkpoints are kept, the newest; null: all", group="Run")
+    save_total_limit: int | None = option(
+        3, "how many checkpoints are kept, the newest, and the best besides; null: all", group="Run"
+    )
     eval_steps: int | None = option(None, "steps between two evaluations; null: only at the end", group="Run")
+    eval_on_start: bool = option(
+        False, "evaluate before the first step too; it is shown, and never the best", group="Run"
+    )
     per_device_eval_batch_size: int = option(8, "rows of one forward pass in evaluation", group="Run")
+    early_stopping_patience: int | None = option(
+        None, "end the run after so many evaluations without a lower loss; null: never early", group="Run"
+    )
+    early_stopping_threshold: float = option(
+        0.0, "how much lower than the lowest yet a loss must be to count for early_stopping_patience", group="Run"
+    )
+    load_best_model_at_end: bool = option(
+        False,
+        "save as the result what had the lowest evaluation loss; a checkpoint is written at each new lowest",
+        group="Run",
+    )
+    sample_prompts: str | tuple[str, ...] | None = option(
+        None,
+        "what to ask the model as it trains, greedily: texts, asked as the data asks, or a .txt file (one a line) or "
+        ".jsonl file (records as in the data; answers are shown beside); see samples.jsonl and report.html",
+        group="Run",
+    )
+    sample_steps: int | None = option(
+        None, "steps between two samplings, beside those at start and end; null: with each evaluation", group="Run"
+    )
+    sample_max_new_tokens: int = option(64, "most tokens of a sample", group="Run")
+    report_to: str | tuple[str, ...] | None = option(
+        None, "tensorboard, wandb, or both: where the log goes too; null: nowhere", group="Run"
+    )
+    run_name: str | None = option(None, "name of the run in wandb; null: that of output_dir", group="Run")
+    logging_dir: str | None = option(
+        None, "folder for the files of report_to; null: in output_dir, the folders tensorboard and wandb", group="Run"
+    )
     plot: bool = option(True, "draw loss.png at the end (needs matplotlib)", group="Run")
     report: bool = option(True, "write report.html, a page that needs no network, beside the log", group="Run")
     disable_tqdm: bool = option(False, "lines instead of a progress bar, as outside of a terminal", group="Run")

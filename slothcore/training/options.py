@@ -13,64 +13,10 @@ from typing import Any, Literal
 
 import yaml
 
+from slothcore.training.other_names import OTHER_NAMES, OTHER_VALUES, WITHOUT_COUNTERPART
+
 WORDS_FOR_NONE = {"none", "null", "~"}
 WORDS_FOR_BOOL = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-
-# What Unsloth, TRL, transformers and axolotl call an option that has another name here, where spelling alone would
-# suggest a wrong one.
-OTHER_NAMES = {
-    "load_in_4bit": "bits",
-    "load_in_8bit": "bits",
-    "fp16": "dtype",
-    "bf16": "dtype",
-    "torch_dtype": "dtype",
-    "model_name": "model",
-    "base_model": "model",
-    "rank": "r",
-    "lora_r": "r",
-    "lora_rank": "r",
-    "lora_target": "target_modules",
-    "lora_target_linear": "target_modules",
-    "lora_bias": "bias",
-    "full_finetune": "full_finetuning",
-    "dataset": "data",
-    "datasets": "data",
-    "dataset_name": "data",
-    "dataset_path": "data",
-    "data_path": "data",
-    "train_data": "data",
-    "train_dataset": "data",
-    "interleave_probs": "data_weights",
-    "template": "chat_template",
-    "train_file": "data",
-    "eval_dataset": "eval_data",
-    "val_set_size": "eval_fraction",
-    "val_data": "eval_data",
-    "train_on_inputs": "completion_only_loss",
-    "assistant_only_loss": "completion_only_loss",
-    "batch_size": "per_device_train_batch_size",
-    "micro_batch_size": "per_device_train_batch_size",
-    "auto_find_batch_size": "memory_budget",
-    "cutoff_len": "max_seq_length",
-    "max_length": "max_seq_length",
-    "model_max_length": "max_seq_length",
-    "sequence_len": "max_seq_length",
-    "epochs": "num_train_epochs",
-    "lr": "learning_rate",
-    "max_norm": "max_grad_norm",
-    "grad_clip": "max_grad_norm",
-    "gradient_clipping": "max_grad_norm",
-    "random_state": "seed",
-    "resume": "resume_from_checkpoint",
-}
-# What those have and slothcore has not, where the spelling alone would suggest something else.
-WITHOUT_COUNTERPART = frozenset(
-    {
-        *("attn_implementation", "deepspeed", "eval_strategy", "evaluation_strategy", "fsdp"),
-        *("logging_dir", "logging_strategy", "loftq_config", "neftune_noise_alpha", "push_to_hub", "report_to"),
-        *("run_name", "save_strategy", "trust_remote_code", "use_dora", "wandb_project"),
-    }
-)
 
 
 def option(default: Any, text: str, *, group: str, shown: bool = True) -> Any:
@@ -138,6 +84,8 @@ def coerce(name: str, value: Any, annotation: Any) -> Any:
 
     Raises: ValueError naming the option, what it must be and what it is.
     """
+    if isinstance(value, str):
+        value = OTHER_VALUES.get(name, {}).get(value, value)
     for member in _members(annotation):
         accepted, result = _convert(value, member)
         if accepted:

@@ -4,6 +4,14 @@ import torch
 
 from slothcore.training.config import TrainConfig
 
+# What takes less memory for its state, of the optimizers that differ in nothing else.
+SMALLER_STATE = {
+    "adamw": "adamw_8bit",
+    "adamw_8bit": "paged_adamw_8bit",
+    "paged_adamw": "paged_adamw_8bit",
+    "lion": "lion_8bit",
+}
+
 
 class DoesNotFit(torch.OutOfMemoryError):
     """Training cannot go on in this memory. Its text is a sentence for the user, with a remedy."""
@@ -38,6 +46,6 @@ def evaluation_remedy(batch_size: int, *, tokens: int) -> str:
 
 def update_remedy(config: TrainConfig, *, weights: int) -> str:
     """The same of the first update, which makes the optimizer's state."""
-    ways = ["set optim to adamw_8bit"] if config.optim == "adamw" else []
+    ways = [f"set optim to {SMALLER_STATE[config.optim]}"] if config.optim in SMALLER_STATE else []
     ways.append("train a LoRA adapter" if config.full_finetuning else "lower r")
     return f"the GPU's memory does not take the update of {weights:,} weights and its state; {', or '.join(ways)}"

@@ -17,22 +17,12 @@ from slothcore.lora.attach import lora_config_of
 from slothcore.models.decoder import Decoder
 from slothcore.training.batches import RowSet
 from slothcore.training.config import TrainConfig
+from slothcore.training.new_tokens import say_what_tables_learn
 from slothcore.training.report import say
 
 DEFAULT_MAX_SEQ_LENGTH = 2048
 # For tokenizers without a template: it needs no tokens of its own, and ends a turn with the end-of-sequence token.
 FALLBACK_TEMPLATE = "vicuna"
-# What an adapter that is trained further has decided already.
-ADAPTER_OPTIONS = (
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "bias",
-    "use_rslora",
-    "lora_dtype",
-    "modules_to_save",
-)
 
 
 def resolve_max_seq_length(config: TrainConfig, model: Decoder) -> int:
@@ -49,28 +39,12 @@ def resolve_max_seq_length(config: TrainConfig, model: Decoder) -> int:
 
 def check_evaluation(config: TrainConfig, *, has_data: bool) -> None:
     """Raise ValueError if evaluation is asked for every few steps, and there is nothing to evaluate on."""
-    if config.eval_steps is not None and not has_data:
-        raise ValueError(
-            f"eval_steps is {config.eval_steps}, but there is no evaluation data; "
-            "give eval_data, eval_fraction or an eval_dataset, or drop eval_steps"
-        )
-
-
-def check_continued(model: Decoder, config: TrainConfig) -> None:
-    """Raise ValueError if the configuration asks for another adapter than the one that the model came with."""
-    adapter = lora_config_of(model)
-    assert adapter is not None
-    defaults = TrainConfig()
-    for name in ADAPTER_OPTIONS:
-        asked, present = getattr(config, name), getattr(adapter, name, getattr(defaults, name))
-        # A name stands for a list of one, as in `add_lora`.
-        same = asked == present or (asked,) == present
-        if not same and asked != getattr(defaults, name):
+    for name in ("eval_steps", "eval_on_start"):
+        if getattr(config, name) and not has_data:
             raise ValueError(
-                f"{config.model} comes with an adapter, whose {name} is {present!r}, and {name} is set to {asked!r}; "
-                "drop the option to train that adapter further, or merge it into its base model first"
+                f"{name} is {str(getattr(config, name)).lower()}, but there is no evaluation data; "
+                f"give eval_data, eval_fraction or an eval_dataset, or drop {name}"
             )
-    say(f"training the adapter of {config.model} further: r {adapter.r}, lora_alpha {adapter.lora_alpha}")
 
 
 def choose_trainable(model: Decoder, config: TrainConfig) -> None:
@@ -78,7 +52,8 @@ def choose_trainable(model: Decoder, config: TrainConfig) -> None:
 
     Raises: ValueError if the model and the configuration do not fit together.
     """
-    has_adapter = lora_config_of(model) is not None
+    adapter = lora_config_of(model)
+    has_adapter = adapter is not None
     if config.full_finetuning:
         if has_adapter:
             raise ValueError("full_finetuning is set, but the model has a LoRA adapter; merge it, or drop the option")
@@ -92,7 +67,12 @@ def choose_trainable(model: Decoder, config: TrainConfig) -> None:
     if any(p.dtype == torch.float16 for p in model.parameters() if p.requires_grad):
         # Gradients are scaled against underflow, and a float16 one may overflow when it is scaled back.
         raise ValueError("float16 weights cannot be trained; set lora_dtype to float32, or train in bfloat16")
+    if adapter is not None and adapter.use_dora:
+        twice = "; with lora_dropout every product with a weight is done twice" if adapter.lora_dropout else ""
+        say(f"DoRA: the lengths of the weights' rows train beside the factors{twice}")
+    say_what_tables_learn(model)
     model.gradient_checkpointing = config.gradient_checkpointing
+    model.neftune_noise_alpha = config.neftune_noise_alpha
 
 
 def allows_graphs(model: Decoder, config: TrainConfig) -> bool:
@@ -131,9 +111,9 @@ def prepare_rows(dataset: Iterable[Any], tokenizer: Tokenizer | None, config: Tr
     Raises: ValueError if it is empty, a record does not fit its format, or a tokenised row cannot be used.
     """
     assert config.max_seq_length is not None
-    if not isinstance(dataset, Sized):
-        dataset = list(dataset)
-    if not len(dataset):
+    if not isinstance(dataset, Sized) and iter(dataset) is dataset:
+        dataset = list(dataset)  # it can be gone through only once
+    if isinstance(dataset, Sized) and not len(dataset):
         raise ValueError(f"the {what} dataset is empty; give at least one record")
     if isinstance(dataset, Sequence) and all(isinstance(item, TokenizedRow) for item in dataset):
         rows = [_checked(cast(TokenizedRow, row), i, config.max_seq_length, what) for i, row in enumerate(dataset)]

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from slothcore.training.progress import ProgressLine, figures_of, in_words, is_terminal
+
 if TYPE_CHECKING:
     from slothcore.training.run_record import RunRecord
 
@@ -40,8 +42,8 @@ def most_memory(device: torch.device) -> dict[str, float]:
 class Report:
     """Progress and log of one run, from `step` on.
 
-    In a terminal a bar moves. Elsewhere, where a bar would draw itself anew without end, each line of the log is said
-    in words. A line of the log is flushed as it is written: a killed run keeps it.
+    In a terminal a line moves, see `progress.py`. Elsewhere, where it would draw itself anew without end, each line of
+    the log is said in words. A line of the log is flushed as it is written: a killed run keeps it.
 
     Args:
         run: hears of each line, so that it may draw the run anew, and of an error that ends the run; or a folder alone.
@@ -58,14 +60,7 @@ class Report:
         self.total_steps = total_steps
         self.record = None if isinstance(run, Path) else run
         self.file = ((run if isinstance(run, Path) else run.folder) / LOG_FILE).open("a", encoding="utf-8")
-        self.bar = tqdm(
-            initial=step,
-            total=total_steps,
-            desc="training",
-            unit="step",
-            disable=disable_tqdm or not sys.stderr.isatty(),
-            dynamic_ncols=True,
-        )
+        self.bar = ProgressLine(step=step, total_steps=total_steps, disable=disable_tqdm or not is_terminal())
 
     def __enter__(self) -> "Report":
         return self
@@ -87,28 +82,28 @@ class Report:
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
         if self.record is not None:
-            self.record.line_written()
+            self.record.line_written(record)
         if "eval_loss" in record:
             perplexity = "infinite" if record["eval_perplexity"] is None else f"{record['eval_perplexity']:.4g}"
             say(f"step {record['step']}: evaluation loss {record['eval_loss']:.4f}, perplexity {perplexity}")
         if "loss" not in record:
             return
-        shown = {"loss": f"{record['loss']:.4f}", "tokens/s": f"{record['tokens_per_second']:.0f}"}
-        if "memory_gib" in record:
-            shown["GiB"] = f"{record['memory_gib']:.1f}"
-        if self.bar.disable:
-            left = record["elapsed"] / record["step"] * (self.total_steps - record["step"])
-            figures = ", ".join(f"{name} {value}" for name, value in shown.items())
-            say(f"step {record['step']}/{self.total_steps}: {figures}, {tqdm.format_interval(left)} left")
-        else:
-            self.bar.set_postfix(shown, refresh=True)
+        figures, step = figures_of(record), record["step"]
+        if not self.bar.disable:
+            self.bar.show(figures)
+            return
+        left = self.bar.time_left.at(step)
+        if left is not None and step < self.total_steps:
+            figures["left"] = f"{in_words(left)} left"
+        say(f"step {step}/{self.total_steps}: {', '.join(figures.values())}")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The records of a log; a last line that a killed process left unfinished is dropped."""
     records = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        # Not by splitlines: a text may hold characters that end a line elsewhere.
+        for line in path.read_text(encoding="utf-8").split("\n"):
             try:
                 records.append(json.loads(line))
             except ValueError:
@@ -118,7 +113,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def rewind_log(source: Path, target: Path, step: int) -> None:
     """Write to `target` the records of `source` up to `step`, so that a resumed run repeats no line."""
-    lines = [json.dumps(record) + "\n" for record in read_log(source) if record["step"] <= step]
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in read_log(source) if record["step"] <= step]
     temporary = target.with_suffix(".partial")
     temporary.write_text("".join(lines), encoding="utf-8")
     os.replace(temporary, target)

@@ -4,6 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slothcore.report.saved_run import SAMPLES_FILE
+from slothcore.training.best import best_checkpoint, bring_best_along
 from slothcore.training.meter import Meter
 from slothcore.training.optimizer import load_optimizer_state, optimizer_state
 from slothcore.training.report import LOG_FILE, rewind_log, say
@@ -36,6 +38,16 @@ WITHOUT_INFLUENCE = {
     "save_total_limit",
     "eval_steps",
     "eval_data",
+    "eval_on_start",
+    "early_stopping_patience",
+    "early_stopping_threshold",
+    "load_best_model_at_end",
+    "sample_prompts",
+    "sample_steps",
+    "sample_max_new_tokens",
+    "report_to",
+    "run_name",
+    "logging_dir",
     "per_device_eval_batch_size",
     "plot",
     "report",
@@ -51,6 +63,7 @@ def write_checkpoint(trainer: "SFTTrainer", state: RunState, meter: Meter) -> Pa
     tensors, values = optimizer_state(trainer.optimizer, trainer.parameters)
     state.epoch, state.position = divmod(state.step, trainer.schedule.steps_per_epoch)
     state.window_loss, state.window_steps = meter.read_loss(), meter.steps
+    state.window_skipped = meter.read_skipped()
     state.elapsed = meter.elapsed()
     state.optimizer_values, state.scaler = values, trainer.scaler.state_dict()
     output_dir = Path(trainer.config.output_dir)
@@ -61,7 +74,7 @@ def write_checkpoint(trainer: "SFTTrainer", state: RunState, meter: Meter) -> Pa
         device=trainer.model.device,
         save_weights=lambda folder: save_weights(trainer.model, trainer.tokenizer, folder),
     )
-    keep_newest(output_dir, trainer.config.save_total_limit)
+    keep_newest(output_dir, trainer.config.save_total_limit, best=best_checkpoint(state, trainer.config))
     return path
 
 
@@ -94,11 +107,16 @@ def restore(trainer: "SFTTrainer", fresh: RunState) -> RunState:
     restore_generators(generators, trainer.model.device)
 
     claim_output_dir(config)
-    rewind_log(checkpoint.parent / LOG_FILE, output_dir / LOG_FILE, saved.step)
+    for log in (LOG_FILE, SAMPLES_FILE):
+        if (checkpoint.parent / log).is_file():
+            rewind_log(checkpoint.parent / log, output_dir / log, saved.step)
     for later in checkpoints(output_dir):
         if later != checkpoint and int(later.name.partition("-")[2]) > saved.step:
             remove_folder(later)
             say(f"deleted {later}, which came after the checkpoint that training goes on from")
+    bring_best_along(saved, config, checkpoint.parent)
+    if checkpoint.parent.resolve() != output_dir.resolve():
+        saved.wandb_id = None  # a run of its own, from here on
     say(f"resumed from {checkpoint}: step {saved.step} of {trainer.total_steps}")
     if saved.config.get("memory_budget") != fresh.config["memory_budget"]:
         saved.token_budget = saved.decoded_layers = None

@@ -3,9 +3,11 @@
 output_dir/
     config.yaml         the options, complete: `slothcore train --config` repeats the run
     log.jsonl           a line every logging_steps, and one for each evaluation
+    samples.jsonl       what the model said on the way, with sample_prompts
     run.json            what the run is made of, and what became of it
     report.html         both as a page
     loss.png
+    tensorboard/, wandb/ what report_to asks for
     checkpoint-N/       see run_state.py
     adapter/ or model/  the result
 """
@@ -17,7 +19,7 @@ from pathlib import Path
 
 from slothcore.models.hub import ADAPTER_CONFIG_FILE
 from slothcore.report.page import REPORT_FILE
-from slothcore.report.saved_run import NOTES_FILE
+from slothcore.report.saved_run import NOTES_FILE, SAMPLES_FILE
 from slothcore.training.config import TrainConfig
 from slothcore.training.report import LOG_FILE, PLOT_FILE
 from slothcore.training.run_state import checkpoints, remove_folder, remove_partial
@@ -57,17 +59,19 @@ def check_output_dir(config: TrainConfig) -> None:
 
 
 def _check_base_is_elsewhere(config: TrainConfig) -> None:
-    """Raise ValueError if the base model lies where this run deletes what was before, or writes its result."""
-    if not config.model:
-        return
-    folder, base = Path(config.output_dir).resolve(), Path(find_source(config.model).path).expanduser().resolve()
-    if base.exists() and base != folder and base.is_relative_to(folder):
-        first = base.relative_to(folder).parts[0]
-        if first in (ADAPTER_FOLDER, MODEL_FOLDER) or first.startswith("checkpoint-"):
-            raise ValueError(
-                f"model {config.model} lies in output_dir {config.output_dir}, where this run would replace it; "
-                "choose another output_dir"
-            )
+    """Raise ValueError if what is trained on lies where this run deletes what was before, or writes its result."""
+    folder = Path(config.output_dir).resolve()
+    for option, name in (("model", config.model), ("adapter", config.adapter)):
+        if not name:
+            continue
+        base = Path(find_source(name).path).expanduser().resolve()
+        if base.exists() and base != folder and base.is_relative_to(folder):
+            first = base.relative_to(folder).parts[0]
+            if first in (ADAPTER_FOLDER, MODEL_FOLDER) or first.startswith("checkpoint-"):
+                raise ValueError(
+                    f"{option} {name} lies in output_dir {config.output_dir}, where this run would replace it; "
+                    "choose another output_dir"
+                )
 
 
 def check_writable(folder: Path) -> None:
@@ -94,7 +98,7 @@ def claim_output_dir(config: TrainConfig) -> Path:
             remove_folder(checkpoint)
         for result in (ADAPTER_FOLDER, MODEL_FOLDER):
             shutil.rmtree(folder / result, ignore_errors=True)
-        for file in (LOG_FILE, PLOT_FILE, NOTES_FILE, REPORT_FILE):
+        for file in (LOG_FILE, SAMPLES_FILE, PLOT_FILE, NOTES_FILE, REPORT_FILE):
             (folder / file).unlink(missing_ok=True)
     (folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
     return folder

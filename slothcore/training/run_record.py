@@ -5,12 +5,14 @@ Both are for people: nothing of them is read to resume, and where they cannot be
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from slothcore.report.page import LivePage, replace_text
 from slothcore.report.saved_run import NOTES_FILE
+from slothcore.training.best import early_end
+from slothcore.training.config import TrainConfig
 from slothcore.training.memory_plan import MemoryPlan
 from slothcore.training.micro_batches import compare, sample_passes
 from slothcore.training.report import say
@@ -24,6 +26,7 @@ from slothcore.training.run_facts import (
     version_facts,
 )
 from slothcore.training.run_state import RunState
+from slothcore.training.trackers import Trackers
 
 if TYPE_CHECKING:
     from slothcore.training.trainer import SFTTrainer
@@ -37,10 +40,13 @@ class RunRecord:
     Args:
         notes: plain values.
         page: None: no page is drawn.
+        trackers: who else hears of each line.
     """
 
-    def __init__(self, folder: Path, notes: dict[str, Any], *, page: LivePage | None) -> None:
-        self.folder, self.notes, self.page = folder, notes, page
+    def __init__(
+        self, folder: Path, notes: dict[str, Any], *, page: LivePage | None, trackers: Trackers | None = None
+    ) -> None:
+        self.folder, self.notes, self.page, self.trackers = folder, notes, page, trackers
         self._given_up = False
 
     @classmethod
@@ -53,7 +59,7 @@ class RunRecord:
             "started": time.time(),
             "first_step": state.step,
             "total_steps": trainer.total_steps,
-            "model": model_facts(trainer.model, config.model),
+            "model": model_facts(trainer.model, config.source),
             "machine": machine_facts(trainer.model.device),
             "versions": version_facts(),
             "files": file_facts(config),
@@ -64,14 +70,29 @@ class RunRecord:
         if trainer.model.device.type == "cuda":
             sample = sample_passes(trainer.cut, trainer.schedule, first_step=state.step)
             notes["memory"] = memory_facts(trainer.memory, tokens=sample.most_tokens, passes=sample.most)
-        record = cls(folder, notes, page=LivePage(folder) if config.report else None)
+        page = LivePage(folder) if config.report else None
+        record = cls(folder, notes, page=page, trackers=Trackers(config, state))
         record._write()
         return record
 
-    def line_written(self) -> None:
-        """The log has grown: draw the page anew, if it is time."""
+    def line_written(self, line: dict[str, Any]) -> None:
+        """The log has grown: tell the trackers, and draw the page anew, if it is time."""
+        if self.trackers is not None:
+            self.trackers.log(line)
         if self.page is not None:
             self._guarded(self.page.refresh)
+
+    def samples_written(self, lines: Sequence[dict[str, Any]]) -> None:
+        """What the model said at a step stands in samples.jsonl."""
+        if self.trackers is not None:
+            self.trackers.show_samples(lines)
+
+    def note_best(self, state: RunState, config: TrainConfig, *, stopped_early: bool) -> None:
+        """Note which evaluation was the best, whether the result is of that step, and why the run ended early."""
+        if state.best_step is not None:
+            self.notes |= {"best_step": state.best_step, "best_is_saved": config.load_best_model_at_end}
+        if stopped_early:
+            self.notes["early_stop"] = early_end(state, config)
 
     def memory_used(self, plan: MemoryPlan, *, tokens: int, passes: int, actual: int) -> str:
         """Note what was predicted for the largest pass that there was, and what it took; gives both in one line."""
@@ -82,6 +103,8 @@ class RunRecord:
         """The run is over. Says where the page is, if there is one."""
         self.notes |= {"status": status, "ended": time.time(), "error": " ".join(str(error).split()) if error else None}
         self._write()
+        if self.trackers is not None:
+            self.trackers.finish(failed=status == "failed")
         page = self.page
         if page is not None and self._guarded(lambda: page.refresh(now=True)):
             say(f"the run is drawn in {page.path}")

@@ -43,11 +43,16 @@ class RunState:
     tokens: int = 0  # tokens seen since step 0
     window_steps: int = 0  # steps since the last line of the log
     window_loss: float = 0.0  # their losses, summed
+    window_skipped: int = 0  # how many of them were skipped, in float16
     logged_loss: float = 0.0  # losses of all steps before the window, summed
     elapsed: float = 0.0  # seconds of training
     token_budget: int | None = None  # tokens of a pass that rows are merged up to; None: without memory_budget
     decoded_layers: int | None = None  # layers that keep decoded weights
     graphs_given_up: bool = False  # for want of memory
+    best_step: int | None = None  # of the evaluation with the lowest loss
+    best_eval_loss: float | None = None
+    evaluations_without_improvement: int = 0  # until now, in a row; for early stopping
+    wandb_id: str | None = None  # of the run that its lines go to
     optimizer_values: dict[str, dict[str, Any]] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
 
@@ -73,7 +78,12 @@ def save_checkpoint(
         save_tensors(generator_states(device), folder / RNG_FILE)
         (folder / STATE_FILE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
 
-    return write_folder(output_dir / f"checkpoint-{state.step}", write)
+    return write_folder(checkpoint_of(output_dir, state.step), write)
+
+
+def checkpoint_of(output_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies, if there is one."""
+    return output_dir / f"checkpoint-{step}"
 
 
 def write_folder(target: Path, write: Callable[[Path], object]) -> Path:
@@ -152,11 +162,12 @@ def find_checkpoint(resume_from: str, output_dir: Path) -> Path:
     return found[-1]
 
 
-def keep_newest(output_dir: Path, limit: int | None) -> None:
-    """Delete all but the `limit` newest checkpoints; None keeps all."""
+def keep_newest(output_dir: Path, limit: int | None, *, best: Path | None = None) -> None:
+    """Delete all but the `limit` newest checkpoints, and `best`; None keeps all."""
     if limit is not None:
         for path in checkpoints(output_dir)[:-limit]:
-            remove_folder(path)
+            if path != best:
+                remove_folder(path)
 
 
 def remove_partial(output_dir: Path) -> None:

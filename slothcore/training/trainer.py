@@ -4,7 +4,6 @@ The loss of an optimizer step is the sum over all its target tokens divided by t
 micro-batches, so gradient accumulation changes memory and time but not the result.
 """
 
-import math
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -17,22 +16,16 @@ from slothcore.data.tokenizer import Tokenizer
 from slothcore.data.values import counted
 from slothcore.models.decoder import Decoder
 from slothcore.training.batches import RowSet, StepSchedule
+from slothcore.training.best import load_best
 from slothcore.training.config import TrainConfig
-from slothcore.training.decoded import choose_decoded_layers, keep_decoded_layers
+from slothcore.training.decoded import keep_decoded_layers
 from slothcore.training.evaluation import EvalResult, evaluate
 from slothcore.training.interruption import Interruption
 from slothcore.training.memory import memory_of
 from slothcore.training.meter import Meter
-from slothcore.training.micro_batches import (
-    StepCut,
-    choose_token_budget,
-    describe,
-    longest_pass,
-    memory_limit,
-    sample_passes,
-)
+from slothcore.training.micro_batches import StepCut
+from slothcore.training.milestones import Milestones
 from slothcore.training.optimizer import create_optimizer, create_scaler, trainable_parameters
-from slothcore.training.optimizer_step import OptimizerStep
 from slothcore.training.preparation import (
     allows_graphs,
     check_evaluation,
@@ -40,13 +33,16 @@ from slothcore.training.preparation import (
     prepare_rows,
     resolve_max_seq_length,
 )
-from slothcore.training.report import Report, draw_loss, most_memory, say
+from slothcore.training.readiness import make_ready
+from slothcore.training.report import Report, draw_loss, say
 from slothcore.training.resume import restore, write_checkpoint
 from slothcore.training.run_folder import CONFIG_FILE, check_output_dir, claim_output_dir
 from slothcore.training.run_record import RunRecord
 from slothcore.training.run_state import RunState, model_fingerprint
-from slothcore.training.schedule import learning_rate_factor, resolve_warmup_steps
+from slothcore.training.samples import Samples
+from slothcore.training.schedule import check_steps, learning_rate_factor, resolve_warmup_steps
 from slothcore.training.step_feed import StepFeed
+from slothcore.training.trackers import check_trackers
 from slothcore.training.training_log import TrainingLog
 from slothcore.training.weights import save_result
 
@@ -56,7 +52,8 @@ class TrainResult:
     """What a run came to.
 
     `train_loss` is the mean over all optimizer steps so far; `path` is where the adapter, or the model, was saved
-    (the checkpoint, if the run was interrupted).
+    (the checkpoint, if the run was interrupted). `eval_loss` is the newest one, or with `load_best_model_at_end` that
+    of the weights that were saved; `best_step` is the step of the lowest, whether saved or not.
     """
 
     steps: int
@@ -67,6 +64,8 @@ class TrainResult:
     seconds: float  # of training, without evaluation and saving
     path: Path
     interrupted: bool
+    best_step: int | None = None
+    stopped_early: bool = False
 
 
 class SFTTrainer:
@@ -91,6 +90,7 @@ class SFTTrainer:
         config = config or TrainConfig()
         check_output_dir(config)
         check_evaluation(config, has_data=eval_dataset is not None)
+        check_trackers(config.report_to)
         self.model, self.tokenizer = model, tokenizer
         self.config = config = replace(config, max_seq_length=resolve_max_seq_length(config, model))
         choose_trainable(model, config)
@@ -98,10 +98,12 @@ class SFTTrainer:
         self.replays_graphs = allows_graphs(model, config)
         self.optimizer = create_optimizer(model, config)
         self.scaler = create_scaler(model)
+        train_dataset = list(train_dataset) if iter(train_dataset) is train_dataset else train_dataset
         self.train_rows = prepare_rows(train_dataset, tokenizer, config, what="training")
         self.eval_rows: RowSet | None = None
         if eval_dataset is not None:
             self.eval_rows = prepare_rows(eval_dataset, tokenizer, config, what="evaluation")
+        self.samples = Samples(self, train_dataset)
         self.schedule = StepSchedule(
             self.train_rows,
             step_rows=config.step_rows,
@@ -113,9 +115,15 @@ class SFTTrainer:
         self.cut = StepCut(self.train_rows, config.per_device_train_batch_size, token_budget=None)
         graph_tokens = config.graph_tokens if self.replays_graphs else 0
         self.memory = replace(memory_of(model, optim=config.optim), graph_tokens=graph_tokens)
-        self._foreign_bytes = 0  # on the GPU, but not this run's
+        self.foreign_bytes = 0  # on the GPU, but not this run's
         self.warmup_steps = resolve_warmup_steps(
             warmup_steps=config.warmup_steps, warmup_ratio=config.warmup_ratio, total_steps=self.total_steps
+        )
+        check_steps(
+            config.lr_scheduler_type,
+            config.lr_scheduler_kwargs or {},
+            warmup_steps=self.warmup_steps,
+            total_steps=self.total_steps,
         )
 
     def train(self) -> TrainResult:
@@ -134,29 +142,31 @@ class SFTTrainer:
 
     def _train(self, state: RunState) -> TrainResult:
         config = self.config
-        steps = self._make_ready(state)
+        steps = make_ready(self, state)
         output_dir = Path(config.output_dir)
         record = RunRecord.begin(self, state)
         meter = Meter(
             self.model.device,
             window_loss=state.window_loss,
             window_steps=state.window_steps,
+            window_skipped=state.window_skipped,
             elapsed=state.elapsed,
         )
         report = Report(record, step=state.step, total_steps=self.total_steps, disable_tqdm=config.disable_tqdm)
         log = TrainingLog(report, meter, state, steps_per_epoch=self.schedule.steps_per_epoch)
-        evaluated: EvalResult | None = None
+        milestones = Milestones(self, state, report, log)
         checkpoint: Path | None = None
-        stop = False
+        finished, interrupted = milestones.stopped_early, False
         self.model.train()
         feed = StepFeed(self.schedule, self.cut, first_step=state.step)
         with report, log, feed, Interruption() as interruption:
-            while state.step < self.total_steps and not stop:
-                learning_rate = self._learning_rate(state.step)
-                plan, loss, grad_norm = steps.run(feed, learning_rate)
+            milestones.before_training()
+            while not (finished or interrupted):
+                factor = self._factor(state.step)
+                plan, loss, grad_norm = steps.run(feed, factor)
                 # The line that an earlier step began: the device has this step to do while the host reads it.
                 log.write_waiting()
-                meter.add(loss, plan.num_tokens)
+                meter.add(loss, plan.num_tokens, skipped=steps.skipped)
                 state.step += 1
                 state.tokens += plan.num_tokens
                 # What was given up where memory did not suffice.
@@ -165,29 +175,32 @@ class SFTTrainer:
                 report.advance()
                 last = state.step == self.total_steps
                 if last or state.step % config.logging_steps == 0:
-                    log.begin_line(learning_rate=learning_rate, grad_norm=grad_norm)
-                if self.eval_rows and (last or _is_due(state.step, config.eval_steps)):
-                    with log.paused():
-                        evaluated = self.evaluate()
-                    report.log(self._evaluation_record(state, evaluated))
-                stop = interruption.requested and not last
-                if stop or (config.save_steps and (last or _is_due(state.step, config.save_steps))):
+                    log.begin_line(learning_rate=config.learning_rate * factor, grad_norm=grad_norm)
+                milestones.after_step(last=last)
+                finished = last or milestones.stopped_early
+                interrupted = interruption.requested and not finished
+                if interrupted or milestones.needs_checkpoint(finished=finished):
                     with log.paused():
                         checkpoint = write_checkpoint(self, state, meter)
         self.cut, self.memory = feed.cut, self.memory.keeping_decoded(steps.decoded_layers)
         seconds = meter.elapsed()
-        if stop and checkpoint:
+        evaluated = milestones.evaluated
+        if interrupted:
+            assert checkpoint is not None
             say(f"interrupted after step {state.step}; saved {checkpoint}. {self._how_to_go_on()}")
             path = checkpoint
         else:
+            if config.load_best_model_at_end:
+                evaluated = load_best(self, state) or evaluated
             path = save_result(self.model, self.tokenizer, output_dir)
             say(f"saved {path}")
         if self.model.device.type == "cuda" and steps.most_passes:
-            actual = torch.cuda.max_memory_allocated(self.model.device) - self._foreign_bytes
+            actual = torch.cuda.max_memory_allocated(self.model.device) - self.foreign_bytes
             say(record.memory_used(self.memory, tokens=steps.most_tokens, passes=steps.most_passes, actual=actual))
         if config.plot:
             say(draw_loss(output_dir))
-        record.end("interrupted" if stop else "finished")
+        record.note_best(state, config, stopped_early=milestones.stopped_early)
+        record.end("interrupted" if interrupted else "finished")
         return TrainResult(
             steps=state.step,
             train_loss=(state.logged_loss + meter.loss.item()) / max(1, state.step),
@@ -196,7 +209,9 @@ class SFTTrainer:
             tokens=state.tokens,
             seconds=seconds,
             path=path,
-            interrupted=stop,
+            interrupted=interrupted,
+            best_step=state.best_step,
+            stopped_early=milestones.stopped_early,
         )
 
     def evaluate(self) -> EvalResult:
@@ -226,75 +241,26 @@ class SFTTrainer:
         )
         return state
 
-    def _make_ready(self, state: RunState) -> OptimizerStep:
-        """Set the model up for its steps: graphs, their cut into passes, and weights that are kept decoded.
-
-        Cut and weights are decided here unless the checkpoint has them; what that is predicted to take is said.
-        """
-        budget, device = self.config.memory_budget, self.model.device
-        if budget == "auto" and device.type != "cuda":
-            budget = None
-        allocated = self.memory.weights + self.memory.trained + (self.memory.optimizer if self.optimizer.state else 0)
-        graphs = flat = None
-        self.model.disable_graphs()
-        if self.replays_graphs:
-            graphs = self.model.enable_graphs(max_tokens=self.config.graph_tokens)
-            flat = graphs.flat
-            allocated += self.memory.gradients
-            if state.graphs_given_up:
-                self.model.disable_graphs()
-        if budget is not None and state.token_budget is None:
-            state.token_budget = choose_token_budget(self.memory, budget, self.train_rows, device, allocated=allocated)
-        self.cut = replace(self.cut, token_budget=state.token_budget)
-        if graphs is not None:
-            graphs.expected_tokens = longest_pass(
-                self.cut, self.schedule, first_step=state.step, at_most=graphs.max_tokens
-            )
-        if state.decoded_layers is None and budget is not None:
-            limit = memory_limit(budget, device, allocated=allocated)
-            sample = sample_passes(self.cut, self.schedule, first_step=state.step)
-            state.decoded_layers = choose_decoded_layers(self.memory, limit, sample)
-        decoded_layers = state.decoded_layers or 0
-        keep_decoded_layers(self.model, decoded_layers)
-        self.memory = self.memory.keeping_decoded(decoded_layers)
-        if budget is not None or device.type == "cuda":
-            say(describe(self.memory, self.cut, self.schedule, first_step=state.step))
-        if device.type == "cuda":
-            # Loading may have taken more than training will, and the caller may have tensors of their own.
-            torch.cuda.reset_peak_memory_stats(device)
-            self._foreign_bytes = torch.cuda.memory_allocated(device) - allocated - self.memory.decoded
-        return OptimizerStep(
-            self.model,
-            self.parameters,
-            self.optimizer,
-            self.scaler,
-            self.config,
-            flat=flat,
-            decoded_layers=decoded_layers,
-        )
-
     def _give_back(self) -> None:
         """Free what only training needs: what comes next, such as a merge, may need the memory."""
         self.model.disable_graphs()
+        self.model.neftune_noise_alpha = None
         keep_decoded_layers(self.model, 0)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _learning_rate(self, step: int) -> float:
-        return self.config.learning_rate * learning_rate_factor(
-            self.config.lr_scheduler_type, step, warmup_steps=self.warmup_steps, total_steps=self.total_steps
+    def _factor(self, step: int) -> float:
+        """What every learning rate is multiplied by."""
+        return learning_rate_factor(
+            self.config.lr_scheduler_type,
+            step,
+            warmup_steps=self.warmup_steps,
+            total_steps=self.total_steps,
+            learning_rate=self.config.learning_rate,
+            kwargs=self.config.lr_scheduler_kwargs,
         )
 
-    def _evaluation_record(self, state: RunState, result: EvalResult) -> dict[str, Any]:
-        perplexity = result.perplexity if math.isfinite(result.perplexity) else None
-        record = {"step": state.step, "eval_loss": result.loss, "eval_perplexity": perplexity}
-        return {**record, **most_memory(self.model.device)}
-
     def _how_to_go_on(self) -> str:
-        if self.config.model is None:
+        if self.config.source is None:
             return "Go on with TrainConfig(resume_from_checkpoint='latest', ...)"
         config = shlex.quote(str(Path(self.config.output_dir) / CONFIG_FILE))
         return f"Go on with: slothcore train --config {config} --resume-from-checkpoint latest"
-
-
-def _is_due(step: int, interval: int | None) -> bool:
-    return interval is not None and step % interval == 0

@@ -11,6 +11,9 @@ from slothcore.training.meter import Meter, Reading
 from slothcore.training.report import Report, most_memory
 from slothcore.training.run_state import RunState
 
+# Scales in float16 begin at 2^16. After as many halvings no gradient overflows that is a number before it is scaled.
+MOST_SKIPPED = 60
+
 
 class TrainingLog:
     """Writes each line one step late at most, so that the device has its next step while the host reads the last one.
@@ -22,6 +25,7 @@ class TrainingLog:
     def __init__(self, report: Report, meter: Meter, state: RunState, *, steps_per_epoch: int) -> None:
         self.report, self.meter, self.state, self.steps_per_epoch = report, meter, state, steps_per_epoch
         self._waiting: tuple[dict[str, Any], Reading] | None = None
+        self._skipped_in_a_row = 0
 
     def begin_line(self, *, learning_rate: float, grad_norm: Tensor) -> None:
         """A line about the steps since the last one, `state.step` being the newest."""
@@ -44,7 +48,8 @@ class TrainingLog:
     def write_waiting(self) -> None:
         """Write the line that was begun, if there is one; waits for its step.
 
-        Raises: ValueError if the loss or the gradient was not finite; the line is then not written.
+        Raises: ValueError if the loss or the gradient was not finite; the line is then not written. And, behind the
+            line, if so many steps in a row were skipped that no scale will do.
         """
         if self._waiting is None:
             return
@@ -58,8 +63,15 @@ class TrainingLog:
                 "grad_norm": figures.grad_norm,
                 "tokens_per_second": figures.tokens_per_second,
                 "elapsed": figures.elapsed,
+                **({"skipped_steps": figures.skipped} if figures.skipped else {}),
             }
         )
+        self._skipped_in_a_row = self._skipped_in_a_row + figures.steps if figures.skipped == figures.steps else 0
+        if self._skipped_in_a_row >= MOST_SKIPPED:
+            raise ValueError(
+                "the gradients of this model do not fit into float16 at any scale: "
+                f"{self._skipped_in_a_row} steps in a row were skipped; train in bfloat16 or float32"
+            )
 
     @contextmanager
     def paused(self) -> Iterator[None]:

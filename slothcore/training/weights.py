@@ -3,15 +3,17 @@
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from slothcore.data.tokenizer import Tokenizer
 from slothcore.lora.adapter_io import WEIGHTS_FILE, adapter_state, save_adapter
 from slothcore.lora.attach import lora_config_of
+from slothcore.lora.recorded import AdapterFile
 from slothcore.models.checkpoint import save_pretrained, stored_tensors
 from slothcore.models.decoder import Decoder
 from slothcore.models.reading import read_tensors
 from slothcore.training.run_folder import ADAPTER_FOLDER, MODEL_FOLDER
-from slothcore.training.run_state import read_safetensors, write_folder
+from slothcore.training.run_state import write_folder
 
 
 def save_result(model: Decoder, tokenizer: Tokenizer | None, output_dir: Path) -> Path:
@@ -46,8 +48,16 @@ def load_weights(model: Decoder, folder: Path) -> None:
         saved = dict(read_tensors(stored_tensors(folder), own))
     else:
         own = adapter_state(model)
-        saved = read_safetensors(folder / WEIGHTS_FILE)
+        saved = _as_trained(folder / WEIGHTS_FILE)
     for name, parameter in own.items():
         if name not in saved or saved[name].shape != parameter.shape:
             raise ValueError(f"{folder} does not hold {name} as this model has it; resume from another checkpoint")
         parameter.copy_(saved[name])
+
+
+def _as_trained(file: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter, its factors as they were when it was saved. Raises ValueError if it is damaged."""
+    try:
+        return AdapterFile.read(file).trained_tensors()
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read: {error}; resume from another checkpoint") from error

@@ -60,6 +60,25 @@ PLAIN: dict[str, Chat] = {
         assistant("assistant\nuser"),
     ],
 }
+SOME_WORDS = (
+    *(
+        "one",
+        "two words",
+        " lead",
+        "trail ",
+        "trail\n",
+        "\n\nlead",
+        "\r\nlines\r\n",
+        "tab\tx",
+        "a\n\nb",
+        "x" * 300,
+        "1",
+    ),
+    *("日本語", "😀👍🏽", "é e\u0301", "ﷺ", "\u200b", "\u00a0nbsp", "�", "user", "assistant", "model", "ASSISTANT:"),
+    *("### Response:", "[/INST]", "```\ncode\n```", "{{ x }}", "{% if %}", "<b>x</b>", "</s", "<|im_end", "| pipe |"),
+    *("<think>hm</think> yes", "<think>\nhm\n</think>\n\nyes", "ends with <", "end."),
+)
+NO_WORDS = ("", " ", "\n", "\u2028")
 MARGINS: Chat = [user(" a\n"), assistant("  two \n"), user("b "), assistant("\n\nthree")]
 
 

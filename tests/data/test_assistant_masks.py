@@ -1,7 +1,9 @@
 """Published tokenizers with published and built-in templates: the targets are the assistant's words and their end."""
 
+import random
 import warnings
 from pathlib import Path
+from unicodedata import normalize
 
 import pytest
 
@@ -9,7 +11,20 @@ from slothcore.data.chat_rows import turn_end
 from slothcore.data.masking import IGNORED_LABEL, tokenise_example
 from slothcore.data.templates import BUILTIN_TEMPLATES, PLAIN_TEMPLATES, builtin_template, control_tokens
 from slothcore.data.tokenizer import Tokenizer
-from tests.data.conversations import MARGINS, PLAIN, TOOLS, assistant, calls, learned, result, said, system, user
+from tests.data.conversations import (
+    MARGINS,
+    NO_WORDS,
+    PLAIN,
+    SOME_WORDS,
+    TOOLS,
+    assistant,
+    calls,
+    learned,
+    result,
+    said,
+    system,
+    user,
+)
 
 TOKENIZERS = ("llama-3", "mistral-7b-instruct-v0.3", "phi-3-mini-128k-instruct", "qwen2.5-0.5b-instruct")
 OWN_ENDS = dict(zip(TOKENIZERS, ("<|eot_id|>", "</s>", "<|end|>", "<|im_end|>"), strict=True))
@@ -101,6 +116,34 @@ def test_built_in_templates(folder: Path, template: str) -> None:
         assert whole.input_ids == whole.labels == row.input_ids
         last = tokenise_example({"messages": chat}, tokenizer, max_seq_length=4096, mask_history=True)
         assert learned(last, tokenizer) == runs[-1:], name
+
+
+@pytest.mark.parametrize("template", [None, *BUILTIN_TEMPLATES])
+def test_conversations_drawn_by_lot(folder: Path, template: str | None) -> None:
+    """Of any turns and any words, in whatever script, with whatever spaces around them, and of nothing at all."""
+    tokenizer = open_tokenizer(folder, template)
+    if template is not None and spells_out(tokenizer, template):
+        pytest.skip("this tokenizer has no such tokens")
+    source = random.Random(f"{folder.name} {template}")
+    own_end = tokenizer.decode([tokenizer.eos_token_id], skip_special_tokens=False)
+    end = OWN_ENDS[folder.name] if template is None else ENDS.get(template, own_end)
+    for _ in range(40):
+        chat = [system(source.choice(SOME_WORDS))] if source.random() < 0.4 else []
+        for _ in range(source.choice((1, 1, 2, 3, 4))):
+            chat += [user(source.choice(SOME_WORDS)), assistant(source.choice((*SOME_WORDS, *NO_WORDS)))]
+        row = tokenise_example({"messages": chat}, tokenizer, max_seq_length=16_384)
+        runs = learned(row, tokenizer)
+        assert all(run.endswith(end) for run in runs), chat
+        # Some tokenizers compose accents.
+        words = [normalize("NFC", text) for text in said(chat)]
+        shown = [normalize("NFC", run.removesuffix(end)) for run in runs]
+        if template == "zephyr":
+            # Its header is text, whose last sign and line feed may share a token with the words' line feeds.
+            shown = [text.removeprefix(">") for text in shown]
+        assert [text.strip() for text in shown] == [text.strip() for text in words], chat
+        spaces = [len(text) - len(text.strip()) for text in shown]
+        # A template may write a space on either side, and the header's own line feed may share a token with the words'.
+        assert all(there <= len(text) - len(text.strip()) + 2 for there, text in zip(spaces, words, strict=True)), chat
 
 
 @pytest.mark.parametrize("template", TAGGED)

@@ -185,7 +185,7 @@ def test_a_row_without_targets_is_shown_with_the_reason(tmp_path: Path) -> None:
     assert (len(rows), stats.dropped_without_target, stats.skipped) == (1, 1, 1)
     assert stats.describe(9).endswith(" learned; 1 dropped, having no token to learn; 1 wrong one skipped")
     assert stats.first_skipped is not None
-    assert stats.first_skipped.startswith("record 3 has the fields 'txt', but needs")
+    assert stats.first_skipped.startswith("record 1: nothing of it is learned, because it has no assistant")
     silent = chat_tokenizer(tmp_path / "b", "{% for m in messages %}{% generation %}{% endgeneration %}.{% endfor %}")
     with pytest.raises(ValueError, match="because the chat template writes nothing that the assistant says"):
         tokenise_example({"messages": CHAT}, silent, max_seq_length=2000)

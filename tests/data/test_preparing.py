@@ -1,8 +1,11 @@
 """Records to token arrays: what a list of rows would hold, on disk or in memory, made once."""
 
+import errno
 import json
 import os
 import tracemalloc
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +89,7 @@ def test_the_second_time_finds_the_first(home: Path, tmp_path: Path, tokenizer: 
     path = write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b" * n} for n in range(1, 9)])
     first = prepare_dataset(open_dataset(path), tokenizer, Settings(20))
     (folder,) = (home / "prepared").iterdir()
-    assert first.notes == [f"the prepared rows are kept in {folder} for the next run"]
+    assert first.notes == [f"the prepared rows are kept in {folder} for the next run (20 GiB in all, 30 days)"]
     monkeypatch.setattr(preparing, "tokenise_stream", None)
     second = prepare_dataset(open_dataset(path), tokenizer, Settings(20))
     assert rows_of(second.store) == rows_of(first.store)
@@ -174,6 +177,19 @@ def test_without_a_place_to_keep_them_tokens_stay_in_memory(home: Path, tmp_path
     assert prepared.notes[-1].endswith("; set SLOTHCORE_HOME to a folder for it")
 
 
+def test_a_full_disk_is_said(home: Path, tmp_path: Path, tokenizer: Tokenizer, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(TokenWriter, "_flush", full)
+    message = (
+        f"the prepared rows do not fit into {home / 'prepared'} .No space left.*; free some space there, or set SLO"
+    )
+    with pytest.raises(OSError, match=message):
+        prepare_dataset(open_dataset(write(tmp_path / "a.jsonl", [{"text": "text"}])), tokenizer, Settings(20))
+    assert list((home / "prepared").iterdir()) == []
+
+
 def test_small_files_are_not_cached(tmp_path: Path, tokenizer: Tokenizer, monkeypatch) -> None:
     monkeypatch.setenv(HOME_VARIABLE, str(tmp_path / "home"))
     prepare_dataset(open_dataset(write(tmp_path / "a.jsonl", [{"text": "text"}])), tokenizer, Settings(20))
@@ -246,3 +262,35 @@ def test_published_datasets_by_their_name_alone(shared_data: Path, name: str, ca
 
 def test_every_published_dataset_is_among_them(shared_data: Path) -> None:
     assert {path.name for path in (shared_data / "datasets").iterdir()} == set(DATASETS)
+
+
+class Stream:
+    """Records that are made when they are asked for, as often as somebody asks; their number is not known before."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.times, self.alive = count, 0, weakref.WeakSet()
+        self.most_alive = 0
+
+    def __iter__(self) -> Iterator[dict]:
+        self.times += 1
+        for number in range(self.count):
+            record = Remembered(prompt=f"{number}", completion="word " * 30)
+            self.alive.add(record)
+            self.most_alive = max(self.most_alive, len(self.alive))
+            yield record
+
+
+class Remembered(dict):
+    __hash__ = object.__hash__
+
+
+def test_an_iterable_larger_than_memory_is_never_a_list(tokenizer: Tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr(preparing, "BATCH", 100)
+    monkeypatch.setattr("slothcore.data.masking.RECORDS_PER_BATCH", 100)
+    stream = Stream(3000)
+    rows = prepare_rows(stream, tokenizer, TrainConfig(max_seq_length=300), what="training")
+    assert len(rows) == 3000
+    assert stream.times == 2, "once to check it, and once to prepare it"
+    assert stream.most_alive < 500
+    with pytest.raises(ValueError, match="the dataset holds no records"):
+        prepare_rows(Stream(0), tokenizer, TrainConfig(max_seq_length=300), what="training")

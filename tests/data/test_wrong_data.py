@@ -238,4 +238,20 @@ def test_ten_megabytes_in_one_row(tmp_path: Path) -> None:
             open_dataset(path)
     path = tmp_path / "a.txt"
     path.write_bytes(b"x" * 10**7)
-    assert len(open_dataset(path)) == 1
+    assert open_dataset(path).notes == (f"{path}: format document; 5 of 5 pieces are used",)
+
+
+def test_what_only_looks_like_another_kind_of_file_is_read(tmp_path: Path) -> None:
+    for name, content in {
+        "a.csv": b"Par1,text\n1,a\n",
+        "a.txt": b"<html> is how a page begins",
+        "b.csv": b"text\n<HTML>\n",
+        "c.csv": b"text;more\na\n",
+    }.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        if name == "c.csv":
+            with pytest.raises(ValueError, match="';' stands between the columns"):
+                open_dataset(path)
+        else:
+            assert len(open_dataset(path)) == 1

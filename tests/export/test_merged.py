@@ -33,6 +33,11 @@ from tests.lora.reference import (
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "all linears": ({}, {"r": 8}),
     "tied head": ({"tie_word_embeddings": True}, {"r": 4, "use_rslora": True}),
+    "DoRA": ({"attention_bias": True}, {"r": 4, "use_dora": True, "use_rslora": True}),
+    "DoRA, tied head adapted": (
+        {"tie_word_embeddings": True},
+        {"r": 4, "use_dora": True, "target_modules": ["lm_head", "up_proj"]},
+    ),
     "tied head adapted": ({"tie_word_embeddings": True}, {"r": 4, "target_modules": ["lm_head", "up_proj"]}),
     "tied head trained": ({"tie_word_embeddings": True}, {"r": 4, "modules_to_save": ["lm_head"]}),
     "biases and norms trained": (

@@ -21,6 +21,14 @@ def test_an_adapter_as_the_name(client, offline, server, folders, tmp_path) -> N
     assert offline.result("load", "me/adapter", cache_dir=tmp_path) == loaded
 
 
+def test_an_adapter_beside_the_name_of_its_base(client, server, folders, tmp_path) -> None:
+    expected = client.result("load", "me/adapter", cache_dir=tmp_path)
+    assert client.result("load", "org/model", adapter="me/adapter", cache_dir=tmp_path) == expected
+    assert client.result("load", str(folders / "model"), adapter="me/adapter", cache_dir=tmp_path)["rank"] == 4
+    refused = client.refused("load", "me/adapter", adapter="me/adapter", cache_dir=tmp_path)
+    assert "me/adapter is no base model, so the adapter me/adapter cannot be put on it" in refused
+
+
 def test_the_base_revision_of_an_adapter(client, server, folders, tmp_path) -> None:
     """An adapter pins its base; `revision` chooses among the adapter's own commits."""
     adapter = files_of(folders / "adapter")

@@ -90,10 +90,10 @@ def test_what_the_small_files_tell_spares_the_download(client, server, folders, 
     for name, change in {"mamba": {"model_type": "mamba2"}, "scaled": {"rope_scaling": LINEAR}}.items():
         changed = {**model, "config.json": json.dumps({**config, **change}).encode()}
         server.repositories[f"org/{name}"] = Repository.of(changed)
-    dora = {**adapter, "adapter_config.json": json.dumps({**lora, "use_dora": True}).encode()}
-    server.repositories["me/dora"] = Repository.of(dora)
+    replicated = {**adapter, "adapter_config.json": json.dumps({**lora, "layer_replication": [[0, 1]]}).encode()}
+    server.repositories["me/replicated"] = Repository.of(replicated)
     assert "mamba2" in client.refused("load", "org/mamba", cache_dir=tmp_path)
-    assert "use_dora" in client.refused("load", "me/dora", cache_dir=tmp_path)
+    assert "layer_replication" in client.refused("load", "me/replicated", cache_dir=tmp_path)
     message = client.refused("load", "org/scaled", cache_dir=tmp_path, max_seq_length=4096)
     assert "max_seq_length 4096 cannot be had" in message
     assert not [name for name in server.downloads() if name.endswith(".safetensors")]

@@ -87,11 +87,11 @@ def test_stop_strings(model: Decoder, tokenizer: Tokenizer, monkeypatch: pytest.
         cuts = [text.index(stop) for stop in stops if stop in text]
         expected.append(text[: min(cuts)] if cuts else text)
     assert expected[0] != free[0]
-    assert generate(model, tokenizer, PROMPTS, max_new_tokens=9, stop=stops) == expected
+    assert generate(model, tokenizer, PROMPTS, max_new_tokens=9, stop_strings=stops) == expected
 
     steps = []
     monkeypatch.setattr(model, "logits", lambda hidden: steps.append(1) or Decoder.logits(model, hidden))
-    assert generate(model, tokenizer, PROMPTS[0], max_new_tokens=9, stop=stops[0]) == expected[:1]
+    assert generate(model, tokenizer, PROMPTS[0], max_new_tokens=9, stop_strings=stops[0]) == expected[:1]
     complete = free[0].index(stops[0]) + len(stops[0])
     assert len(steps) == len(free[0][:complete].split()) < 9, "generation ends when the stop string is complete"
 
@@ -109,8 +109,8 @@ def test_seeds(model: Decoder, tokenizer: Tokenizer) -> None:
 def test_wrong_arguments(model: Decoder, tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match="the prompt '' has no token"):
         generate(model, tokenizer, ["w1", ""], max_new_tokens=3)
-    with pytest.raises(ValueError, match="stop must not hold an empty string"):
-        generate(model, tokenizer, "w1", max_new_tokens=3, stop=["", "a"])
+    with pytest.raises(ValueError, match="stop_strings must not hold an empty string"):
+        generate(model, tokenizer, "w1", max_new_tokens=3, stop_strings=["", "a"])
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         generate(model, tokenizer, "w1", max_new_tokens=3, batch_size=0)
 

@@ -76,7 +76,9 @@ def copy_adapter(ours: Decoder, peft_model: nn.Module) -> None:
 def peft_parameters(peft_model: nn.Module) -> dict[str, nn.Parameter]:
     """What trains in a PEFT model, under the names that it has in a file."""
     return {
-        name.replace(".default", "").replace(".modules_to_save", ""): parameter
+        name.replace(".default", "")
+        .replace(".modules_to_save", "")
+        .replace("magnitude_vector.weight", "magnitude_vector"): parameter
         for name, parameter in peft_model.named_parameters()
         if parameter.requires_grad
     }
@@ -102,12 +104,14 @@ def make_batch(vocab_size: int, *, length: int = 19) -> Batch:
 
 
 def randomise_zero_factors(model: Decoder) -> None:
-    """Make B random: with B = 0 the gradient of A is zero, and nothing would be compared."""
+    """Make B random: with B = 0 the gradient of A is zero, and nothing would be compared. And no scale of DoRA 1."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("lora_B"):
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+            elif name.endswith("lora_magnitude_vector"):
+                parameter.mul_(0.7 + 0.6 * torch.rand(parameter.shape, generator=generator))
 
 
 def logits_of(model: Decoder, batch: Batch) -> Tensor:

@@ -34,6 +34,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "biases of targets": (BIASED, {"r": 4, "bias": "lora_only", "target_modules": ["q_proj", "v_proj"]}),
     "all biases": (BIASED, {"r": 4, "bias": "all", "target_modules": ["q_proj", "v_proj"]}),
     "head trained": ({"tie_word_embeddings": True}, {"r": 4, "modules_to_save": ["lm_head"]}),
+    "DoRA": (BIASED, {"r": 4, "use_dora": True, "use_rslora": True, "bias": "lora_only"}),
+    "DoRA of the head": ({}, {"r": 4, "use_dora": True, "target_modules": ["lm_head", "q_proj"]}),
     "embedding and norms trained": ({}, {"r": 4, "modules_to_save": ["embed_tokens", "norm"]}),
 }
 PEFT_ONLY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -218,14 +220,20 @@ def test_factors_may_be_kept_in_the_compute_dtype(base: Path, tmp_path: Path) ->
     ("change", "message"),
     [
         ({"peft_type": "IA3"}, "only adapters of peft_type LORA are supported, got 'IA3'"),
-        ({"use_dora": True}, "use_dora = True is not supported$"),
+        (
+            {"use_dora": True},
+            r"lacks 14 tensors .*, the first model\.layers\.0\..*\.lora_magnitude_vector; it was made",
+        ),
+        ({"use_dora": "yes"}, "use_dora must be true or false, got 'yes'"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out = True is not supported"),
         ({"lora_bias": True}, "lora_bias = True is not supported$"),
         ({"layer_replication": [[0, 1]]}, "layer_replication = .* is not supported"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices = .* is not supported"),
         ({"some_new_feature": {"x": 1}}, "some_new_feature = .* is not supported"),
         ({"rank_patern": {"q_proj": 1}}, "rank_patern = .* did you mean 'rank_pattern'"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights must be true, false or 'gaussian', got 'pissa'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4', so .* path_initial_model"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights is 'loftq', so the adapter may belong to changed base"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights is 'corda', so the adapter may belong to changed base"),
         ({"r": None}, "lacks r"),
         ({"r": 0}, "at least 1, got r = 0"),
         ({"bias": "some"}, "bias must be one of none, all, lora_only, got 'some'"),
@@ -297,11 +305,13 @@ def test_names_that_older_versions_of_peft_wrote(base: Path, tmp_path: Path) -> 
 
 def test_names_with_the_adapters_name(base: Path, tmp_path: Path) -> None:
     """As in a state dict that was gathered without PEFT's own function."""
-    model = adapted(base, r=4, modules_to_save=["lm_head"])
+    model = adapted(base, r=4, modules_to_save=["lm_head"], use_dora=True)
     save_adapter(model, tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     renamed = {
-        re.sub(r"(lora_[AB])\.", r"\1.default.", name).replace("lm_head.", "lm_head.modules_to_save.default."): tensor
+        re.sub(r"(lora_[AB])\.", r"\1.default.", name)
+        .replace("lm_head.", "lm_head.modules_to_save.default.")
+        .replace("magnitude_vector", "magnitude_vector.default.weight"): tensor
         for name, tensor in load_file(file).items()
     }
     assert all(".default." in name for name in renamed)

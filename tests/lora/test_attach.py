@@ -9,7 +9,8 @@ from torch import Tensor
 from slothcore.autograd import lora_projection
 from slothcore.autograd.rms_norm import Normed
 from slothcore.layers.linear import Linear
-from slothcore.lora.attach import add_lora, lora_layers
+from slothcore.lora.attach import add_lora
+from slothcore.lora.plan import lora_layers
 from slothcore.models.decoder import Decoder
 from slothcore.models.load import from_config
 from tests.lora.reference import TINY, make_batch
@@ -129,7 +130,13 @@ def test_on_the_meta_device_nothing_is_allocated() -> None:
         ({"lora_dropout": 1.0}, "at least 0 and below 1, got 1.0"),
         ({"lora_dropout": -0.1}, "got -0.1"),
         ({"bias": "yes"}, "bias must be one of none, all, lora_only, got 'yes'"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights must be .* got 'pissa'"),
+        ({"init_lora_weights": "pisa"}, "init_lora_weights must be .* olora or loftq .N as in 4., got 'pisa'"),
+        ({"init_lora_weights": "pissa_niter_0"}, "got 'pissa_niter_0'"),
+        ({"init_lora_weights": 1}, "init_lora_weights must be .* got 1"),
+        ({"init_lora_weights": "loftq"}, "loftq makes up for what NF4 loses, and the base weights have 32 bits; load"),
+        ({"init_lora_weights": "orthogonal", "r": 3}, "orthogonal needs an even rank, got 3"),
+        ({"init_lora_weights": "olora", "r": 1000}, "olora finds at most rank .* got r = 1000; lower r"),
+        ({"loftq_iter": 0}, "loftq_iter must be at least 1, got 0"),
         ({"init_lora_weights": "eva"}, "init_lora_weights must be .* got 'eva'"),
         ({"target_modules": []}, "target_modules is empty"),
         (

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from slothcore.export.merged import save_merged
 from slothcore.layers.experts import ExpertLinear
 from slothcore.lora.adapter_io import adapter_state, load_adapter, save_adapter
-from slothcore.lora.attach import AdapterPlan, add_lora, lora_layers
+from slothcore.lora.attach import add_lora
 from slothcore.lora.config import LoraConfig
+from slothcore.lora.plan import AdapterPlan, lora_layers
 from slothcore.models.decoder import Decoder
 from slothcore.models.load import load_model
 from tests.models.zoo import (

@@ -45,6 +45,20 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "one layer by expression": ({}, {"r": 4, "target_modules": r".*\.1\.self_attn\.[qkvo]_proj"}),
     "head": ({}, {"r": 4, "target_modules": ["o_proj", "lm_head"]}),
     "rank-stabilised": ({}, {"r": 8, "lora_alpha": 16, "use_rslora": True, "target_modules": "all-linear"}),
+    "DoRA": ({}, {"r": 8, "lora_alpha": 16, "use_dora": True, "target_modules": "all-linear"}),
+    "DoRA, rank-stabilised, frozen biases": (
+        {"attention_bias": True, "mlp_bias": True},
+        {"r": 8, "use_dora": True, "use_rslora": True, "target_modules": "all-linear"},
+    ),
+    "DoRA, biases of targets": (
+        {"attention_bias": True, "mlp_bias": True},
+        {"r": 4, "use_dora": True, "bias": "lora_only", "target_modules": ["q_proj", "gate_proj", "down_proj"]},
+    ),
+    "DoRA of the head": ({}, {"r": 4, "use_dora": True, "target_modules": ["o_proj", "lm_head"]}),
+    "DoRA, head trained whole": (
+        {"tie_word_embeddings": True},
+        {"r": 4, "use_dora": True, "modules_to_save": ["lm_head"], "target_modules": ["k_proj", "up_proj"]},
+    ),
     "frozen biases": ({"attention_bias": True, "mlp_bias": True}, {"r": 4, "target_modules": "all-linear"}),
     "all biases": (
         {"attention_bias": True, "mlp_bias": True},
@@ -78,7 +92,11 @@ def test_tiny_llama(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["all linears, tied head", "llama3 rope", "all biases", "head trained whole", "rank-stabilised"]
+    "name",
+    [
+        *("all linears, tied head", "llama3 rope", "all biases", "head trained whole", "rank-stabilised"),
+        *("DoRA", "DoRA, rank-stabilised, frozen biases", "DoRA, biases of targets"),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 def test_tiny_llama_in_nf4(tmp_path: Path, name: str) -> None:
@@ -89,10 +107,11 @@ def test_tiny_llama_in_nf4(tmp_path: Path, name: str) -> None:
     compare(ours, reference, options)
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("bits", [32, 4])
-def test_a_trained_model(shared_data: Path, bits: int) -> None:
+def test_a_trained_model(shared_data: Path, bits: int, use_dora: bool) -> None:
     ours, reference = load_pair(shared_data / "models" / "babyllama-105", bits=bits)
-    compare(ours, reference, {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"})
+    compare(ours, reference, {"r": 8, "lora_alpha": 16, "use_dora": use_dora, "target_modules": "all-linear"})
 
 
 def compare(ours: Decoder, reference: Any, options: dict[str, Any]) -> None:
@@ -122,13 +141,17 @@ def compare(ours: Decoder, reference: Any, options: dict[str, Any]) -> None:
         assert parameter.requires_grad == (parameter.grad is not None), name
 
 
-def test_three_optimizer_steps_stay_together(tmp_path: Path) -> None:
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_three_optimizer_steps_stay_together(tmp_path: Path, use_dora: bool) -> None:
     """A first step from B = 0, then two from what it made."""
     ours, reference = load_pair(write_tiny_llama(tmp_path))
-    add_lora(ours, r=4, lora_alpha=8, target_modules="all-linear")
-    peft_model = peft.get_peft_model(
-        reference, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
+    options = {"r": 4, "lora_alpha": 8, "use_dora": use_dora, "target_modules": "all-linear"}
+    add_lora(ours, **options)
+    peft_model = peft.get_peft_model(reference, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    theirs = {name: parameter.clone() for name, parameter in peft_parameters(peft_model).items()}
+    for name, tensor in adapter_state(ours).items():
+        if "magnitude" in name:
+            torch.testing.assert_close(tensor, theirs[name], msg="magnitudes begin elsewhere")
     copy_adapter(ours, peft_model)
     batch = make_batch(ours.config.vocab_size)
     ours.train()

@@ -15,11 +15,13 @@ PASSES = [[200, 37, 90], [512, 300], [60, 20, 11]]
 """Documents of passes in buckets of 384, 896 and 128 tokens; the last takes the path for few rows."""
 
 
-def llama(bits: int = 4, config: dict[str, Any] = TWO_LAYERS, dtype: torch.dtype = torch.bfloat16) -> Decoder:
+def llama(
+    bits: int = 4, config: dict[str, Any] = TWO_LAYERS, dtype: torch.dtype = torch.bfloat16, *, use_dora: bool = False
+) -> Decoder:
     """A model with random factors; the same one at every call."""
     torch.manual_seed(0)
     model = slothcore.from_config(config, bits=bits, dtype=dtype, device="cuda")
-    slothcore.add_lora(model, r=16, lora_alpha=16)
+    slothcore.add_lora(model, r=16, lora_alpha=16, use_dora=use_dora)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("lora_B"):

@@ -12,7 +12,10 @@ import slothcore
 from slothcore.models.checkpoint import save_tensors
 from slothcore.models.decoder import Decoder
 from slothcore.models.flat_factors import GRANULE, FlatFactors
+from slothcore.training.config import TrainConfig
 from slothcore.training.optimizer import optimizer_state
+from slothcore.training.parameter_groups import parameter_groups
+from tests.models import graph_models
 from tests.models.tiny import SIZES, token_ids
 
 SHAPES = [(3, 5), (256,), (7,), (16, 32), (300, 2)]
@@ -128,6 +131,18 @@ def test_strided_and_missing_gradients_are_added() -> None:
     flat.add(gradients)
     for parameter, gradient in zip(flat.parameters, gradients, strict=True):
         assert torch.equal(parameter.grad, torch.zeros_like(parameter) if gradient is None else 2 * gradient)
+
+
+def test_graphs_lay_factors_b_after_all_others() -> None:
+    """So that those that may have a rate of their own are one launch of an optimizer, in the order of its groups."""
+    model = graph_models.tiny(bias="all", variant=next(v for v in graph_models.VARIANTS if str(v) == "llama-biases"))
+    flat = graph_models.enable(model).flat
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    kinds = [names[id(parameter)].rpartition(".")[2] for parameter in flat.parameters]
+    edges = [i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]]
+    assert [kinds[0], *(kinds[i] for i in edges)] == ["lora_A", "lora_B", "bias"]
+    groups = parameter_groups(model, TrainConfig(loraplus_lr_ratio=4.0, weight_decay=0.1))
+    assert [id(p) for group in groups for p in group["params"]] == [id(p) for p in flat.parameters]
 
 
 def test_each_dtype_has_a_vector() -> None:

@@ -33,6 +33,24 @@ def test_replays_have_the_loss_and_gradients_of_plain_passes(
     assert (graphs.padded, graphs.replays, graphs.captures, graphs.eager) == (2, 8, 2, 0)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True, "mlp"])
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if not v.has_experts], ids=str)
+def test_replays_of_dora_follow_its_factors(variant: Variant, checkpointing: Any, nan_filled_empty: None) -> None:
+    """Norms and scales are those of the factors as the optimizer has left them, not as they were at the capture."""
+    plain, model = tiny(variant, use_dora=True), tiny(variant, use_dora=True)
+    plain.gradient_checkpointing = model.gradient_checkpointing = checkpointing
+    graphs = enable(model)
+    optimizers = [torch.optim.SGD(trained(m), lr=1e-2) for m in (plain, model)]
+    for number in (0, 0, 1, 0, 2, 2, 0, 1):
+        data = batch(LENGTHS[number], number, plain.config.vocab_size - 3)
+        expected = step(plain, data)
+        assert min(float(gradient.abs().max()) for gradient in expected) > 1e-12, "nothing to compare"
+        assert error(step(model, data), expected) <= 1e-10
+        for optimizer in optimizers:
+            optimizer.step()
+    assert (graphs.padded, graphs.replays, graphs.captures, graphs.eager) == (2, 6, 2, 0)
+
+
 def test_the_variants_are_there() -> None:
     assert {str(variant) for variant in VARIANTS} == CHOSEN
     assert not any(tiny(v).config.moe.use_aux_loss for v in VARIANTS if v.has_experts)

@@ -88,11 +88,12 @@ def run_steps(model: Decoder) -> list[torch.Tensor]:
     return [*losses, *(parameter.detach().clone() for parameter in trained(model))]
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("bits", [4, 16])
-def test_steps_over_several_buckets_are_those_without_replays(bits: int) -> None:
+def test_steps_over_several_buckets_are_those_without_replays(bits: int, use_dora: bool) -> None:
     results = []
     for enable in (without_replays, Decoder.enable_graphs):
-        model = llama(bits)
+        model = llama(bits, use_dora=use_dora)
         enable(model)
         results.append(run_steps(model))
         assert model.graphs.replays == (0 if enable is without_replays else 7)

@@ -38,7 +38,9 @@ def make_model(config: dict[str, Any], way: str, **options: Any) -> Decoder:
     """A model that trains, "full" or with an adapter: over NF4 weights, with dropout, or keeping no gate and up."""
     model = slothcore.from_config(config, **{"device": "cpu", "bits": 4 if way == "nf4" else 32} | options)
     if way != "full":
-        slothcore.add_lora(model, r=8, lora_alpha=16, lora_dropout=0.1 if way == "dropout" else 0.0)
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if way == "dora" and model.config.moe else "all-linear"
+        options = {"lora_dropout": 0.1 if way == "dropout" else 0.0, "use_dora": way == "dora"}
+        slothcore.add_lora(model, r=8, lora_alpha=16, target_modules=targets, **options)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
@@ -88,7 +90,7 @@ def assert_equal_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) ->
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("way", ["lora", "nf4", "dropout", "mlp", "full"])
+@pytest.mark.parametrize("way", ["lora", "nf4", "dropout", "dora", "mlp", "full"])
 def test_gradients_are_equal_to_the_last_bit(family: str, way: str) -> None:
     model = make_model(FAMILIES[family] | {"num_hidden_layers": LAYERS}, way)
     expected = gradients(model, passes=3)

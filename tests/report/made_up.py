@@ -65,6 +65,13 @@ def made_up_notes() -> dict[str, Any]:
     }
 
 
+def add_samples(folder: Path, *lines: object) -> None:
+    """Append samples, or texts as they are, to what the model said."""
+    with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+        for line in lines:
+            file.write(line if isinstance(line, str) else json.dumps(line) + "\n")
+
+
 def add_lines(folder: Path, *lines: object) -> None:
     """Append records, or texts as they are, to the log."""
     with (folder / "log.jsonl").open("a", encoding="utf-8") as file:

@@ -1,14 +1,12 @@
 """The page in a real browser: it draws, it answers, the console is clean, it fits a phone."""
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from slothcore.report import write_report
-from tests.report.browser import Browser, find_browser
-from tests.report.made_up import add_lines, write_run
+from tests.report.made_up import add_samples, write_run
 from tests.report.test_page import EVIL
 
 BOX = "['x', 'y', 'width', 'height'].map((side) => document.querySelector('.plot svg').getBoundingClientRect()[side])"
@@ -17,19 +15,10 @@ TIP = "[...document.querySelectorAll('.tip')].filter((tip) => !tip.hidden).map((
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    program = find_browser()
-    if program is None:
-        pytest.skip("no Chromium is installed here")
-    browser = Browser(program, tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
-
-
-@pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_run(tmp_path_factory.mktemp("single"), steps=90)
-    add_lines(folder, {"step": 90, "samples": [{"prompt": EVIL, "output": "word " * 60 + "x" * 300}]})
+    for step in (0, 30, 60, 90):
+        add_samples(folder, {"step": step, "prompt": EVIL, "output": "word " * 60 + "x" * 300, "expected": "w" * 90})
     return write_report([folder], folder / "report.html")
 
 

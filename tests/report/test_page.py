@@ -14,7 +14,7 @@ from slothcore.report import page as page_module
 from slothcore.report import write_report
 from slothcore.report.page import SECONDS_BETWEEN, TIMES_BETWEEN, LivePage, replace_text
 from slothcore.report.saved_run import SavedRun
-from tests.report.made_up import add_lines, made_up_notes, write_run
+from tests.report.made_up import add_lines, add_samples, made_up_notes, write_run
 
 EVIL = "</script><script>window.broken=1</script><img src=x onerror=broken()>\"'&\u2028"
 
@@ -89,10 +89,11 @@ def test_the_curves_are_those_of_the_log(tmp_path: Path) -> None:
     data = page_of(write_run(tmp_path)).data
     series = data["runs"][0]["series"]
     assert set(series) == {
-        *("loss", "loss_smooth", "eval_loss", "learning_rate", "grad_norm", "grad_norm_smooth"),
-        *("tokens_per_second", "tokens_per_second_smooth", "memory_gib"),
+        *("loss", "loss_smooth", "eval_loss", "eval_best", "learning_rate", "grad_norm"),
+        *("grad_norm_smooth", "tokens_per_second", "tokens_per_second_smooth", "memory_gib"),
     }
     assert series["eval_loss"][0] == [20, 40, 60]
+    assert series["eval_best"] == [[20], [series["eval_loss"][1][0]]]
     assert series["learning_rate"][1][29] == pytest.approx(1e-4)
     assert [chart["name"] for chart in data["charts"]] == [
         *("loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_gib")
@@ -102,16 +103,6 @@ def test_the_curves_are_those_of_the_log(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("loss", "expected"), [(3.0, False), (300.0, True)])
 def test_a_loss_that_falls_far_is_drawn_logarithmically(tmp_path: Path, loss: float, expected: bool) -> None:
     assert page_of(write_run(tmp_path, loss=loss)).data["charts"][0]["log"] is expected
-
-
-def test_samples_stand_side_by_side(tmp_path: Path) -> None:
-    folder = write_run(tmp_path)
-    for step in (10, 20, 30, 40):
-        said = {"prompt": "Who wrote Faust?", "output": f"answer {step}", "expected": "Goethe"}
-        add_lines(folder, {"step": step, "samples": [said]})
-    text = page_of(folder).text
-    assert "Who wrote Faust? step 10 answer 10 step 30 answer 30 step 40 answer 40 expected Goethe" in text
-    assert "answer 20" not in text
 
 
 def test_it_loads_nothing_and_runs_only_its_own_script(tmp_path: Path) -> None:
@@ -132,11 +123,12 @@ def test_texts_of_the_user_never_become_markup(tmp_path: Path) -> None:
     notes["options"] = [{"name": EVIL, "value": EVIL, "default": "", "group": EVIL}]
     notes["memory"]["parts"] = {EVIL: 5.0}
     notes["status"] = "failed"
+    notes["early_stop"] = EVIL
     folders = [write_run(tmp_path / name / "<!--<script>&<i onclick=broken()>x", **notes) for name in ("a", "b")]
     tags = []
     for runs in (folders[:1], folders):
         for folder in runs:
-            add_lines(folder, {"step": 9, "samples": [{"prompt": EVIL, "output": EVIL, "expected": EVIL}]})
+            add_samples(folder, {"step": 9, "prompt": EVIL, "output": EVIL, "expected": EVIL})
         page = page_of(*runs)
         assert "window.broken=1" in page.text
         tags.append([tag for tag, _ in page.tags])
@@ -150,7 +142,7 @@ def test_texts_of_the_user_never_become_markup(tmp_path: Path) -> None:
 
 def test_a_lone_surrogate_does_not_break_the_page(tmp_path: Path) -> None:
     folder = write_run(tmp_path)
-    add_lines(folder, '{"step": 9, "samples": [{"prompt": "\\ud800", "output": "fine"}]}\n')
+    add_samples(folder, '{"step": 9, "prompt": "\\ud800", "output": "fine"}\n')
     assert "fine" in page_of(folder).text
 
 

@@ -7,7 +7,7 @@ what is tested there is how parameters and states are laid together; on a GPU it
 import pytest
 import torch
 
-from slothcore.models.flat_factors import FlatFactors
+from slothcore.models.flat_factors import FlatFactors, factors_apart, is_factor_b
 from slothcore.training import adamw_8bit
 from slothcore.training.adamw_8bit import AdamW8bit, end_to_end
 from slothcore.training.optimizer import load_optimizer_state, optimizer_state
@@ -203,6 +203,56 @@ def test_flat_parameters_take_one_launch_and_no_copy(device: str, monkeypatch) -
     optimizer.step()
     assert updated[-1][0].data_ptr() != flat.groups[0].gradients_vector.data_ptr()
     assert updated[-1][1].data_ptr() == flat.groups[0].parameters_vector.data_ptr()
+
+
+def test_groups_with_rates_of_their_own_take_a_launch_each(device: str, monkeypatch) -> None:
+    """As with LoRA+: factors A and B of every layer, end to end, and biases, in three groups of the optimizer."""
+    shapes = [(16, 256), (512, 16), (16, 512), (256, 16), (16, 256), (1024, 16)]
+    generator = torch.Generator().manual_seed(0)
+    named = {f"{i // 2}.lora_{'AB'[i % 2]}": torch.randn(shape, generator=generator) for i, shape in enumerate(shapes)}
+    named |= {f"{i}.bias": torch.randn(4096, generator=generator) for i in range(2)}
+    kinds = [lambda n: n.endswith("lora_A"), is_factor_b, lambda n: n.endswith("bias")]
+
+    def optimizer_over(kind: type, parameters: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
+        chosen = [[p for name, p in parameters.items() if of_kind(name)] for of_kind in kinds]
+        decays = 0.1, 0.1, 0.0
+        return kind([{"params": p, "weight_decay": d} for p, d in zip(chosen, decays, strict=True)], lr=1e-2)
+
+    ours, theirs = ({n: torch.nn.Parameter(v.clone().to(device)) for n, v in named.items()} for _ in range(2))
+    flat = FlatFactors([parameter for _, parameter in factors_apart(ours.items())])
+    mine, expected = optimizer_over(AdamW8bit, ours), optimizer_over(bitsandbytes.optim.AdamW8bit, theirs)
+    for number in range(4):
+        flat.zero_grad()
+        for name in named:
+            gradient = torch.randn(named[name].shape, generator=generator).to(device)
+            ours[name].grad.copy_(gradient)
+            theirs[name].grad = gradient
+        for optimizer in (mine, expected):
+            for group, rate in zip(optimizer.param_groups, (1e-2, 16e-2, 3e-2), strict=True):
+                group["lr"] = rate / (number + 1)
+        expected.step()
+        launches = []
+        original = bitsandbytes.functional.optimizer_update_8bit_blockwise
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                bitsandbytes.functional,
+                "optimizer_update_8bit_blockwise",
+                lambda *a, launches=launches, original=original, **k: (launches.append(a[1:3]), original(*a, **k)),
+            )
+            mine.step()
+        assert len(launches) == 3
+        start = flat.groups[0].parameters_vector.data_ptr()
+        for gradients, values in launches:
+            assert values.data_ptr() == start, "copied"
+            assert gradients.data_ptr() - flat.groups[0].gradients_vector.data_ptr() == (
+                start - flat.groups[0].parameters_vector.data_ptr()
+            )
+            start += values.nbytes
+        for name, parameter in ours.items():
+            assert torch.equal(parameter, theirs[name]), name
+            state = mine.state[parameter]
+            for key, value in expected.state[theirs[name]].items():
+                assert torch.equal(state[key], value) if isinstance(value, torch.Tensor) else state[key] == value
 
 
 def test_a_vector_ends_with_the_memory_of_its_tensors() -> None:

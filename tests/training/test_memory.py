@@ -1,5 +1,7 @@
 """The memory plan: against what torch keeps for a backward pass, what optimizers allocate, and peaks of an H100."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from slothcore.models.families import decoder_config
 from slothcore.training import memory_plan
 from slothcore.training.memory import INDICES, memory_of, plan_memory
 from slothcore.training.memory_plan import GAPS, WORKSPACES
+from slothcore.training.optimizer_kinds import KINDS
 from tests.layers.late_transfer import LateTransfer
 from tests.training.tiny import random_rows, train
 
@@ -120,12 +123,18 @@ def test_what_is_kept_is_counted_to_the_byte(name, mode, bits, dtype, tokens) ->
         {"modules_to_save": ["norm"]},
         {"modules_to_save": ["embed_tokens"]},
         {"lora_dropout": 0.1},
+        {"use_dora": True},
+        {"use_dora": True, "target_modules": ["q_proj", "down_proj"], "lora_dtype": "auto"},
+        {"use_dora": True, "target_modules": ["v_proj", "up_proj"], "bias": "all"},
+        {"use_dora": True, "lora_dropout": 0.1},
     ],
     ids=str,
 )
 @pytest.mark.parametrize("mode", [False, "mlp"])
 @pytest.mark.parametrize("name", ["Qwen2.5-7B", "Gemma-2-9B", "Qwen3-30B-A3B"])
 def test_what_is_kept_follows_what_trains(name, mode, options) -> None:
+    if options.get("use_dora") and name == "Qwen3-30B-A3B":
+        options = {**options, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}  # no experts
     model = slothcore.add_lora(tiny_of(name, dtype=torch.bfloat16), **{"r": 8, "lora_alpha": 16, **options})
     model.gradient_checkpointing = mode
     # Gemma scales the embedding; where that trains, the factor is kept, too.
@@ -236,6 +245,30 @@ def test_the_state_of_adamw(tmp_path) -> None:
     trainer, _, _ = train(tmp_path, random_rows(4), max_steps=1)
     state = [value for entries in trainer.optimizer.state.values() for value in entries.values()]
     assert trainer.memory.optimizer == sum(value.nbytes for value in state)
+
+
+def test_the_plan_of_each_optimizer() -> None:
+    """Two moments of every weight, one, or rows and columns; what is paged is no part of the GPU's memory."""
+    config = configuration("Llama-3.1-8B")
+    plans = {optim: plan_memory(config, bits=4, lora=LoraConfig(r=16), optim=optim) for optim in KINDS}
+    weights, tensors = plans["adamw"].trained // 4, 2 * 7 * config.num_hidden_layers
+    scales = weights // 256 * 4
+    state = {optim: plan.optimizer for optim, plan in plans.items()}
+    assert state["adamw"] == 8 * weights + 4 * tensors
+    assert state["lion"] == 4 * weights
+    assert state["adamw_8bit"] == 2 * state["lion_8bit"] == 2 * (weights + scales)
+    # Only what gate, up and down have of 14336 is large enough for pages: 3 of the 14 factors of a layer.
+    small = config.num_hidden_layers * (9 * 16 * 4096 + 2 * 16 * 1024)
+    assert state["paged_adamw"] == 8 * small
+    assert state["paged_adamw_8bit"] == 2 * (small + scales)
+    assert state["sgd"] == 0
+    large = weights - small
+    pages = {"paged_adamw": 8 * large, "paged_adamw_8bit": 2 * large}
+    assert {optim: plan.host(1000) for optim, plan in plans.items()} == {optim: pages.get(optim, 0) for optim in KINDS}
+    assert state["adafactor"] == 4 * config.num_hidden_layers * (9 * (16 + 4096) + 2 * (16 + 1024) + 3 * (16 + 14336))
+    for optim, plan in plans.items():
+        same = replace(plan, optimizer=0, update=0, pages=0.0) == replace(plans["sgd"], optimizer=0, update=0)
+        assert same, optim
 
 
 def test_the_largest_pass_fits_and_one_token_more_does_not() -> None:

@@ -15,7 +15,7 @@ from tests.training.tiny import random_rows, train
 pytestmark = pytest.mark.gpu
 
 
-def gpu_model(bits: int):
+def gpu_model(bits: int, **options):
     """Six layers of a 1B model, and the bytes on the GPU that are not its: the workspaces of cuBLAS among them, which
     are there for good once any test has run."""
     matrix = torch.zeros(16, 16, device="cuda", requires_grad=True)
@@ -24,7 +24,7 @@ def gpu_model(bits: int):
     torch.cuda.empty_cache()
     config = LLAMA_3_1_8B | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 6, "head_dim": 64}
     model = slothcore.from_config(config, bits=bits, dtype=torch.bfloat16, device="cuda")
-    slothcore.add_lora(model, r=16)
+    slothcore.add_lora(model, r=16, **options)
     own = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     return model, torch.cuda.memory_allocated() - own
 
@@ -44,6 +44,22 @@ def test_a_run_on_a_gpu_takes_what_was_predicted(tmp_path, capsys, bits, mode) -
     assert "a step takes 1 pass of at most" in said
     assert "at the peak" in said
     assert ("wait in host memory" in said) == (mode == "offload")
+
+
+@pytest.mark.parametrize("mode", [False, "mlp", "offload", True], ids=str)
+@pytest.mark.parametrize("bits", [4, 16])
+def test_a_step_of_dora_on_a_gpu_takes_what_was_predicted(bits, mode) -> None:
+    model, elsewhere = gpu_model(bits, use_dora=True)
+    model.train().gradient_checkpointing = mode
+    plan = memory_of(model, optim="adamw")
+    for step in range(2):
+        if step == 1:
+            torch.cuda.reset_peak_memory_stats()
+        ids = torch.randint(3, 128000, (4096,))
+        model(ids, labels=ids).loss.backward()
+        model.zero_grad()
+    predicted = plan.peak(4096, passes=1) - plan.optimizer - plan.workspaces
+    assert torch.cuda.max_memory_allocated() - elsewhere == pytest.approx(predicted, rel=0.08)
 
 
 @pytest.mark.parametrize("graph_tokens", [0, 1024])

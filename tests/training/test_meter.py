@@ -57,6 +57,17 @@ def test_a_line_is_of_its_own_steps_whenever_it_is_read(clock: Clock) -> None:
     assert meter.read_loss() == 0.0
 
 
+def test_skipped_steps_are_counted_line_by_line() -> None:
+    meter = Meter(CPU, window_loss=1.5, window_steps=1, elapsed=0.0, window_skipped=1)
+    meter.add(torch.tensor(2.0), 300, skipped=torch.tensor(True))
+    meter.add(torch.tensor(2.0), 300, skipped=torch.tensor(False))
+    assert meter.read_skipped() == 2
+    first = meter.close_window(torch.tensor(0.5))
+    assert meter.read_skipped() == 0
+    meter.add(torch.tensor(2.0), 300)
+    assert [meter.read(reading).skipped for reading in (first, meter.close_window(torch.tensor(0.5)))] == [2, 0]
+
+
 def test_a_loss_that_is_no_number_is_not_read() -> None:
     meter = Meter(CPU, window_loss=0.0, window_steps=0, elapsed=0.0)
     meter.add(torch.tensor(float("nan")), 1)
@@ -70,9 +81,12 @@ def test_a_loss_that_is_no_number_is_not_read() -> None:
 def test_nothing_waits_for_the_gpu_until_a_line_is_read() -> None:
     device = torch.device("cuda")
     meter = Meter(device, window_loss=0.0, window_steps=0, elapsed=0.0)
-    meter.read(meter.close_window(torch.ones((), device=device)))  # pinned memory is allocated
+    # Pinned memory is allocated, and every kernel loaded: either may wait for the device.
+    for _ in range(2):
+        meter.add(torch.full((), 7.0, device=device), 100)
+        meter.read(meter.close_window(torch.ones((), device=device)))
     torch.cuda.synchronize()
-    torch.cuda._sleep(1_000_000_000)  # about half a second of work
+    torch.cuda._sleep(4_000_000_000)  # about two seconds of work
     meter.add(torch.tensor(2.0, device=device), 100)
     reading = meter.close_window(torch.ones((), device=device))
     meter.add(torch.full((), 7.0, device=device), 100)

@@ -10,7 +10,7 @@ from benchmarks.shapes import LLAMA_3_1_8B
 from slothcore.data.masking import TokenizedRow
 from slothcore.lora.config import LoraConfig
 from slothcore.models.families import decoder_config
-from slothcore.training import trainer as trainer_module
+from slothcore.training import readiness
 from slothcore.training.batches import RowSet, StepSchedule
 from slothcore.training.config import TrainConfig
 from slothcore.training.memory import memory_of, plan_memory
@@ -165,7 +165,7 @@ def test_a_resumed_run_is_cut_as_its_checkpoint_says(tmp_path, monkeypatch) -> N
     def forget(*arguments, **options) -> int:
         raise AssertionError("the checkpoint has the token budget")
 
-    monkeypatch.setattr(trainer_module, "choose_token_budget", forget)
+    monkeypatch.setattr(readiness, "choose_token_budget", forget)
     resumed, _, _ = run(tmp_path / "halves", max_steps=6, memory_budget=budget, resume_from_checkpoint="latest")
     assert resumed.cut.token_budget == 90
     expected, actual = weights(straight), weights(resumed)

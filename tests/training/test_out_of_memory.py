@@ -6,7 +6,7 @@ import torch
 from slothcore.cli import main
 from slothcore.models.decoder import Decoder
 from slothcore.models.load import from_config
-from slothcore.training import trainer as trainer_module
+from slothcore.training import readiness
 from slothcore.training.config import TrainConfig
 from slothcore.training.memory import memory_of
 from slothcore.training.micro_batches import GIB
@@ -97,7 +97,7 @@ def test_passes_are_halved_as_often_as_it_takes(tmp_path) -> None:
 
 
 def test_decoded_weights_go_before_passes_are_divided(tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(trainer_module, "choose_decoded_layers", lambda *_: 2)
+    monkeypatch.setattr(readiness, "choose_decoded_layers", lambda *_: 2)
     trained = full_at(model(bits=4), 1)
     kept = []
     original = OptimizerStep.run
@@ -196,11 +196,15 @@ def test_an_evaluation_that_does_not_fit_ends_in_a_sentence(tmp_path, batch_size
 
 @pytest.mark.parametrize(
     ("options", "ways"),
-    [({}, "set optim to adamw_8bit, or lower r"), ({"full": True}, "set optim to adamw_8bit, or train a LoRA adapter")],
+    [
+        ({}, "set optim to adamw_8bit, or lower r"),
+        ({"optim": "adafactor"}, "lower r"),
+        ({"full_finetuning": True}, "set optim to adamw_8bit, or train a LoRA adapter"),
+    ],
 )
 def test_an_update_that_does_not_fit_ends_in_a_sentence(tmp_path, options, ways) -> None:
-    trained = from_config(CONFIG, device="cpu") if options else tiny_model()
-    config = TrainConfig(output_dir=str(tmp_path), max_steps=1, bits=32, full_finetuning=bool(options), **QUIET)
+    trained = from_config(CONFIG, device="cpu") if "full_finetuning" in options else tiny_model()
+    config = TrainConfig(output_dir=str(tmp_path), max_steps=1, bits=32, **options, **QUIET)
     trainer = SFTTrainer(trained, None, random_rows(8), config=config)
 
     def fail(*_) -> None:

@@ -45,6 +45,7 @@ KINDS = {
     # Dropout draws random numbers, so the generator's state must come back too.
     # Packed, an epoch is 2 steps, the second of one row.
     "lora nf4": {"bits": 4, "r": 4, "lora_dropout": 0.1, "packing": True},
+    "dora": {"bits": 4, "r": 4, "use_dora": True, "lora_dtype": "auto", "gradient_accumulation_steps": 3},
     # An epoch is 4 steps, the last of one row: step 15 is the third of the fourth.
     "all weights": {"bits": 32, "full_finetuning": True, "gradient_accumulation_steps": 3},
 }

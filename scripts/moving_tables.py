@@ -1,0 +1,149 @@
+"""The tables of docs/moving.md: what each library calls its options, and what slothcore calls them.
+
+Listed here are the names of the others, in the order in which their users meet them, and a few words where a name alone
+would mislead. What each is called here follows from the options and from `training/other_names.py`, which the messages
+about unknown options go by too.
+"""
+
+from slothcore.training.config import field_types
+from slothcore.training.other_names import OTHER_NAMES, WITHOUT_COUNTERPART
+
+# Names with the same meaning in all of them.
+LOOP = (
+    *("output_dir", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "weight_decay"),
+    *("max_grad_norm", "optim", "seed", "logging_steps", "save_steps", "save_total_limit", "eval_steps"),
+)
+UNSLOTH = (
+    *("model_name", "max_seq_length", "dtype", "load_in_4bit", "load_in_8bit", "full_finetuning", "token"),
+    *("rope_scaling", "fast_inference", "gpu_memory_utilization"),
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora", "modules_to_save"),
+    *("init_lora_weights", "loftq_config", "use_gradient_checkpointing", "random_state", "embedding_learning_rate"),
+)
+PEFT = (
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora", "use_dora", "init_lora_weights"),
+    *("loftq_config", "modules_to_save", "task_type"),
+)
+QUANTIZATION = ("load_in_4bit", "load_in_8bit", "bnb_4bit_compute_dtype", "bnb_4bit_quant_type")
+TRAINING_ARGUMENTS = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", *LOOP),
+    *("lr_scheduler_kwargs", "adam_beta1", "adam_beta2", "adam_epsilon", "neftune_noise_alpha", "bf16", "fp16"),
+    *("gradient_checkpointing", "torch_compile", "use_liger_kernel", "auto_find_batch_size"),
+    *("eval_strategy", "save_strategy", "per_device_eval_batch_size", "load_best_model_at_end"),
+    *("metric_for_best_model", "report_to", "run_name", "push_to_hub", "deepspeed", "fsdp", "dataloader_num_workers"),
+)
+SFT_CONFIG = (
+    *("max_length", "packing", "dataset_text_field", "completion_only_loss", "assistant_only_loss"),
+    *("chat_template_path", "dataset_num_proc", "activation_offloading"),
+)
+AXOLOTL = (
+    *("base_model", "revision_of_model", "load_in_4bit", "load_in_8bit", "bf16", "fp16", "tf32", "trust_remote_code"),
+    *("datasets", "test_datasets", "val_set_size", "chat_template", "train_on_inputs", "dataset_prepared_path"),
+    *("sequence_len", "sample_packing", "pad_to_sequence_len"),
+    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_linear", "lora_modules_to_save"),
+    *("peft_use_dora", "peft_use_rslora", "peft_init_lora_weights", "lora_model_dir", "tokens"),
+    *("loraplus_lr_ratio", "loraplus_lr_embedding", "micro_batch_size", "gradient_accumulation_steps", "num_epochs"),
+    *("max_steps", "optimizer", "lr_scheduler", "learning_rate", "warmup_steps", "warmup_ratio", "weight_decay"),
+    *("max_grad_norm", "neftune_noise_alpha", "gradient_checkpointing", "flash_attention", "torch_compile"),
+    *("evals_per_epoch", "eval_steps", "saves_per_epoch", "save_steps", "save_total_limit", "early_stopping_patience"),
+    *("load_best_model_at_end", "output_dir", "resume_from_checkpoint", "auto_resume_from_checkpoints", "seed"),
+    *("wandb_project", "deepspeed", "fsdp"),
+)
+LLAMA_FACTORY = (
+    *("model_name_or_path", "adapter_name_or_path", "quantization_bit", "rope_scaling", "flash_attn"),
+    *("enable_liger_kernel", "trust_remote_code", "stage", "finetuning_type"),
+    *("dataset", "eval_dataset", "val_size", "template", "cutoff_len", "packing", "neat_packing", "train_on_prompt"),
+    *("mask_history", "interleave_probs", "max_samples", "overwrite_cache", "preprocessing_num_workers"),
+    *("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target", "use_rslora", "use_dora"),
+    *("pissa_init", "add_tokens", "loraplus_lr_ratio", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("num_train_epochs", "bf16", "fp16", "neftune_noise_alpha", *LOOP),
+    *("plot_loss", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "deepspeed", "fsdp"),
+)
+LIBRARIES = {
+    "unsloth": UNSLOTH,
+    "peft": (*PEFT, *QUANTIZATION),
+    "trl": (*SFT_CONFIG, *TRAINING_ARGUMENTS),
+    "axolotl": AXOLOTL,
+    "llama_factory": LLAMA_FACTORY,
+}
+
+# What to write, or why there is nothing to write, wherever the name alone does not say it.
+NOTES = {
+    "load_in_4bit": "true: `bits: 4`, the default; false: `bits: 16`",
+    "load_in_8bit": "there are no 8-bit weights: `bits: 4` or `bits: 16`",
+    "quantization_bit": "4, or leave it out of there: 16",
+    "bf16": "true: `dtype: bfloat16`; by default what the GPU has",
+    "fp16": "true: `dtype: float16`",
+    "bnb_4bit_compute_dtype": "by default what the GPU has",
+    "bnb_4bit_quant_type": "nf4, always, with double quantisation",
+    "use_gradient_checkpointing": '`True`: `true`; `"unsloth"`: `offload`',
+    "activation_offloading": "`true`: `offload`",
+    "loftq_config": "`init_lora_weights: loftq`, and `loftq_iter`",
+    "pissa_init": "`init_lora_weights: pissa`",
+    "finetuning_type": "`lora`: nothing; `full`: `full_finetuning: true`",
+    "lora_target_linear": "`target_modules: all-linear`, the default",
+    "train_on_inputs": "the opposite: `completion_only_loss: false` learns the prompts too",
+    "train_on_prompt": "the opposite: `completion_only_loss: false` learns the prompts too",
+    "optim": "`adamw_torch`, `adamw_bnb_8bit`, `paged_adamw_32bit` and the like are understood",
+    "optimizer": "`adamw_torch`, `adamw_bnb_8bit`, `paged_adamw_32bit` and the like are understood",
+    "assistant_only_loss": "the default where there is a conversation",
+    "neat_packing": "packing always keeps documents apart",
+    "sample_packing": "packing always keeps documents apart",
+    "datasets": "a list of paths; the layout is found by looking, or is `format`",
+    "dataset": "paths or Hub names; there is no `dataset_info.json`",
+    "chat_template": "a built-in name or a .jinja file; by default the model's own",
+    "template": "by default the model's own; see the list in [chat-models.md](chat-models.md)",
+    "lora_model_dir": "axolotl's own `adapter: lora` or `qlora` is what `bits` says",
+    "auto_find_batch_size": "`auto`, the default",
+    "auto_resume_from_checkpoints": "`latest`",
+    "evals_per_epoch": "in steps",
+    "saves_per_epoch": "in steps",
+    "eval_strategy": "`eval_steps` alone says it",
+    "save_strategy": "`save_steps` alone says it",
+    "logging_strategy": "`logging_steps` alone says it",
+    "metric_for_best_model": "the evaluation loss, always",
+    "attn_implementation": "slothcore has kernels of its own",
+    "flash_attention": "slothcore has kernels of its own",
+    "flash_attn": "slothcore has kernels of its own",
+    "use_liger_kernel": "slothcore has kernels of its own",
+    "enable_liger_kernel": "slothcore has kernels of its own",
+    "torch_compile": "slothcore has kernels of its own, and CUDA graphs",
+    "tf32": "nothing is rounded that you did not ask for",
+    "trust_remote_code": "no code of a model is run",
+    "pad_to_sequence_len": "there is no padding",
+    "dataset_num_proc": "all cores, always",
+    "preprocessing_num_workers": "all cores, always",
+    "dataloader_num_workers": "rows are prepared ahead in any case",
+    "dataset_prepared_path": "kept in `SLOTHCORE_HOME` by itself",
+    "overwrite_cache": "the cache is never out of date",
+    "max_samples": "cut the file",
+    "stage": "`sft`; there are no others yet",
+    "task_type": "causal language models",
+    "fast_inference": "there is one way to generate",
+    "gpu_memory_utilization": "there is one way to generate",
+    "push_to_hub": "`hf upload` does it",
+    "wandb_project": "the variable `WANDB_PROJECT`",
+    "deepspeed": "one GPU",
+    "fsdp": "one GPU",
+}
+
+
+def name_here(name: str) -> str | None:
+    """What slothcore calls an option of another library; None: it has none such.
+
+    Raises: KeyError for a name that nothing is known of.
+    """
+    if name in field_types():
+        return name
+    return None if name in WITHOUT_COUNTERPART else OTHER_NAMES[name]
+
+
+def moving_table(library: str) -> str:
+    """Name there, name here, and what else has to be said; names that are the same in one row."""
+    same = [name for name in LIBRARIES[library] if name_here(name) == name and name not in NOTES]
+    rows = []
+    for name in dict.fromkeys(LIBRARIES[library]):
+        if name not in same:
+            here = name_here(name)
+            rows.append(f"| `{name}` | {f'`{here}`' if here else '-'} | {NOTES.get(name, '')} |")
+    listed = ", ".join(f"`{name}`" for name in dict.fromkeys(same))
+    return "\n".join(["| There | Here | |", "| --- | --- | --- |", *rows, "", f"The same in both: {listed}."])

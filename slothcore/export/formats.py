@@ -1,0 +1,83 @@
+"""What a model can be exported as: a table of formats, which the command line shows without importing torch.
+
+A format is a row here and a module with the functions of `Writer`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, cast
+
+if TYPE_CHECKING:
+    from slothcore.data.tokenizer import Tokenizer
+    from slothcore.models.decoder import Decoder
+
+
+class Writer(Protocol):
+    """What the module of a format does. `dtype` is one of the format's own, or None where that is its default."""
+
+    def require(self, model: "Decoder", dtype: str | None) -> None:
+        """Raises: ValueError if this model cannot be written so."""
+
+    def size(self, model: "Decoder", dtype: str | None) -> int:
+        """Bytes that the files will take, but for small ones."""
+
+    def write(self, model: "Decoder", tokenizer: "Tokenizer | None", folder: Path, dtype: str | None) -> None:
+        """Fill the folder, which exists and is empty."""
+
+    def check(self, model: "Decoder", folder: Path, dtype: str | None, *, give_up: bool) -> str:
+        """Read back what was written, compare logits, and say what was found; `give_up`: the model may be emptied.
+
+        Raises: ValueError if they are not those of the model.
+        """
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to write a model.
+
+    Attributes:
+        help: what it is, in a few words.
+        module: where its `Writer` is.
+        dtypes: what its numbers can be; the first is the default unless `dtype_is_kept`.
+        dtype_is_kept: whether numbers stay as they are if no dtype is asked for.
+    """
+
+    help: str
+    module: str
+    dtypes: tuple[str, ...]
+    dtype_is_kept: bool = False
+
+    @property
+    def default_dtype(self) -> str | None:
+        """The dtype where none is asked for; None: as it is."""
+        return None if self.dtype_is_kept else self.dtypes[0]
+
+    def writer(self) -> Writer:
+        """Its module, imported now."""
+        return cast(Writer, import_module(self.module))
+
+
+FORMATS = {
+    "merged": Format(
+        help="one Hugging Face model, the adapter folded into its base; runs everywhere",
+        module="slothcore.export.merged",
+        dtypes=("bfloat16", "float16", "float32"),
+    ),
+    "adapter": Format(
+        help="the adapter alone in PEFT's format, without the state of training; small, ready to upload",
+        module="slothcore.export.adapter",
+        dtypes=("bfloat16", "float16", "float32"),
+        dtype_is_kept=True,
+    ),
+}
+
+
+def format_named(name: str, dtype: str | None, *, say: Callable[[str], Exception] = ValueError) -> Format:
+    """The format of this name. Raises: `say`'s exception for another name, or a dtype that it does not have."""
+    if name not in FORMATS:
+        raise say(f"format must be one of {', '.join(FORMATS)}, got {name!r}")
+    if dtype is not None and dtype not in FORMATS[name].dtypes:
+        raise say(f"dtype must be one of {', '.join(FORMATS[name].dtypes)} for the format {name}, got {dtype!r}")
+    return FORMATS[name]

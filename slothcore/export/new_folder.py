@@ -1,0 +1,85 @@
+"""A folder that is there whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+# What a file system takes for itself, and the small files.
+SPARE_BYTES = 32 * 2**20
+GIB = 2**30
+
+
+def require_new(folder: Path) -> None:
+    """Raise ValueError unless `folder` is absent or empty, and can be made; nothing is written."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = "is a file" if not folder.is_dir() else "exists and is not empty"
+        raise ValueError(f"output_dir {folder} {what}; choose a new folder")
+    nearest = _nearest(folder)
+    if not nearest.is_dir():
+        raise ValueError(f"output_dir {folder} would lie in {nearest}, which is a file; choose a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"output_dir {folder}: {nearest} may not be written into; choose another folder")
+
+
+def require_room(folder: Path, size: int) -> None:
+    """Raise ValueError unless there is room for `size` bytes where `folder` will lie.
+
+    What an export that was killed has left counts as room: it is deleted first.
+    """
+    free = shutil.disk_usage(_nearest(folder)).free
+    partial = _partial(folder)
+    if partial.is_dir():
+        free += sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+    if size + SPARE_BYTES > free:
+        raise ValueError(
+            f"{folder} will take {size / GIB:.2f} GiB, and {free / GIB:.2f} GiB are free there; free some space, or "
+            "choose a folder on another disk"
+        )
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target` to be filled, which takes that name when the block ends, on disk to the last byte.
+
+    If anything fails, or the process is killed, nothing has that name; what a killed one left is deleted by the next.
+
+    Raises: OSError, naming `target`, for whatever the disk refuses.
+    """
+    partial = _partial(target)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for file in (*partial.rglob("*"), partial):
+            _flush(file)
+        if target.exists():
+            target.rmdir()  # empty, or it was not one to write into
+        os.replace(partial, target)
+        _flush(target.parent)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{target} cannot be written ({error}); make room, or check the disk") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial(target: Path) -> Path:
+    return target.absolute().with_name(f".{target.absolute().name}.partial")
+
+
+def _nearest(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def _flush(path: Path) -> None:
+    """Onto the disk: a rename survives a power cut, and what was renamed must, too."""
+    if path.is_dir() and os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

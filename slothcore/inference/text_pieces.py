@@ -1,0 +1,76 @@
+"""Token ids that come one by one, as text that may be shown: whole characters that no later token changes."""
+
+import re
+from collections.abc import Iterator
+
+from slothcore.data.tokenizer import Tokenizer
+from slothcore.inference.endings import Endings
+
+# What decoding writes for bytes that are no character, or not one yet.
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+# How vocabularies of sentencepiece spell a byte that no token stands for.
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+class TextPieces:
+    """Takes the tokens of an answer and gives its text in pieces; joined, they are the decoded and cut text.
+
+    A character of several bytes may be spread over tokens, so what ends in an incomplete one waits; where bytes are
+    tokens of their own, the whole run of them waits, because one that does not fit spoils the characters before it.
+    What may begin a stop string waits until it is one or is not.
+
+    Attributes:
+        text: all that was given out.
+        ended: whether the answer came to its end, by a token or a string that ends it; nothing comes behind it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, endings: Endings) -> None:
+        self.tokenizer, self.endings = tokenizer, endings
+        self.text = ""
+        self.ended = False
+        self._ids: list[int] = []
+
+    def take(self, tokens: Iterator[int]) -> Iterator[str]:
+        """The text of an answer as its tokens come, no piece empty; takes no token behind the one that ends it."""
+        for token in tokens:
+            if piece := self.add(token):
+                yield piece
+            if self.ended:
+                return
+        if piece := self.finish():
+            yield piece
+
+    def add(self, token: int) -> str:
+        """The text that may be shown now; empty if it has to wait."""
+        if token in self.endings.eos_ids:
+            piece = self.finish()
+            self.ended = True
+            return piece
+        self._ids.append(token)
+        whole = self.tokenizer.decode(self._ids[: self._settled()]).rstrip(INCOMPLETE)
+        shown = self.endings.cut(whole)
+        self.ended = shown != whole
+        if not self.ended:
+            shown = whole[: len(whole) - self.endings.begun(whole)]
+        return self._give(shown)
+
+    def finish(self) -> str:
+        """What had to wait, now that no token comes any more."""
+        return "" if self.ended else self._give(self.endings.cut(self.tokenizer.decode(self._ids)))
+
+    def _settled(self) -> int:
+        """How many of the ids stand before the run of bytes at the end; what has no text does not end a run."""
+        settled = len(self._ids)
+        while settled:
+            token = self._ids[settled - 1]
+            text = self.tokenizer.token_text(token)
+            has_text = text is not None and token not in self.tokenizer.special_token_ids
+            if has_text and not BYTE_TOKEN.fullmatch(text or ""):
+                break
+            settled -= 1
+        return settled
+
+    def _give(self, text: str) -> str:
+        piece = text[len(self.text) :]
+        self.text += piece
+        return piece

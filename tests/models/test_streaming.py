@@ -1,0 +1,204 @@
+"""Tokens one by one: those of `generate`, also behind what a cache kept from the turn before."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from slothcore.layers.kv_cache import attend_to_text
+from slothcore.models.decoder import Decoder
+from slothcore.models.load import from_config
+from slothcore.models.streaming import SMALLEST_CACHE, TextCache
+from tests.models.test_config import TINY
+from tests.models.test_generation_rope import DYNAMIC, LONGROPE, ORIGINAL, build
+from tests.models.tiny import token_ids
+from tests.models.zoo import FAMILIES_TINY, Variant
+
+NEW = 12
+# One of each family, with its windows, soft caps, norms of heads and experts.
+ZOO = [variants[0] for variants in FAMILIES_TINY.values()]
+
+
+@pytest.fixture
+def model() -> Decoder:
+    return from_config({**TINY, "num_key_value_heads": 2, "initializer_range": 0.3}, device="cpu").eval()
+
+
+def generated(model: Decoder, prompt: list[int], **options: Any) -> list[int]:
+    options = {"max_new_tokens": NEW, "eos_token_id": (), **options}
+    return model.generate(torch.tensor(prompt), **options)[0, len(prompt) :].tolist()
+
+
+def streamed(model: Decoder, prompt: list[int], **options: Any) -> list[int]:
+    return list(model.stream(prompt, **{"max_new_tokens": NEW, "eos_token_id": (), **options}))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"repetition_penalty": 1.7},
+        {"temperature": 1.3, "seed": 3},
+        {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.2, "seed": 7},
+    ],
+    ids=str,
+)
+def test_the_tokens_are_those_of_generate(model: Decoder, options: dict[str, Any]) -> None:
+    for length in (1, 2, 9):
+        prompt = token_ids(length, seed=length).tolist()
+        assert streamed(model, prompt, **options) == generated(model, prompt, **options)
+    assert len(set(streamed(model, prompt, **options))) > 2
+
+
+def test_an_end_token_is_the_last(model: Decoder) -> None:
+    prompt = token_ids(5).tolist()
+    free = generated(model, prompt)
+    end = free[4]
+    assert streamed(model, prompt, eos_token_id=end) == free[: free.index(end) + 1]
+    model.generation_config = {"eos_token_id": [end]}
+    assert streamed(model, prompt, eos_token_id=None) == free[: free.index(end) + 1]
+
+
+def test_a_token_is_computed_when_it_is_asked_for_and_modes_are_put_back(model: Decoder) -> None:
+    model.train()
+    cache = TextCache(model)
+    tokens = model.stream(token_ids(5), max_new_tokens=NEW, eos_token_id=(), cache=cache)
+    assert (cache.tokens_read, model.training) == (0, True)
+    next(tokens)
+    assert (cache.tokens_read, model.training) == (5, False)
+    assert torch.is_grad_enabled(), "between the tokens the caller's own work is not changed"
+    next(tokens)
+    assert cache.tokens_read == 6
+    tokens.close()
+    assert model.training
+
+
+def final_states(model: Decoder, ids: list[int]) -> Tensor:
+    """The slow way: the whole text in one pass."""
+    inputs = model.pack(torch.tensor(ids))
+    with torch.no_grad():
+        return model.model(inputs.input_ids, inputs.position_ids, inputs.documents)[-1:]
+
+
+@pytest.mark.filterwarnings("ignore:.*belong to no text model")
+@pytest.mark.parametrize("variant", ZOO, ids=str)
+@torch.no_grad()
+def test_what_is_kept_gives_what_the_whole_text_gives(variant: Variant, tmp_path: Path) -> None:
+    """Texts that grow by chunks, shrink, differ in their middle and begin anew, for each family."""
+    _, model = build(variant, tmp_path)
+    ids = token_ids(40, seed=3).tolist()
+    other = token_ids(40, seed=4).tolist()
+    cache, read = TextCache(model), 0
+    for text, new in (
+        (ids[:7], 7),
+        (ids[:20], 13),
+        (ids[:21], 1),
+        (ids[:30], 9),
+        ([*ids[:12], *other[12:25]], 13),
+        ([*ids[:12], *other[12:25]], 1),
+        (ids[:13], 1),
+        (other[:9], 9),
+    ):
+        actual = cache.read(text)
+        read += new
+        assert cache.tokens_read == read, "only what is new went through the model"
+        torch.testing.assert_close(actual, final_states(model, text), rtol=2e-4, atol=2e-4)
+        assert cache.ids == text
+
+
+def test_a_later_turn_is_what_it_would_be_alone(model: Decoder) -> None:
+    cache = TextCache(model)
+    first = token_ids(9, seed=1).tolist()
+    text = first + streamed(model, first, cache=cache)
+    for turn in range(4):
+        # Enough turns to outgrow the room that the cache began with.
+        text += token_ids(SMALLEST_CACHE // 3, seed=turn).tolist()
+        before = cache.tokens_read
+        answer = streamed(model, text, cache=cache)
+        assert answer == generated(model, text)
+        # The last token of the answer before was chosen, but never read; and so is that of this one.
+        assert cache.tokens_read - before == SMALLEST_CACHE // 3 + 1 + NEW - 1
+        text += answer
+    assert len(text) > SMALLEST_CACHE
+
+
+@pytest.mark.filterwarnings("ignore:generation goes beyond")
+@pytest.mark.parametrize("variant", [*LONGROPE, DYNAMIC], ids=str)
+def test_angles_that_depend_on_the_length(variant: Variant, tmp_path: Path) -> None:
+    """Across the original length, in chunks and token by token, and back."""
+    _, model = build(variant, tmp_path)
+    ids = token_ids(80, seed=5).tolist()
+    cache = TextCache(model)
+    for length in (ORIGINAL - 5, ORIGINAL - 1, ORIGINAL + 3, ORIGINAL + 9, 70, ORIGINAL - 2, ORIGINAL):
+        with torch.no_grad():
+            torch.testing.assert_close(
+                cache.read(ids[:length]), final_states(model, ids[:length]), rtol=2e-4, atol=2e-4
+            )
+    for length in (3, ORIGINAL - 3, ORIGINAL, ORIGINAL + 1):
+        assert streamed(model, ids[:length]) == generated(model, ids[:length])
+
+
+def test_an_interrupted_pass_leaves_a_cache_that_is_right(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = TextCache(model)
+    first = token_ids(9, seed=1).tolist()
+    streamed(model, first, cache=cache)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[1].register_forward_pre_hook(interrupted)
+    text = first[:6] + token_ids(5, seed=8).tolist()
+    with pytest.raises(KeyboardInterrupt):
+        next(model.stream(text, max_new_tokens=3, cache=cache))
+    handle.remove()
+    assert cache.ids == first[:6]
+    assert streamed(model, text, cache=cache) == generated(model, text)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_attention_in_parts_is_attention_at_once(window, softcap, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, keys, values = torch.randn(9, 4, 8), torch.randn(23, 2, 8), torch.randn(23, 2, 8)
+    options = {"scale": 0.3, "window": window, "softcap": softcap}
+    whole = attend_to_text(query, keys, values, **options)
+    monkeypatch.setattr("slothcore.layers.kv_cache.SCORES_AT_ONCE", 2 * 23 * 4)
+    torch.testing.assert_close(attend_to_text(query, keys, values, **options), whole, rtol=1e-5, atol=1e-6)
+    # By the definition, in float64, for one token and head.
+    scores = (keys[:, 1].double() @ query[4, 3].double()) * 0.3
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    own = 23 - 9 + 4
+    first = 0 if window is None else own - window + 1
+    weights = scores[first : own + 1].softmax(0)
+    expected = weights @ values[first : own + 1, 1].double()
+    torch.testing.assert_close(whole[4, 3].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_beyond_the_positions_there_is_one_warning(model: Decoder) -> None:
+    limit = model.config.longest_document
+    prompt = token_ids(limit - 2).tolist()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert len(list(model.stream(prompt, max_new_tokens=8, eos_token_id=()))) == 8
+    assert [w.filename for w in caught] == [__file__]
+    assert f"beyond the {limit} positions" in str(caught[0].message)
+
+
+def test_wrong_arguments_are_said_at_once(model: Decoder) -> None:
+    for options, message in (
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"max_new_tokens": 1, "min_p": 2.0}, "min_p must lie in 0..1"),
+        ({"max_new_tokens": 1, "seed": -1}, "seed must lie in"),
+        ({"max_new_tokens": 1, "eos_token_id": 5000}, "eos_token_id must lie in"),
+        ({"max_new_tokens": 1, "cache": TextCache(from_config(TINY, device="cpu"))}, "of another model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.stream([1, 2], **options)
+    with pytest.raises(ValueError, match=r"one prompt can be streamed, \[S\]; got the shape \(1, 2\)"):
+        model.stream(torch.ones(1, 2, dtype=torch.int64), max_new_tokens=1)
+    with pytest.raises(ValueError, match="input_ids must lie in"):
+        model.stream([1, 5000], max_new_tokens=1)
+    with pytest.raises(ValueError, match="not empty"):
+        model.stream([], max_new_tokens=1)
