@@ -20,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 
 from slothcore.kernels.launch import (
-    NORM_TILE,
     REDUCTION_PROGRAMS,
     ceil_div,
     partial_row_tile,
@@ -183,7 +182,7 @@ def rms_norm_forward(
         residual = with_contiguous_rows(residual)
         h, residual_stride = torch.empty_like(y), residual.stride(0)
     x, weight = with_contiguous_rows(x), with_contiguous_rows(weight)
-    tile = whole_row_tile(width, NORM_TILE)
+    tile = whole_row_tile(width)
     rms_norm_forward_kernel[(ceil_div(num_tokens, tile.rows),)](
         x,
         residual,

@@ -274,7 +274,7 @@ def test_an_exported_adapter_answers_as_the_run(run: Path, tmp_path: Path, capsy
         ("--format gif --output-dir out", 2, "argument --format: invalid choice: 'gif'"),
         ("--output-dir out", 2, "the following arguments are required: --format"),
         ("--format merged --output-dir file", 1, "output_dir file is a file; choose a new folder"),
-        ("--format merged --output-dir file/out", 1, "would lie in file, which is a file; choose another folder"),
+        ("--format merged --output-dir file/out", 1, "would lie in file, which is a file; choose a folder"),
         ("--format adapter --output-dir out", 1, "has no LoRA adapter; export it with the format merged"),
     ],
 )
