@@ -129,7 +129,7 @@ def _open_records(
 
 def how_to_talk(config: TrainConfig, record: Mapping[str, Any]) -> str:
     """The command that asks the result in the layout that it was trained on, of which `record` is one."""
-    flags, chat = {"--prompt": "Hello"}, ""
+    flags, run = {"--prompt": "Hello"}, shlex.quote(config.output_dir)
     if config.completion_template is not None:
         prompt, _ = ColumnTemplates(config.completion_template, config.prompt_template or "").fill(record, "the record")
         flags = {"--prompt": _example(prompt)}
@@ -143,9 +143,9 @@ def how_to_talk(config: TrainConfig, record: Mapping[str, Any]) -> str:
         elif name == "prompt" and isinstance(plain["prompt"], str):
             flags = {"--prompt": _example(plain["prompt"])}
         elif name in CONVERSATIONS:
-            chat = "--chat "
+            return f"slothcore chat --model {run}"
     asked = " ".join(f"{flag} {shlex.quote(text)}" for flag, text in flags.items() if text)
-    return f"slothcore generate --model {shlex.quote(config.output_dir)} {chat}{asked}"
+    return f"slothcore generate --model {run} {asked}"
 
 
 def _example(prompt: str) -> str:

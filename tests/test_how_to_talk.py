@@ -23,12 +23,16 @@ LONG = "word " * 100
         ({"prompt": "- a list", "completion": "x"}, ["--prompt", "Hello"]),
         ({"prompt": "two\nlines", "completion": "x"}, ["--prompt", "Hello"]),
         ({"prompt": LONG, "completion": "x"}, ["--prompt", "Hello"]),
-        ({"messages": [{"role": "user", "content": "?"}]}, ["--chat", "--prompt", "Hello"]),
     ],
 )
 def test_the_record_decides_the_flags(record: dict, expected: list[str]) -> None:
     command = shlex.split(how_to_talk(TrainConfig(output_dir="a run"), record))
     assert command == ["slothcore", "generate", "--model", "a run", *expected]
+
+
+def test_a_conversation_goes_on_in_chat() -> None:
+    record = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}
+    assert how_to_talk(TrainConfig(output_dir="a run"), record) == "slothcore chat --model 'a run'"
 
 
 def test_own_columns_are_asked_through_their_template() -> None:

@@ -237,7 +237,8 @@ class SFTTrainer:
         say(
             f"training {sum(p.numel() for p in self.parameters.values()):,} weights for "
             f"{counted(self.total_steps, 'step')} of {counted(self.config.step_rows, 'row')}; "
-            f"{counted(len(self.train_rows), 'row')} make {counted(self.schedule.steps_per_epoch, 'step')}"
+            f"{counted(len(self.train_rows), 'row')} {'makes' if len(self.train_rows) == 1 else 'make'} "
+            f"{counted(self.schedule.steps_per_epoch, 'step')}"
         )
         return state
 
