@@ -225,9 +225,8 @@ def test_a_step_does_not_wait_for_the_gpu(tmp_path, cuda_graphs, optim) -> None:
         assert run.model.graphs.replays > 0
 
 
-def test_float16_with_adamw_does_not_wait_for_the_gpu(tmp_path) -> None:
-    """torch skips the update of an overflowed gradient on the GPU. (bitsandbytes cannot.)"""
-    run = trainer(tmp_path, rows=EQUAL_ROWS, dtype=torch.float16, cuda_graphs=False)
+def take_a_step_without_waiting(run: SFTTrainer) -> None:
+    """The third step of a run; waiting for the GPU in it is an error."""
     steps = make_ready(run, run._begin())
     run.model.train()
     with StepFeed(run.schedule, run.cut) as feed:
@@ -239,22 +238,17 @@ def test_float16_with_adamw_does_not_wait_for_the_gpu(tmp_path) -> None:
             steps.run(feed, 1.0)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_float16_with_adamw_does_not_wait_for_the_gpu(tmp_path) -> None:
+    """torch skips the update of an overflowed gradient on the GPU. (bitsandbytes cannot.)"""
+    take_a_step_without_waiting(trainer(tmp_path, rows=EQUAL_ROWS, dtype=torch.float16, cuda_graphs=False))
 
 
 def test_noise_on_embeddings_does_not_wait_for_the_gpu(tmp_path) -> None:
     run = trainer(tmp_path, rows=EQUAL_ROWS, neftune_noise_alpha=5.0)
     assert not run.replays_graphs
-    steps = make_ready(run, run._begin())
-    run.model.train()
-    with StepFeed(run.schedule, run.cut) as feed:
-        for _ in range(2):
-            steps.run(feed, 1.0)
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            steps.run(feed, 1.0)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    take_a_step_without_waiting(run)
 
 
 @pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
