@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import re
 import resource
 import sys
 import tempfile
@@ -120,9 +121,12 @@ def write_tokenizer(folder: Path, vocabulary: list[str]) -> Path:
 def peak_memory() -> float:
     """The most host memory that this process has had, and the largest of those that it started, in MB."""
     unit = 1 if sys.platform == "darwin" else 1024
-    return (
-        sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * unit / 1e6
-    )
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Linux lets `ru_maxrss` begin with what the process had that started this one.
+        own = int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
+    return (own + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) * unit / 1e6
 
 
 if __name__ == "__main__":
