@@ -23,13 +23,14 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping
     """Write one safetensors file, readable by whoever may read the user's other new files.
 
     Args:
-        metadata: texts by name, for the header.
+        metadata: texts by name, for the header; None: what every reader of torch's tensors expects.
 
     safetensors itself leaves files that only their owner may read, and a shared model folder would stay closed.
     """
     path.touch()
     mode = path.stat().st_mode
-    save_file(dict(tensors), path, metadata={"format": "pt", **(metadata or {})})
+    # One entry: safetensors writes several in an order that changes from run to run.
+    save_file(dict(tensors), path, metadata=dict(metadata) if metadata else {"format": "pt"})
     path.chmod(mode)
 
 

@@ -129,6 +129,11 @@ class TrainConfig(RunOptions, OptimizationOptions, LoraOptions, DataOptions, Mod
             "lr_scheduler_type constant has no warm-up; set it to constant_with_warmup, or drop warmup_steps and "
             "warmup_ratio",
         )
+        for name in "use_dora init_lora_weights use_rslora lora_dropout modules_to_save".split():
+            _require(
+                not self.full_finetuning or getattr(self, name) == getattr(TrainConfig, name),
+                f"{name} is about a LoRA adapter, and full_finetuning trains all weights; drop one",
+            )
         _require(
             not (self.full_finetuning and self.loraplus_lr_ratio is not None),
             "loraplus_lr_ratio is about LoRA factors, and full_finetuning has none; drop one",

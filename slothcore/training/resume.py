@@ -114,6 +114,7 @@ def restore(trainer: "SFTTrainer", fresh: RunState) -> RunState:
         if later != checkpoint and int(later.name.partition("-")[2]) > saved.step:
             remove_folder(later)
             say(f"deleted {later}, which came after the checkpoint that training goes on from")
+    _forget_other_evaluations(saved, fresh)
     bring_best_along(saved, config, checkpoint.parent)
     if checkpoint.parent.resolve() != output_dir.resolve():
         saved.wandb_id = None  # a run of its own, from here on
@@ -123,6 +124,16 @@ def restore(trainer: "SFTTrainer", fresh: RunState) -> RunState:
         saved.graphs_given_up = False
     saved.config = fresh.config
     return saved
+
+
+def _forget_other_evaluations(saved: RunState, fresh: RunState) -> None:
+    """Losses on other data say nothing of which step is the best, or when to stop."""
+    if saved.eval_fingerprint not in (None, fresh.eval_fingerprint):
+        if saved.best_step is not None:
+            say("note: the evaluation data are not those of the checkpoint; which step is the best is told anew")
+        saved.best_step = saved.best_eval_loss = None
+        saved.evaluations_without_improvement = 0
+    saved.eval_fingerprint = fresh.eval_fingerprint
 
 
 def _check_same_run(trainer: "SFTTrainer", fresh: RunState, saved: RunState, checkpoint: Path) -> None:

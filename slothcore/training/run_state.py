@@ -49,6 +49,7 @@ class RunState:
     token_budget: int | None = None  # tokens of a pass that rows are merged up to; None: without memory_budget
     decoded_layers: int | None = None  # layers that keep decoded weights
     graphs_given_up: bool = False  # for want of memory
+    eval_fingerprint: str | None = None  # of what the evaluations were of
     best_step: int | None = None  # of the evaluation with the lowest loss
     best_eval_loss: float | None = None
     evaluations_without_improvement: int = 0  # until now, in a row; for early stopping

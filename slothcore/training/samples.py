@@ -52,9 +52,9 @@ class Samples:
             length = len(self.tokenizer.encode_prompt(question.text, add_special_tokens=not question.by_template))
             if length > room:
                 raise ValueError(
-                    f"the sample prompt {_short(question.prompt)!r} has {counted(length, 'token')}, and with "
-                    f"sample_max_new_tokens {self.max_new_tokens} the model takes at most {max(0, room):,}; shorten "
-                    "it, or lower sample_max_new_tokens"
+                    f"the sample prompt {_short(question.prompt)!r} has {counted(length, 'token')}, and "
+                    f"max_seq_length {self.model.max_seq_length:,} leaves {max(0, room):,} beside "
+                    f"sample_max_new_tokens {self.max_new_tokens}; shorten it, or change one of the two"
                 )
 
     def __bool__(self) -> bool:

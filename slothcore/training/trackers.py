@@ -105,10 +105,7 @@ KINDS: dict[str, Callable[[TrainConfig, RunState], Tracker]] = {"tensorboard": T
 
 
 class Trackers:
-    """All that `report_to` names. One that fails is said and left alone from then on.
-
-    Raises: ValueError if one cannot be started.
-    """
+    """All that `report_to` names. One that fails, or cannot be started, is said and left alone from then on."""
 
     def __init__(self, config: TrainConfig, state: RunState) -> None:
         self._open: dict[str, Tracker] = {}
@@ -118,9 +115,8 @@ class Trackers:
             except Exception as error:
                 remedy = "run wandb login, or set WANDB_MODE=offline" if name == "wandb" else "check logging_dir"
                 reason = " ".join(str(error).split())
-                raise ValueError(
-                    f"{name} cannot be started ({reason}); {remedy}, or leave it out of report_to"
-                ) from error
+                # Not an error: by now the run has claimed its folder.
+                say(f"note: {name} cannot be started ({reason}); training goes on without it; next time {remedy}")
 
     def log(self, record: dict[str, Any]) -> None:
         """A line of log.jsonl."""

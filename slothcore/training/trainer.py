@@ -178,6 +178,9 @@ class SFTTrainer:
                     log.begin_line(learning_rate=config.learning_rate * factor, grad_norm=grad_norm)
                 milestones.after_step(last=last)
                 finished = last or milestones.stopped_early
+                if finished and meter.steps:
+                    # Stopped early, before the window of a line was full.
+                    log.begin_line(learning_rate=config.learning_rate * factor, grad_norm=grad_norm)
                 interrupted = interruption.requested and not finished
                 if interrupted or milestones.needs_checkpoint(finished=finished):
                     with log.paused():
@@ -228,6 +231,7 @@ class SFTTrainer:
         state = RunState(
             model_fingerprint=model_fingerprint(self.model),
             data_fingerprint=self.train_rows.fingerprint(),
+            eval_fingerprint=self.eval_rows.fingerprint() if self.eval_rows else None,
             config=self.config.to_dict(),
         )
         torch.manual_seed(self.config.seed)

@@ -105,6 +105,16 @@ def test_a_run_ends_when_evaluations_do_not_improve(tmp_path, scripted, capsys) 
     assert sentence in capsys.readouterr().out
 
 
+def test_an_early_end_leaves_no_step_out_of_the_log(tmp_path, scripted) -> None:
+    scripted(1.0, 2.0)
+    options = {"max_steps": 30, "eval_steps": 3, "early_stopping_patience": 1, "logging_steps": 4}
+    _, result, log = train(tmp_path, random_rows(16), eval_rows=random_rows(4, seed=1), **options)
+    assert result.stopped_early
+    lines = [record for record in log if "loss" in record]
+    assert [record["step"] for record in lines] == [4, 6]
+    assert (4 * lines[0]["loss"] + 2 * lines[1]["loss"]) / 6 == pytest.approx(result.train_loss)
+
+
 def test_patience_that_runs_out_at_the_last_step_is_no_early_end(tmp_path, scripted) -> None:
     scripted(1.0, 2.0)
     rows = random_rows(4, seed=1)
@@ -332,6 +342,16 @@ def test_resuming_without_the_best_checkpoint_looks_for_the_best_anew(folder, ca
     result = train_from_config(TrainConfig(**options(folder, "robbed", **changes)))
     assert result.best_step == expected.steps + 4
     assert "is gone; the best is looked for from here on" in capsys.readouterr().out
+
+
+def test_losses_on_other_data_are_not_compared(folder, tmp_path, capsys) -> None:
+    first, other = (write_records(tmp_path / f"{count}.jsonl", count) for count in (4, 3))
+    shared = {"eval_fraction": 0.0, "early_stopping_patience": None}
+    train_from_config(TrainConfig(**options(folder, "switched", eval_data=str(first), max_steps=8, **shared)))
+    changes = {"eval_data": str(other), "max_steps": 12, "resume_from_checkpoint": "latest"}
+    result = train_from_config(TrainConfig(**options(folder, "switched", **shared, **changes)))
+    assert "the evaluation data are not those of the checkpoint" in capsys.readouterr().out
+    assert result.best_step == 12
 
 
 @pytest.mark.parametrize("name", ["eval_on_start", "eval_steps"])

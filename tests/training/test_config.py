@@ -210,3 +210,20 @@ def test_none_and_true_in_words() -> None:
     )
     assert (config.max_seq_length, config.eval_steps) == (None, 5)
     assert (config.resume_from_checkpoint, config.completion_only_loss) == ("latest", False)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"use_dora": True},
+        {"init_lora_weights": "pissa"},
+        {"use_rslora": True},
+        {"lora_dropout": 0.1},
+        {"modules_to_save": ("lm_head",)},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_what_is_about_an_adapter_is_refused_where_all_weights_train(option: dict) -> None:
+    message = f"{next(iter(option))} is about a LoRA adapter, and full_finetuning trains all weights; drop one"
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(full_finetuning=True, bits=16, **option)

@@ -266,7 +266,9 @@ def test_what_cannot_be_asked_is_one_sentence(tmp_path, tokenizer, name, content
 
 
 def test_prompts_are_checked_before_anything_is_written(folder) -> None:
-    with pytest.raises(ValueError, match=r"has 149 tokens, and with sample_max_new_tokens 64 the model takes at most"):
+    with pytest.raises(
+        ValueError, match=r"has 149 tokens, and max_seq_length 128 leaves 64 beside sample_max_new_tokens 64"
+    ):
         run(folder, "long", sample_prompts=["x" * 149])
     with pytest.raises(FileNotFoundError, match="sample_prompts names the file"):
         run(folder, "long", sample_prompts="absent.txt")

@@ -171,16 +171,13 @@ def test_what_goes_wrong_there_does_not_end_the_run(folder, tmp_path, monkeypatc
 
 
 @pytest.mark.usefixtures("wandb")
-def test_what_cannot_be_started_is_one_sentence(folder, tmp_path, monkeypatch) -> None:
+def test_what_cannot_be_started_is_a_note_and_costs_no_run(folder, tmp_path, monkeypatch, capsys) -> None:
+    """By then the run has claimed its folder, and what lay there before is gone."""
     monkeypatch.setenv("WANDB_LOGGED_OUT", "1")
-    with pytest.raises(
-        ValueError, match=r"wandb cannot be started .No API key configured. Use `wandb login`.; run"
-    ) as caught:
-        train_from_config(options(folder, tmp_path / "run", report_to="wandb"))
-    assert str(caught.value).endswith("; run wandb login, or set WANDB_MODE=offline, or leave it out of report_to")
-    # Nothing was trained, so the same command may be given again.
-    monkeypatch.delenv("WANDB_LOGGED_OUT")
-    train_from_config(options(folder, tmp_path / "run", report_to="wandb"))
+    assert train_from_config(options(folder, tmp_path / "run", report_to="wandb")).steps == 4
+    said = " ".join(capsys.readouterr().out.split())
+    note = "note: wandb cannot be started (No API key configured. Use `wandb login`); training goes on without it; "
+    assert f"{note}next time run wandb login, or set WANDB_MODE=offline" in said
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
