@@ -63,10 +63,10 @@ def lock_shared(file: IO[bytes]) -> None:
         return
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:
-        pass  # a file system without locks: none can be had to remove it either
+    except OSError as error:
+        # On a file system without locks none can be had to remove it either.
+        if isinstance(error, BlockingIOError):
+            raise
 
 
 def prune(folder: Path, keep: Path) -> list[str]:
