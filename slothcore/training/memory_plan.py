@@ -2,7 +2,7 @@
 
     peak = weights + trained weights + optimizer state + workspaces + the largest of
            the loss         everything kept, the chunk of logits, hidden states and their gradient
-           layer l          what layers 0..l keep, the gradients of the layers from l on, the moment of layer l
+           layer l          what layers 0..l keep, the gradients from the head to layer l, the moment of layer l
            the embedding    all gradients; and its own once more, before it is added to that of an earlier pass
            the optimizer    all gradients, and its copies
 
@@ -247,7 +247,9 @@ class MemoryPlan:
     def _backward(self, tokens: int, *, gradients: float) -> float:
         """The most that the backward passes of the layers take; `gradients`: bytes of those that are there before."""
         most, kept, window = 0.0, self.activations(tokens), self._window(tokens)
-        made = float(self.gradients - sum(layer.gradients for layer in self.layers))
+        # Beside the layers' there is the head's; that of an embedding is made when the layers are through.
+        first = self.gradients - (0 if self.head_waits else self.embedding.fixed)
+        made = float(first - sum(layer.gradients for layer in self.layers))
         for index in reversed(range(len(self.layers))):
             layer, decoded = self.layers[index], index < self.decoded_layers
             made += layer.gradients

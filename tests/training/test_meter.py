@@ -87,7 +87,8 @@ def test_nothing_waits_for_the_gpu_until_a_line_is_read() -> None:
         meter.read(meter.close_window(torch.ones((), device=device)))
     torch.cuda.synchronize()
     torch.cuda._sleep(4_000_000_000)  # about two seconds of work
-    meter.add(torch.tensor(2.0, device=device), 100)
+    # Made on the device: to be copied there, it would wait.
+    meter.add(torch.full((), 2.0, device=device), 100)
     reading = meter.close_window(torch.ones((), device=device))
     meter.add(torch.full((), 7.0, device=device), 100)
     assert not reading.mark.passed(), "it waited"
