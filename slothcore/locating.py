@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from slothcore.data.tokenizer import Tokenizer
-from slothcore.lora.adapter_io import adapter_weights
 from slothcore.lora.config import LoraConfig
+from slothcore.lora.stored_adapter import adapter_weights
 from slothcore.models.hub import ADAPTER_CONFIG_FILE, CONFIG_FILE, model_folder
 from slothcore.models.load import read_config
 from slothcore.training.config import TrainConfig
@@ -119,6 +119,8 @@ def _check_beside(folder: Path, adapter: str, base: str | Path, *, weights: bool
 
     Raises: ValueError if this is no adapter, or one that cannot be used in any case.
     """
+    if (folder / "config.json").is_file() and not (folder / ADAPTER_CONFIG_FILE).is_file():
+        raise ValueError(f"{adapter} is a whole model and no adapter; give it as the model, and leave adapter out")
     named = LoraConfig.from_folder(folder).base_model_name_or_path
     if weights:
         adapter_weights(folder)

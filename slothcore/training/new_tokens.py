@@ -8,6 +8,9 @@ from slothcore.models.decoder import Decoder
 from slothcore.models.vocabulary import start_rows
 from slothcore.training.report import say
 
+# A vocabulary of thousands would bury the log.
+MOST_NAMED = 12
+
 
 def add_tokens(
     model: Decoder, tokenizer: Tokenizer, tokens: Sequence[str], *, special: bool | None = None
@@ -36,7 +39,7 @@ def add_tokens(
     ids = {text: tokenizer.token_id(text) for text in texts}
     known = {text: token_id for text, token_id in ids.items() if text not in added}
     if known:
-        shown = ", ".join(f"{text!r} ({token_id})" for text, token_id in known.items())
+        shown = _listed([f"{text!r} ({token_id})" for text, token_id in known.items()])
         say(f"note: {shown} of new_tokens {_are(known)} in the vocabulary already, and {_keep(known)}")
     # A tokenizer may have been given tokens by other means, and the model no rows for them.
     without_rows = [token_id for token_id in known.values() if token_id is not None]
@@ -51,7 +54,7 @@ def add_tokens(
         if grown
         else f"the vocabulary of {before:,} rows has room for them"
     )
-    shown = ", ".join(repr(text) for text, token_id in ids.items() if token_id in rows)
+    shown = _listed([repr(text) for text, token_id in ids.items() if token_id in rows])
     say(f"added {counted(len(rows), 'token')}: {shown}; {size}, and theirs start at the mean of the others")
     return added
 
@@ -78,6 +81,12 @@ def _untied(*, embedding: bool, head: bool) -> str:
         f"note: {trained} and {left} shared one weight; {trained} trains a copy of its own, and {left} stays as it "
         f"was: name {left} in modules_to_save, too, to train both"
     )
+
+
+def _listed(names: list[str]) -> str:
+    """The first of them, and how many more there are."""
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _are(tokens: dict[str, int | None]) -> str:

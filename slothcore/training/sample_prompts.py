@@ -81,6 +81,8 @@ def _entries(entry: str) -> Iterator[tuple[str, Any]]:
     """Texts and records, each with its place, that one entry of `sample_prompts` stands for."""
     path = Path(entry)
     if not entry.lower().endswith(PROMPT_FILES) or "\n" in entry:
+        if path.suffix and "\n" not in entry and _is_file(path):
+            raise ValueError(f"sample_prompts names the file {path}; prompts are read from a .txt or a .jsonl file")
         yield "sample_prompts", entry
         return
     if not path.is_file():
@@ -96,6 +98,13 @@ def _entries(entry: str) -> Iterator[tuple[str, Any]]:
         yield where, value
     if not found:
         raise ValueError(f"the file {path} of sample_prompts is empty; write one prompt on each line")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a text may be too long for a name
+        return False
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:

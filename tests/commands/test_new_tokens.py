@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import slothcore
 from slothcore.cli import main
 from slothcore.training.report import read_log
 from tests.training.tiny import write_model
@@ -65,3 +66,13 @@ def test_the_plan_has_rows_for_them(folder, capsys) -> None:
     ]
     assert main(run) == 0
     assert trained("--model", str(folder / "run")) == trained(*model, *NEW, *BOTH)
+
+
+def test_a_long_list_of_them_does_not_bury_the_log(folder, capsys) -> None:
+    model, tokenizer = slothcore.load(folder / "model", bits=32, device="cpu", progress=False)
+    added = slothcore.add_tokens(model, tokenizer, [f"<t{number}>" for number in range(1000)])
+    assert len(added) == 1000
+    said = capsys.readouterr().out
+    assert "added 1,000 tokens: '<t0>', " in said
+    assert "'<t11>' and 988 more; the vocabulary grows" in said
+    assert "<t12>" not in said

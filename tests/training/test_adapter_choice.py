@@ -186,7 +186,7 @@ def test_one_that_began_with_base_weights_goes_on_with_its_base(folder: Path, tm
         ({"use_rslora": True}, "whose use_rslora is False, and use_rslora is set to True"),
         ({"full_finetuning": True}, "would be trained further, and full_finetuning trains no adapter; drop one"),
         ({"adapter": "no where"}, "the folder no where does not exist; a model on the Hub is named owner/name"),
-        ({"adapter": "{folder}/model"}, "is no adapter folder: it has no adapter_config.json"),
+        ({"adapter": "{folder}/model"}, "is a whole model and no adapter; give it as the model, and leave adapter out"),
         ({"model": "{folder}/first"}, "first is no base model, so the adapter .* cannot be put on it; name"),
         (
             {"output_dir": "{folder}/first", "overwrite_output_dir": True},

@@ -244,6 +244,7 @@ def test_texts_and_files_may_stand_together(tmp_path, tokenizer) -> None:
 
 WRONG = [
     ("absent.txt", None, "sample_prompts names the file .*absent.txt, which does not exist; correct the path"),
+    ("rows.csv", "prompt\na\n", "sample_prompts names the file .*rows.csv; prompts are read from a .txt or a .jsonl"),
     ("empty.txt", "\n \n", "the file .*empty.txt of sample_prompts is empty; write one prompt on each line"),
     ("latin.txt", b"caf\xe9", "the file .*latin.txt of sample_prompts is not UTF-8; save it as UTF-8"),
     ("half.jsonl", '{"prompt": "a"\n', "half.jsonl, line 1: not valid JSON"),
