@@ -25,8 +25,6 @@ FEWEST_CALLS, MOST_CALLS = 2, 24
 # Cycles of a millisecond at the highest clock; at a lower one the GPU waits longer, which does no harm.
 CYCLES_A_MS = 2_000_000
 LONGEST_WAIT_MS = 60.0
-# A call that the host issues in less of its time needs no head start.
-SAFE_HOST_SHARE = 0.7
 # Operands that together are larger than any second-level cache.
 CACHE_BYTES = 150 * 2**20
 T = TypeVar("T")
@@ -237,9 +235,8 @@ class Batch:
         self._synchronize()
         whole_ms = 1e3 * (time.perf_counter() - start)
         self.calls = max(FEWEST_CALLS, min(MOST_CALLS, round(BATCH_MS / whole_ms)))
-        self.lead_in_ms = 0.0
-        if host_ms > SAFE_HOST_SHARE * whole_ms:
-            self.lead_in_ms = min(LONGEST_WAIT_MS, 2.0 * host_ms * self.calls + 0.2)
+        # Also where this call was issued in good time: the next may not be, and 25 us would be 50.
+        self.lead_in_ms = min(LONGEST_WAIT_MS, 2.0 * host_ms * self.calls + 0.2)
 
     def milliseconds(self) -> float:
         """Of one call."""
@@ -256,15 +253,12 @@ class Batch:
     def _queued(self) -> tuple[float, bool]:
         """Milliseconds of a call, and whether the GPU may have waited for the host in between."""
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        if self.lead_in_ms:
-            torch.cuda._sleep(int(CYCLES_A_MS * self.lead_in_ms))
-        else:
-            self.call()
+        torch.cuda._sleep(int(CYCLES_A_MS * self.lead_in_ms))
         first.record()
         for _ in range(self.calls):
             self.call()
         # Had the GPU come to the first call already, it may have caught up with the host.
-        waited = bool(self.lead_in_ms) and first.query()
+        waited = first.query()
         last.record()
         last.synchronize()
         return first.elapsed_time(last) / self.calls, waited
