@@ -13,13 +13,14 @@ Shapes    A_i [r_i, K]; B_i [N_i, r_i]; b_i [N_i].
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from slothcore.autograd.known_factors import known_factors
 from slothcore.kernels import lora_factors, lora_factors_eager, nf4, nf4_eager
 from slothcore.kernels.glu_eager import Activation
 from slothcore.kernels.lora_factors_eager import Factors, padded_rank
@@ -174,9 +175,16 @@ def joined_factors(
     if group.layout.total_rank == 0:
         return None, None
     ops = lora_factors if like.is_cuda else lora_factors_eager
-    return ops.pack_factors(
-        lora_A, lora_B, scalings=group.scalings, out_features=group.layout.out_features, dtype=like.dtype
+    join = partial(
+        ops.pack_factors,
+        lora_A,
+        lora_B,
+        scalings=group.scalings,
+        out_features=group.layout.out_features,
+        dtype=like.dtype,
     )
+    known = known_factors()
+    return join() if known is None else known.joined(lora_A, lora_B, (like.dtype, group.scalings), join)
 
 
 def joined_bias(bias: Factors, group: Group, like: Tensor) -> Tensor | None:

@@ -11,16 +11,28 @@ EXAMPLES = """\
   slothcore generate --model runs/alpaca --instruction "Name three rivers in Europe."
   slothcore generate --model runs/chat --chat --prompt "Who are you?" --temperature 0.7 --top-p 0.9
   slothcore generate --model meta-llama/Llama-3.2-1B --prompt "The capital of France is" --max-new-tokens 8
+  slothcore generate --model runs/chat --prompts-file prompts.jsonl --output answers.jsonl   again: the rest of them
 """
 # What has an effect only beside another option.
-NEEDED = {"input": "instruction", "system": "chat"}
+NEEDED = {"input": "instruction", "system": "chat", "output": "prompts_file"}
+ROWS = ".jsonl"
+KINDS = ("prompt", "prompts_file", "instruction")
+ONE_KIND = "give one of --prompt, --prompts-file and --instruction"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     prompts = parser.add_argument_group("prompts (one kind)")
     prompts.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts to continue")
-    prompts.add_argument("--prompts-file", metavar="FILE", help="the same, one on each line")
+    prompts.add_argument(
+        "--prompts-file", metavar="FILE", help="the same, one on each line; or rows of a .jsonl file, with --output"
+    )
+    prompts.add_argument(
+        "--output",
+        metavar="FILE.jsonl",
+        help="each row of --prompts-file (with prompt, messages, or instruction and input) and what was generated; "
+        "rows that are there already are not done again",
+    )
     prompts.add_argument("--instruction", metavar="TEXT", help="an instruction, put into Alpaca's template")
     prompts.add_argument("--input", metavar="TEXT", default="", help="the input that goes with --instruction")
     prompts.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template")
@@ -29,11 +41,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(values: dict[str, Any]) -> int:
-    prompts = prompts_of(values)
+    by_rows = (values["prompts_file"] or "").endswith(ROWS)
+    if by_rows != (values["output"] is not None) and values["prompts_file"] is not None:
+        raise UsageError(f"--output goes with a {ROWS} file of prompts; give both, or a file of another kind alone")
+    prompts = [] if by_rows else prompts_of(values)
     for name, needed in NEEDED.items():
         if values[name] and not values[needed]:
-            raise UsageError(f"--{name} has no effect without --{needed}; add it, or leave --{name} out")
+            flag = needed.replace("_", "-")
+            raise UsageError(f"--{name} has no effect without --{flag}; add it, or leave --{name} out")
     sampling = sampling_of(values)
+    if by_rows:
+        return answer_file(values, sampling)
     from slothcore.inference.generate import generate
     from slothcore.models.vocabulary import round_tables
     from slothcore.run import open_result
@@ -59,10 +77,33 @@ def run(values: dict[str, Any]) -> int:
     return 0
 
 
+def answer_file(values: dict[str, Any], sampling: dict[str, Any]) -> int:
+    """Answer the rows of a file; gives the exit status."""
+    if sum(values[name] is not None for name in KINDS) != 1:
+        raise UsageError(ONE_KIND)
+    source, output = Path(values["prompts_file"]), Path(values["output"])
+    if not source.is_file():
+        raise FileNotFoundError(f"the prompts file {source} does not exist")
+    from slothcore.inference.endings import Endings
+    from slothcore.inference.prompt_files import answer_rows, read_prompts
+    from slothcore.models.sampling import Sampling
+    from slothcore.models.vocabulary import round_tables
+    from slothcore.run import open_result
+
+    model, tokenizer = open_result(values["model"], **model_options(values))
+    round_tables(model)
+    rows = read_prompts(source, tokenizer, chat=values["chat"], system=values["system"])
+    options = {name: sampling.pop(name) for name in ("max_new_tokens", "seed")}
+    endings = Endings.of(model, tokenizer, sampling.pop("stop_strings"))
+    before = answer_rows(model, tokenizer, rows, output, sampling=Sampling(**sampling), endings=endings, **options)
+    print(f"{output}: {len(rows)} rows, {len(rows) - before} of them new")
+    return 0
+
+
 def prompts_of(values: dict[str, Any]) -> list[str]:
     """The texts to continue, from whichever option holds them."""
-    if sum(values[name] is not None for name in ("prompt", "prompts_file", "instruction")) != 1:
-        raise UsageError("give one of --prompt, --prompts-file and --instruction")
+    if sum(values[name] is not None for name in KINDS) != 1:
+        raise UsageError(ONE_KIND)
     if values["instruction"] is not None:
         from slothcore.data.formats import alpaca_prompt
 

@@ -7,7 +7,8 @@ from slothcore.commands.command import UsageError
 
 # What has an effect only where tokens are drawn.
 OF_DRAWING = ("top_p", "top_k", "min_p")
-NAMES = ("max_new_tokens", "temperature", *OF_DRAWING, "repetition_penalty", "stop_strings", "seed")
+PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+NAMES = ("max_new_tokens", "temperature", *OF_DRAWING, *PENALTIES, "stop_strings", "seed")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
@@ -42,6 +43,20 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int
         metavar="X",
         help="above 1 makes tokens that stand there already less likely; default: 1, off",
     )
+    group.add_argument(
+        "--frequency-penalty",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="above 0 makes a token less likely each time that it was generated; default: 0, off",
+    )
+    group.add_argument(
+        "--presence-penalty",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="the same, once for all times; default: 0, off",
+    )
     group.add_argument("--seed", type=int, default=42, metavar="N", help="of the draws; default: 42")
 
 
@@ -56,7 +71,7 @@ def sampling_of(values: dict[str, Any]) -> dict[str, Any]:
             raise UsageError(f"--{flag} has no effect without --temperature above 0; add it, or leave --{flag} out")
     from slothcore.models.sampling import Sampling
 
-    names = ("temperature", *OF_DRAWING, "repetition_penalty")
+    names = ("temperature", *OF_DRAWING, *PENALTIES)
     try:
         Sampling(**{name: values[name] for name in names})
         if values["max_new_tokens"] < 1:

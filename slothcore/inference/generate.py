@@ -1,15 +1,14 @@
 """Text in, text out."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from slothcore.data.tokenizer import Tokenizer
+from slothcore.inference.answers import answers
 from slothcore.inference.endings import Endings
 from slothcore.inference.text_pieces import TextPieces
 from slothcore.models.decoder import Decoder
+from slothcore.models.sampling import Sampling
 
 
 def generate(
@@ -23,9 +22,11 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
+    frequency_penalty: float = 0.0,
+    presence_penalty: float = 0.0,
     stop_strings: str | Sequence[str] = (),
     seed: int | None = None,
-    batch_size: int = 8,
+    batch_size: int = 128,
     add_special_tokens: bool = True,
 ) -> list[str]:
     """Continue each prompt and return what was added.
@@ -34,41 +35,43 @@ def generate(
         prompts: one text or several, each encoded as in training: with one begin token and no end token. For a chat,
             the text from `tokenizer.apply_chat_template` with add_generation_prompt=True, and
             add_special_tokens=False.
-        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty: see `Decoder.generate`; temperature 0 is
-            greedy.
+        max_new_tokens: most tokens to add to a prompt.
+        temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty, presence_penalty: see `Sampling`;
+            temperature 0 is greedy.
         stop_strings: a text ends before the first of these strings; an end-of-sequence token, and what the chat
             template ends an answer with, end it in any case.
-        seed: of the random draws.
-        batch_size: how many prompts are continued together; greedy results do not depend on it.
+        seed: of the random draws: prompt i draws what it would alone with the seed `seed + i`. None: another one each
+            time.
+        batch_size: how many prompts are continued together at most; others follow as these end. Results do not depend
+            on it.
         add_special_tokens: let the tokenizer add its begin-of-text token.
     Returns: one text a prompt, without the prompt and without special tokens.
     Raises: ValueError for an option that does not fit or a prompt without any token.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     endings = Endings.of(model, tokenizer, stop_strings)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    encoded = [_prompt_ids(tokenizer, text, add_special_tokens) for text in texts]
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "eos_token_id": sorted(endings.eos_ids),
-        "should_stop": _finds(endings.stops, tokenizer) if endings.stops else None,
-    }
-    results: list[str] = []
-    for start in range(0, len(encoded), batch_size):
-        batch = encoded[start : start + batch_size]
-        input_ids, attention_mask = _left_padded(batch)
-        # Each batch draws numbers of its own, or equal prompts in different batches would get equal answers.
-        batch_seed = None if seed is None else seed + start
-        continued = model.generate(input_ids, attention_mask, seed=batch_seed, **options)
-        for row in continued[:, input_ids.shape[1] :].tolist():
-            length = next((i for i, token in enumerate(row) if token in endings.eos_ids), len(row))
-            results.append(endings.cut(tokenizer.decode(row[:length])))
+    sampling = Sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty,
+    )
+    results = [""] * len(texts)
+    for answer in answers(
+        model,
+        tokenizer,
+        [_prompt_ids(tokenizer, text, add_special_tokens) for text in texts],
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        endings=endings,
+        seed=seed,
+        batch_size=batch_size,
+        stacklevel=3,  # the line that called this
+    ):
+        results[answer.index] = answer.text
     return results
 
 
@@ -102,21 +105,3 @@ def _prompt_ids(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> li
     if not ids:
         raise ValueError(f"the prompt {text!r} has no token; give it some text")
     return ids
-
-
-def _left_padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids [B, S], zeros on the left of shorter rows, and the mask that says so."""
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask
-
-
-def _finds(stops: Sequence[str], tokenizer: Tokenizer) -> Callable[[Tensor], Tensor]:
-    """A test for `Decoder.generate`: which rows of new ids [B, n] contain one of the strings."""
-
-    def should_stop(new_ids: Tensor) -> Tensor:
-        texts = [tokenizer.decode(row) for row in new_ids.tolist()]
-        return torch.tensor([any(stop in text for stop in stops) for text in texts])
-
-    return should_stop

@@ -10,6 +10,8 @@ from slothcore.inference.endings import Endings
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 # How vocabularies of sentencepiece spell a byte that no token stands for.
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+# Of a long answer the end alone is decoded again: so many tokens, and before them some that show how it joins on.
+LONGEST_END, JOINT = 48, 16
 
 
 class TextPieces:
@@ -29,6 +31,8 @@ class TextPieces:
         self.text = ""
         self.ended = False
         self._ids: list[int] = []
+        # The text of the first `_kept` ids, and what the last of these decode to where they begin a text.
+        self._before, self._kept, self._joint, self._joint_from = "", 0, "", 0
 
     def take(self, tokens: Iterator[int]) -> Iterator[str]:
         """The text of an answer as its tokens come, no piece empty; takes no token behind the one that ends it."""
@@ -47,7 +51,7 @@ class TextPieces:
             self.ended = True
             return piece
         self._ids.append(token)
-        whole = self.tokenizer.decode(self._ids[: self._settled()]).rstrip(INCOMPLETE)
+        whole = self._decoded(self._settled()).rstrip(INCOMPLETE)
         shown = self.endings.cut(whole)
         self.ended = shown != whole
         if not self.ended:
@@ -56,7 +60,21 @@ class TextPieces:
 
     def finish(self) -> str:
         """What had to wait, now that no token comes any more."""
-        return "" if self.ended else self._give(self.endings.cut(self.tokenizer.decode(self._ids)))
+        return "" if self.ended else self._give(self.endings.cut(self._decoded(len(self._ids))))
+
+    def _decoded(self, count: int) -> str:
+        """The text of the first `count` ids, of which the earliest are not decoded again where there are many."""
+        if count < self._kept:  # a run of bytes that reaches back
+            return self.tokenizer.decode(self._ids[:count])
+        end = self.tokenizer.decode(self._ids[self._joint_from : count])
+        text = self._before + end[len(self._joint) :]
+        if count - self._kept > LONGEST_END and not text.endswith(INCOMPLETE):
+            start = max(0, count - JOINT)
+            joint = self.tokenizer.decode(self._ids[start:count])
+            # Decoders may leave out the space that begins a text, so there has to be more than that.
+            if joint.strip():
+                self._before, self._kept, self._joint, self._joint_from = text, count, joint, start
+        return text
 
     def _settled(self) -> int:
         """How many of the ids stand before the run of bytes at the end; what has no text does not end a run."""

@@ -25,7 +25,7 @@ from slothcore.kernels.launch import REDUCTION_PROGRAMS, ceil_div, head_tile, wi
 
 
 @triton.jit
-def _paired_channels(HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, BLOCK_PAIRS: tl.constexpr):
+def paired_channels(HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, BLOCK_PAIRS: tl.constexpr):
     """(first, second, exists) [BLOCK_PAIRS]: a head's channels in pairs, the rotated ones first.
 
     The channels that do not turn are paired too, under an angle of zero, so that two tiles hold a head of any P.
@@ -74,7 +74,7 @@ def qk_norm_forward_kernel(
     """This program takes all heads of one token, BLOCK_HEADS at a time, under one load of its angles."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
-    first, second, pair_exists = _paired_channels(HEAD_DIM, ROTARY_DIM, BLOCK_PAIRS)
+    first, second, pair_exists = paired_channels(HEAD_DIM, ROTARY_DIM, BLOCK_PAIRS)
     pair = tl.arange(0, BLOCK_PAIRS)
     turns = pair < ROTARY_DIM // 2
     cos = tl.load(cos_ptr + token * stride_cos_row + pair, mask=turns, other=1.0).to(tl.float32)[None, :]
@@ -142,7 +142,7 @@ def qk_norm_backward_kernel(
     It overwrites dy by dx: the pair of channels that a thread stores is the pair that it loaded.
     """
     program = tl.program_id(0).to(tl.int64)
-    first, second, pair_exists = _paired_channels(HEAD_DIM, ROTARY_DIM, BLOCK_PAIRS)
+    first, second, pair_exists = paired_channels(HEAD_DIM, ROTARY_DIM, BLOCK_PAIRS)
     pair = tl.arange(0, BLOCK_PAIRS)
     turns = pair < ROTARY_DIM // 2
     q_scale_a = _load_scale(q_weight_ptr, first, pair_exists, weight_offset)

@@ -10,7 +10,7 @@ from slothcore.autograd.attention import packed_attention
 from slothcore.autograd.qk_norm import qk_norm_rope
 from slothcore.autograd.rms_norm import Normed
 from slothcore.autograd.rope import apply_rope
-from slothcore.layers.kv_cache import LayerCache
+from slothcore.layers.layer_cache import LayerCache
 from slothcore.layers.linear import Linear, project_together
 from slothcore.layers.norm import RMSNorm
 from slothcore.layers.packed import Documents
@@ -75,17 +75,15 @@ class SelfAttention(nn.Module):
         Args:
             x: the input, or the norm that made it.
             cos, sin: [T, P / 2] float32; the first P channels of a head are rotated, the rest stay.
-            documents: boundaries of the packed stream; not read when the cache takes one token a row.
-            cache: keys and values are stored there; unless it is reading the prompts, x is one token a row, and each
+            documents: boundaries of the packed stream; not read where the tokens attend to the cache.
+            cache: keys and values are stored there, without gradients; unless it is reading prompts, each token
                 attends to its row of the cache.
         """
         q_and_k = self.num_heads + self.num_kv_heads
         projections: list[Any] = [self._modules[name] for name in self._names]
         qkv = project_together(x, projections)
         # The heads are split after RoPE: autograd copies a view's gradient whole when the view is changed in place.
-        if self.q_norm is None or self.k_norm is None:
-            qkv = apply_rope(qkv, cos, sin, num_heads=q_and_k, head_dim=self.head_dim, inplace=True)
-        else:
+        if self.q_norm is not None and self.k_norm is not None:
             qkv = qk_norm_rope(
                 qkv,
                 self.q_norm.weight,
@@ -98,9 +96,12 @@ class SelfAttention(nn.Module):
                 weight_offset=self.q_norm.weight_offset,
                 cast_before_weight=self.q_norm.cast_before_weight,
             )
+        elif cache is None:
+            qkv = apply_rope(qkv, cos, sin, num_heads=q_and_k, head_dim=self.head_dim, inplace=True)
         qkv = qkv.view(len(qkv), q_and_k + self.num_kv_heads, self.head_dim)
         if cache is not None:
-            cache.store(qkv[:, self.num_heads : q_and_k], qkv[:, q_and_k:])
+            angles = (cos, sin) if self.q_norm is None else None
+            qkv = cache.store_(qkv, angles, num_heads=self.num_heads)
         if cache is not None and not cache.is_prompt:
             query = qkv[:, : self.num_heads]
             mixed = cache.attend(query, scale=self.scale, window=self.window, softcap=self.softcap).flatten(1)

@@ -4,27 +4,32 @@ Norms are those of W + s B A, so all of W is read for them. A pass over thousand
 over one does, because it reads W but once itself.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from slothcore.layers.linear import Linear
 
 
-@contextmanager
-def known_norms(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Let the passes inside share norms; nothing inside may change a weight or a factor.
+class KnownNorms:
+    """Lets passes share norms for a while, again and again.
 
-    Args:
-        dtype: in which they compute.
+    They lie where they lay before, if they still fit there, so that a captured graph goes on reading them.
     """
-    layers = [m for m in model.modules() if isinstance(m, Linear) and m.lora_magnitude_vector is not None]
-    try:
-        for layer in layers:
-            layer.known_norms = layer.row_norms(dtype)
-        yield
-    finally:
-        for layer in layers:
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._norms: dict[Linear, Tensor] = {}
+
+    def compute(self, dtype: torch.dtype) -> None:
+        """Compute those of all layers for passes in `dtype`; until `drop` nothing may change a weight or a factor."""
+        for layer in self._model.modules():
+            if isinstance(layer, Linear) and layer.lora_magnitude_vector is not None:
+                norms, place = layer.row_norms(dtype), self._norms.get(layer)
+                if place is not None and place.shape == norms.shape and place.device == norms.device:
+                    norms = place.copy_(norms)
+                self._norms[layer] = layer.known_norms = norms
+
+    def drop(self) -> None:
+        """From here on each pass computes its own."""
+        for layer in self._norms:
             layer.known_norms = None

@@ -1,200 +1,266 @@
-"""Keys and values of tokens already seen, so that generation reads each token once."""
+"""Keys and values of tokens already seen, in pages, so that generation reads each token once.
+
+A row is one text. Its tokens lie in pages of `page_size` tokens, which are given to it as it grows and taken back when
+it ends, so that rows of unequal length share one pool. A layer with a window keeps no more than the window: its pages
+are a ring, whose oldest tokens are overwritten. What the device reads (page tables, lengths) stands in tensors that are
+changed in place and never move, so that a captured CUDA graph goes on reading them.
+
+What the host knows and what the device knows are counted apart: the host reserves pages ahead (`reserve`,
+`count_tokens`), the device alone turns lengths into positions (`place_tokens`), and neither waits for the other.
+"""
+
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from slothcore.layers.layer_cache import LayerCache
 from slothcore.layers.packed import Documents
-
-SCORES_AT_ONCE = 2**26
+from slothcore.layers.page_table import PAGE_SIZE, PageTable, send, table_widths
 
 
 class KvCache:
-    """Keys and values of every layer, [rows, capacity, kv heads, head_dim] each; row r is one sequence.
+    """Keys and values of every layer, [pages, page_size, kv heads, head_dim] each.
 
     A forward pass with a cache is one of three kinds: `begin_prompt` (texts from their first token on, packed, each
-    into a row of its own), `begin_token` (the next token of every row) or `begin_chunk` (several more tokens of the
-    only row). Each says where the new keys and values go.
+    into a row of its own), `begin_tokens` (the next token of every row in use) or `begin_chunk` (several more tokens of
+    one row). Each says where the new keys and values go, and which keys the new queries see.
+
+    A decode pass can be captured as a CUDA graph: capture `place_tokens` and the pass behind it; before each replay,
+    and before the capture's own pass, call `count_tokens`. `begin_tokens` is the two together.
+
+    Args:
+        windows: of each layer: how many tokens one of its tokens sees, itself included; None: all.
+        rows: most texts at a time.
+        capacity: most tokens of one text.
+        pages: of a layer without a window, shared by all rows; default: enough for every row to be full. With fewer,
+            ask `room_for` before a row grows.
+        largest_chunk: most tokens that `begin_chunk` may take at once, where a layer has a window.
+
+    Attributes:
+        lengths: [rows] int64 on the device, tokens of each row; 0: the row is idle, is given no token by
+            `begin_tokens`, and costs nothing in attention.
+        lengths_on_host: the same, as the host knows it: ahead of the device by what was launched.
+        rows, positions: [T] of the tokens of this pass; position -1: no token (an idle row).
     """
 
     def __init__(
         self,
         *,
-        layers: int,
+        windows: Sequence[int | None],
         rows: int,
         capacity: int,
         num_kv_heads: int,
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        pages: int | None = None,
+        page_size: int = PAGE_SIZE,
+        largest_chunk: int = 1,
     ) -> None:
-        shape = (rows, capacity, num_kv_heads, head_dim)
-        # Zeros, not empty: a masked score is multiplied by the value beside it, and 0 * NaN is NaN.
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        widths = table_widths(windows, capacity, page_size, largest_chunk)
+        pages = rows * max(widths) if pages is None else pages
         self.capacity = capacity
-        self.row_starts = torch.arange(rows, device=device) * capacity
+        self.page_size = page_size
+        self.largest_chunk = largest_chunk if min(widths) * page_size < capacity else capacity
+        self._tables = {
+            width: PageTable(rows=rows, width=width, pages=min(pages, rows * width), page_size=page_size, device=device)
+            for width in sorted(set(widths), reverse=True)
+        }
+        # Whatever the rows hold, narrower tables run out of pages no earlier than the widest.
+        self._widest = self._tables[max(widths)]
+        self._layer_tables = [self._tables[width] for width in widths]
+        self._windows = tuple(windows)
+        # Not zeros: nothing reads what no token wrote.
+        shapes = [(table.pages, page_size, num_kv_heads, head_dim) for table in self._layer_tables]
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.longest = 0  # the largest of `lengths`, kept on the host
-        self.slots = self.row_starts  # [T]: where this pass writes, in [rows * capacity]
+        self.lengths_on_host = [0] * rows
+        self._longest_on_host = [0] * rows  # since the row's prompt: `shorten` brings nothing overwritten back
+        self._lengths_differ = False
+        self._every_row = torch.arange(rows, dtype=torch.int32, device=device)
+        self.rows = self._every_row
+        self.positions = self.lengths
         self.is_prompt = True
         self.is_chunk = False
 
-    def layer(self, index: int) -> "LayerCache":
-        """The share of one layer; made anew, because kept here it would be a cycle, and free its memory late."""
-        return LayerCache(self, self.keys[index], self.values[index])
+    # Pages
 
-    def begin_prompt(self, documents: Documents, num_tokens: int, rows: Tensor | None = None) -> None:
+    @property
+    def nbytes_per_token(self) -> int:
+        """What one token takes in all layers, as long as no window has forgotten it."""
+        return sum(2 * keys[0, 0].nbytes for keys in self.keys)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the keys and values of all layers."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(self.lengths_on_host)
+
+    @property
+    def free_tokens(self) -> int:
+        """Tokens that the pages of no row could hold."""
+        return self._widest.free_pages * self.page_size
+
+    def room_for(self, row: int, length: int) -> bool:
+        """Whether enough pages are free for the row to hold `length` tokens."""
+        return length <= self.capacity and self._widest.missing(row, length) <= self._widest.free_pages
+
+    def reserve(self, row: int, length: int) -> None:
+        """Give the row pages for `length` tokens in all; what it has stays.
+
+        Raises: ValueError if too few are free, or if no row can be so long.
+        """
+        if length > self.capacity:
+            raise ValueError(f"a row of the cache holds at most {self.capacity} tokens, got {length}; make it larger")
+        missing, free = self._widest.missing(row, length), self._widest.free_pages
+        if missing == 0:
+            return
+        if missing > free:
+            raise ValueError(
+                f"{length} tokens need {missing} more pages of the cache, but {free} are free; release a row, or give "
+                "the cache more pages"
+            )
+        for table in self._tables.values():
+            table.give(row, length)
+
+    def release(self, row: int) -> None:
+        """Take the row's pages back; the row is idle from the next pass on."""
+        for table in self._tables.values():
+            table.take_back(row)
+        self._set_length(row, 0, longest=0)
+
+    def grow(self, capacity: int) -> None:
+        """Let the only row hold `capacity` tokens; what it holds stays, but everything moves to new addresses."""
+        assert len(self.lengths_on_host) == 1, "only one row can grow"
+        assert len(self._tables) == 1, "only a row of whole texts can grow"
+        if capacity <= self.capacity:
+            return
+        old, width = self._widest, -(-capacity // self.page_size)
+        device = self.lengths.device
+        self._widest = PageTable(rows=1, width=width, pages=width, page_size=self.page_size, device=device)
+        # Pages are given in order, so those of the only row keep their numbers.
+        self._widest.give(0, self._longest_on_host[0])
+        self._tables = {width: self._widest}
+        self._layer_tables = [self._widest for _ in self._layer_tables]
+        for stacks in (self.keys, self.values):
+            for index, stack in enumerate(stacks):
+                stacks[index] = torch.cat([stack, stack.new_empty(width - old.pages, *stack.shape[1:])])
+        self.capacity = self.largest_chunk = capacity
+
+    # Passes
+
+    def begin_prompt(
+        self,
+        documents: Documents,
+        num_tokens: int,
+        rows: Sequence[int] | None = None,
+        *,
+        lengths: Sequence[int] | None = None,
+    ) -> None:
         """Take packed texts, `num_tokens` in all, one document a row; what the row held is gone.
 
         Args:
-            rows: [documents] int64, the row of each; default: every row in order. Other rows stay as they are.
+            rows: of each document; default: every row in order. Other rows stay as they are.
+            lengths: of each document, if the host knows them; else it waits for the device to tell.
+        Raises: ValueError if too few pages are free.
         """
-        boundaries = documents.cu_seqlens.long()
-        lengths = boundaries.diff()
-        row_starts = self.row_starts if rows is None else self.row_starts[rows]
-        shifts = torch.repeat_interleave(row_starts - boundaries[:-1], lengths, output_size=num_tokens)
-        self.slots = torch.arange(num_tokens, device=shifts.device) + shifts
-        self.lengths = lengths if rows is None else self.lengths.index_copy(0, rows, lengths)
-        self.longest = max(self.longest, documents.max_seqlen)
+        if lengths is None:
+            lengths = documents.cu_seqlens.diff().tolist()
+        texts = list(zip(range(len(lengths)) if rows is None else rows, lengths, strict=True))
+        assert sum(lengths) == num_tokens
+        for row, length in texts:
+            self.reserve(row, length)
+            self._set_length(row, length, longest=length)
+        self.positions, self.rows = self.lengths.new_empty(num_tokens), self._every_row.new_empty(num_tokens)
+        send(torch.cat([torch.arange(length, device="cpu") for length in lengths]), self.positions)
+        send(torch.cat([torch.full((n,), row, dtype=torch.int32, device="cpu") for row, n in texts]), self.rows)
+        self._upload()
         self.is_prompt, self.is_chunk = True, False
 
-    def begin_token(self) -> Tensor:
-        """Take one more token of every row; returns their positions [rows]."""
-        assert self.longest < self.capacity, "the cache is full"
-        positions = self.lengths
-        self.slots = self.row_starts + positions
-        self.lengths, self.longest = positions + 1, self.longest + 1
+    def begin_tokens(self) -> Tensor:
+        """Take one more token of every row in use; returns their positions [rows], -1 for idle rows."""
+        self.count_tokens()
+        return self.place_tokens()
+
+    def count_tokens(self, rows: Iterable[int] | None = None) -> None:
+        """The host's share of a decode pass: pages for one more token of each of `rows` (default: all) in use.
+
+        Raises: ValueError if too few pages are free.
+        """
+        every_row = range(len(self.lengths_on_host))
+        in_use = [row for row in (every_row if rows is None else rows) if self.lengths_on_host[row]]
+        for row in in_use:
+            self.reserve(row, self.lengths_on_host[row] + 1)
+        self._upload()
+        for row in in_use:
+            self.lengths_on_host[row] += 1
+            self._longest_on_host[row] = max(self._longest_on_host[row], self.lengths_on_host[row])
+
+    def place_tokens(self, rows: Tensor | None = None) -> Tensor:
+        """The device's share of a decode pass: no host work, so it can be captured. `count_tokens` comes first.
+
+        Args:
+            rows: [T] int32 on the device, the row of each token of this pass; default: every row in order. A row in use
+                may be named once; idle rows may fill the rest.
+        Returns: positions [T] int64, -1 for idle rows.
+        """
+        self.rows = self._every_row if rows is None else rows
+        before = self.lengths if rows is None else self.lengths.index_select(0, rows)
+        added = before.sign()
+        self.positions = before + added - 1
+        if rows is None:
+            self.lengths += added
+        else:
+            self.lengths.index_add_(0, rows, added)
         self.is_prompt = self.is_chunk = False
-        return positions
+        return self.positions
 
-    def begin_chunk(self, count: int) -> Tensor:
-        """Take `count` more tokens of the only row; returns their positions [count]."""
-        assert len(self.row_starts) == 1, "only one row can be continued by several tokens"
-        assert self.longest + count <= self.capacity, "the cache is full"
-        self.slots = torch.arange(self.longest, self.longest + count, device=self.lengths.device)
-        self.lengths, self.longest = self.lengths + count, self.longest + count
+    def begin_chunk(self, row: int, count: int) -> Tensor:
+        """Take `count` more tokens of one row; returns their positions [count].
+
+        Raises: ValueError if too few pages are free.
+        """
+        assert count <= self.largest_chunk, f"a window keeps too little for {count} tokens at once"
+        length = self.lengths_on_host[row]
+        self.reserve(row, length + count)
+        self._set_length(row, length + count, longest=max(self._longest_on_host[row], length + count))
+        self._upload()
+        device = self.lengths.device
+        self.rows = torch.full((count,), row, dtype=torch.int32, device=device)
+        self.positions = torch.arange(length, length + count, device=device)
         self.is_prompt, self.is_chunk = False, True
-        return self.slots
+        return self.positions
 
-    def shorten(self, length: int) -> None:
-        """Forget what stands behind the first `length` tokens of the only row."""
-        assert len(self.row_starts) == 1, "only one row can be shortened"
-        self.lengths, self.longest = torch.full_like(self.lengths, length), length
+    def shorten(self, row: int, length: int) -> None:
+        """Forget what stands behind the first `length` tokens of a row; its pages stay reserved."""
+        longest = self._longest_on_host[row]
+        assert length <= self.lengths_on_host[row], "a row cannot be shortened to more than it holds"
+        for window, table in zip(self._windows, self._layer_tables, strict=True):
+            overwritten = max(0, longest - table.tokens_of_a_row)
+            seen_from = 0 if window is None else max(0, length + 1 - window)
+            assert length == 0 or seen_from >= overwritten, f"the window behind token {length} is overwritten"
+        self._set_length(row, length, longest=longest if length else 0)
 
-    def reserve(self, capacity: int) -> None:
-        """Make room for `capacity` tokens in the only row; what it holds stays."""
-        assert len(self.row_starts) == 1, "only one row can grow"
-        if capacity <= self.capacity:
-            return
-        for stacks in (self.keys, self.values):
-            for index, stack in enumerate(stacks):
-                stacks[index] = torch.cat([stack, stack.new_zeros(1, capacity - self.capacity, *stack.shape[2:])], 1)
-        self.capacity = capacity
+    def _set_length(self, row: int, length: int, *, longest: int) -> None:
+        self._longest_on_host[row] = longest
+        if self.lengths_on_host[row] != length:
+            self.lengths_on_host[row] = length
+            self._lengths_differ = True
 
+    def _upload(self) -> None:
+        """Send what the host decided since the last pass. Here, not later: what it counts, the device adds itself."""
+        for table in self._tables.values():
+            table.upload()
+        if self._lengths_differ:
+            send(torch.tensor(self.lengths_on_host, device="cpu"), self.lengths)
+            self._lengths_differ = False
 
-class LayerCache:
-    """The share of one layer in a `KvCache`."""
-
-    def __init__(self, cache: KvCache, keys: Tensor, values: Tensor) -> None:
-        self.cache = cache
-        self.keys = keys
-        self.values = values
-
-    @property
-    def is_prompt(self) -> bool:
-        """Whether this pass reads the prompts, whose tokens attend to the packed stream and not to the cache."""
-        return self.cache.is_prompt
-
-    def store(self, keys: Tensor, values: Tensor) -> None:
-        """Write [T, kv heads, head_dim] to the slots of this pass."""
-        self.keys.flatten(0, 1).index_copy_(0, self.cache.slots, keys)
-        self.values.flatten(0, 1).index_copy_(0, self.cache.slots, values)
-
-    def attend(self, query: Tensor, *, scale: float, window: int | None, softcap: float | None) -> Tensor:
-        """Attention of the tokens of this pass, [T, heads, head_dim], over the rows they end; returns that shape."""
-        longest = self.cache.longest
-        if self.cache.is_chunk:
-            return attend_to_text(
-                query, self.keys[0, :longest], self.values[0, :longest], scale=scale, window=window, softcap=softcap
-            )
-        return attend_to_rows(
-            query,
-            self.keys[:, :longest],
-            self.values[:, :longest],
-            self.cache.lengths,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-        )
-
-
-def attend_to_rows(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    lengths: Tensor,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """Attention of one query a row, which is the row's newest token, over the row's keys.
-
-    Args:
-        query: [rows, heads, head_dim].
-        keys, values: [rows, L, kv heads, head_dim]; heads must be a multiple of kv heads.
-        lengths: [rows]; row r sees keys 0 .. lengths[r] - 1, of those at most the last `window`.
-        softcap: scores s become softcap * tanh(s / softcap).
-    Returns: [rows, heads, head_dim] in query's dtype; scores and sums are float32 (float64 for float64).
-    """
-    rows, heads, head_dim = query.shape
-    wide = torch.promote_types(query.dtype, torch.float32)
-    grouped = query.to(wide).view(rows, keys.shape[2], -1, head_dim)
-    scores = torch.einsum("rkgd,rlkd->rkgl", grouped, keys.to(wide)) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    position = torch.arange(keys.shape[1], device=keys.device)
-    visible = position < lengths[:, None]
-    if window is not None:
-        visible &= position >= lengths[:, None] - window
-    weights = scores.masked_fill(~visible[:, None, None], float("-inf")).softmax(-1)
-    return torch.einsum("rkgl,rlkd->rkgd", weights, values.to(wide)).reshape(rows, heads, head_dim).to(query.dtype)
-
-
-def attend_to_text(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """Causal attention of the last tokens of a text over all of it.
-
-    Args:
-        query: [T, heads, head_dim], of the last T of L tokens.
-        keys, values: [L, kv heads, head_dim]; heads must be a multiple of kv heads.
-        scale, window, softcap: as `attend_to_rows` has them.
-    Returns: [T, heads, head_dim] in query's dtype; scores and sums are float32 (float64 for float64).
-    """
-    length = len(keys)
-    first = length - len(query)
-    wide = torch.promote_types(query.dtype, torch.float32)
-    keys, values = keys.to(wide), values.to(wide)
-    position = torch.arange(length, device=keys.device)
-    mixed = []
-    # Scores of all tokens at once would take heads * T * L numbers.
-    for part in query.split(max(1, SCORES_AT_ONCE // (length * query.shape[1]))):
-        own = position[first : first + len(part), None]
-        first += len(part)
-        grouped = part.to(wide).unflatten(1, (keys.shape[1], -1))
-        scores = torch.einsum("tkgd,lkd->kgtl", grouped, keys) * scale
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        visible = position <= own
-        if window is not None:
-            visible &= position > own - window
-        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
-        mixed.append(torch.einsum("kgtl,lkd->tkgd", weights, values).flatten(1, 2))
-    return torch.cat(mixed).to(query.dtype)
+    def layer(self, index: int) -> LayerCache:
+        """The share of one layer; made anew, because kept here it would be a cycle, and free its memory late."""
+        return LayerCache(self, self.keys[index], self.values[index], self._layer_tables[index].on_device)

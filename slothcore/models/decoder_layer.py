@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from slothcore.layers.attention import SelfAttention
 from slothcore.layers.experts import ExpertLinear
-from slothcore.layers.kv_cache import LayerCache
+from slothcore.layers.layer_cache import LayerCache
 from slothcore.layers.linear import Linear
 from slothcore.layers.mlp import GatedMlp
 from slothcore.layers.moe import SparseMoe

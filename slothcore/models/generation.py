@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from itertools import pairwise
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from slothcore.layers.known_norms import known_norms
-from slothcore.layers.kv_cache import KvCache
-from slothcore.layers.packed import Documents, PackedInputs
-from slothcore.models.sampling import Sampling, choose
+from slothcore.layers.packed import pack_inputs
+from slothcore.models.engine import PREFILL_TOKENS, Engine
+from slothcore.models.requests import LARGEST_SEED, Request, check_seed
+from slothcore.models.sampling import Sampling
 from slothcore.models.streaming import TextCache, stream_tokens
 
 if TYPE_CHECKING:
     from slothcore.models.decoder import Decoder
+
+MOST_ROWS = 256
+"""So many prompts of a batch are continued together at most; others wait until rows are free."""
 
 
 class Generates:
@@ -34,6 +38,8 @@ class Generates:
         top_p: float | None = None,
         min_p: float | None = None,
         repetition_penalty: float = 1.0,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         seed: int | None = None,
@@ -50,11 +56,13 @@ class Generates:
             input_ids: [B, S] prompts, or [S] for one.
             attention_mask: [B, S], zero at padding; left padding puts the new tokens right behind each prompt.
             max_new_tokens: most tokens to add to a row.
-            temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`; temperature 0 is greedy.
+            temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty, presence_penalty: see `Sampling`;
+                temperature 0 is greedy.
             eos_token_id: one or several; default: the model's own. An empty sequence: none, so every row gets
                 max_new_tokens.
             pad_token_id: default: the model's own, else its first end-of-sequence token.
-            seed: of the random draws; None draws from torch's default generator.
+            seed: of the random draws: row r draws what it would alone with the seed `seed + r`. None: each row takes a
+                seed of torch's default generator.
             should_stop: called after each token with the new ids [B, new so far]; rows for which the returned [B] bool
                 is true end there.
         Returns: [B, S + new] int64 on the model's device: the prompts as given, then the new tokens.
@@ -63,25 +71,34 @@ class Generates:
         model = cast("Decoder", self)
         _check_count(max_new_tokens)
         sampling = Sampling(
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            frequency_penalty=frequency_penalty,
+            presence_penalty=presence_penalty,
         )
         if input_ids.dim() == 1:
             input_ids = input_ids[None]
             attention_mask = attention_mask[None] if attention_mask is not None else None
-        prompts = model.pack(input_ids, attention_mask=attention_mask)
+        on_host = None if attention_mask is None else attention_mask.cpu()
+        prompts = pack_inputs(input_ids.cpu(), attention_mask=on_host, vocab_size=model.config.vocab_size)
         eos, pad = _ending_ids(model, eos_token_id, pad_token_id)
-        generator = _generator(model, seed)
-
-        was_training = model.training
-        model.eval()
-        try:
-            with known_norms(model, model.dtype):
-                new = _generate(
-                    model, prompts, len(input_ids), max_new_tokens, sampling, eos, pad, generator, should_stop
-                )
-        finally:
-            model.train(was_training)
-        return torch.cat([input_ids.to(model.device, torch.int64), new], dim=1)
+        if seed is not None:
+            check_seed(seed)
+        requests = [
+            Request(
+                prompt_ids=prompts.input_ids[start:end].tolist(),
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                eos_ids=frozenset(eos),
+                seed=None if seed is None else (seed + row) % (LARGEST_SEED + 1),
+            )
+            for row, (start, end) in enumerate(pairwise(prompts.documents.cu_seqlens.tolist()))
+        ]
+        new = _generate(model, requests, pad, should_stop)
+        return torch.cat([input_ids.to(torch.int64), new.to(input_ids.device)], dim=1).to(model.device)
 
     def stream(
         self,
@@ -93,6 +110,8 @@ class Generates:
         top_p: float | None = None,
         min_p: float | None = None,
         repetition_penalty: float = 1.0,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
         eos_token_id: int | Sequence[int] | None = None,
         seed: int | None = None,
         cache: TextCache | None = None,
@@ -111,123 +130,127 @@ class Generates:
         model = cast("Decoder", self)
         _check_count(max_new_tokens)
         sampling = Sampling(
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            frequency_penalty=frequency_penalty,
+            presence_penalty=presence_penalty,
         )
-        ids = torch.as_tensor(input_ids, dtype=torch.int64)
+        ids = torch.as_tensor(input_ids, dtype=torch.int64).cpu()
         if ids.dim() != 1:
             raise ValueError(f"one prompt can be streamed, [S]; got the shape {tuple(ids.shape)}")
-        prompt = model.pack(ids).input_ids.tolist()
+        prompt = pack_inputs(ids, vocab_size=model.config.vocab_size).input_ids.tolist()
         eos, _ = _ending_ids(model, eos_token_id, None)
-        generator = _generator(model, seed)
+        request = Request(
+            prompt_ids=prompt, max_new_tokens=max_new_tokens, sampling=sampling, eos_ids=frozenset(eos), seed=seed
+        )
         if cache is not None and cache.model is not model:
             raise ValueError("the cache holds keys and values of another model; make one with TextCache(model)")
-        return _stream(
-            cache or TextCache(model),
-            prompt,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            eos=eos,
-            generator=generator,
-        )
+        return _stream(cache or TextCache(model), request, request.random_key())
 
 
 @torch.no_grad()
-def _stream(cache: TextCache, prompt: list[int], **options: Any) -> Iterator[int]:
+def _stream(cache: TextCache, request: Request, key: int) -> Iterator[int]:
     model, warned = cache.model, False
-    limit, was_training = model.config.longest_document, model.training
-    model.eval()
+    limit = model.config.longest_document
+    cache.mode.enter()
     try:
-        with known_norms(model, model.dtype):
-            for token in stream_tokens(cache, prompt, **options):
-                if len(cache.ids) > limit and not warned:
-                    warned = True
-                    _warn_beyond(limit, stacklevel=4)  # the line that asked for the token
-                yield token
+        for token in stream_tokens(cache, request, key):
+            if len(cache.ids) > limit and not warned:
+                warned = True
+                warn_beyond(limit, stacklevel=4)  # the line that asked for the token
+            yield token
     finally:
-        model.train(was_training)
+        cache.mode.leave()
 
 
 def _generate(
     model: Decoder,
-    prompts: PackedInputs,
-    rows: int,
-    max_new_tokens: int,
-    sampling: Sampling,
-    eos: Sequence[int],
+    requests: Sequence[Request],
     pad: int,
-    generator: torch.Generator | None,
     should_stop: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
-    """New tokens [rows, at most max_new_tokens]."""
-    device, documents = model.device, prompts.documents
-    seen: Tensor | None = None
-    if sampling.repetition_penalty != 1.0:
-        row_of_token = torch.repeat_interleave(documents.cu_seqlens.diff(), output_size=len(prompts.input_ids))
-        seen = torch.zeros(rows, model.config.vocab_size, dtype=torch.bool, device=device)
-        seen[row_of_token, prompts.input_ids] = True
-    eos_ids = torch.tensor(eos, dtype=torch.int64, device=device)
-    every_row = torch.arange(rows, device=device)
-    finished = torch.zeros(rows, dtype=torch.bool, device=device)
-    new = torch.empty(rows, max_new_tokens, dtype=torch.int64, device=device)
-
-    cache = empty_cache(model, rows, capacity=documents.max_seqlen + max_new_tokens)
-    cache.begin_prompt(documents, len(prompts.input_ids))
-    outgrowing = _rows_that_outgrow_short_factors(model, documents)
+    """New tokens [rows, at most max_new_tokens], on the CPU."""
+    capacity = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
+    engine = Engine(
+        model,
+        max_rows=min(len(requests), MOST_ROWS),
+        capacity=capacity,
+        prefill_tokens=min(PREFILL_TOKENS, sum(len(request.prompt_ids) for request in requests)),
+    )
     limit, warned = model.config.longest_document, False
-    hidden = model.model(prompts.input_ids, prompts.position_ids, documents, cache)
-    hidden = hidden[documents.cu_seqlens[1:].long() - 1]
-    for step in range(max_new_tokens):
-        if step > 0:
-            hidden = model.model(new[:, step - 1], cache.begin_token(), documents, cache)
-        if step in outgrowing:
-            hidden = _read_again(model, prompts, new[:, :step], outgrowing[step], cache, hidden)
-        if cache.longest > limit and not warned:
-            warned = True
-            _warn_beyond(limit, stacklevel=5)  # the line that called generate: torch.no_grad puts a frame between
-        token = choose(model.logits(hidden), sampling, seen, generator)
-        token = torch.where(finished, pad, token)
-        new[:, step] = token
-        if seen is not None:
-            seen[every_row, token] = True
-        finished = finished | torch.isin(token, eos_ids)
-        if should_stop is not None:
-            finished = finished | should_stop(new[:, : step + 1]).to(device)
-        if finished.all():
-            return new[:, : step + 1]
-    return new
+    rows = {engine.add(request): row for row, request in enumerate(requests)}
+    numbers = list(rows)
+    rounds = Rounds(len(requests), pad)
+    while engine.has_work:
+        for event in engine.step():
+            row = rows[event.id]
+            rounds.take(row, event.token, is_last=event.finished is not None)
+            # The newest token has not been read yet.
+            if len(requests[row].prompt_ids) + len(rounds.tokens[row]) - 1 > limit and not warned:
+                warned = True
+                warn_beyond(limit, stacklevel=5)  # the line that called generate: torch.no_grad puts a frame between
+        while should_stop is not None and rounds.has_whole:
+            for row in rounds.end_where(should_stop(rounds.newest().to(model.device))):
+                engine.cancel(numbers[row])
+    return rounds.all()
 
 
-def _rows_that_outgrow_short_factors(model: Decoder, prompts: Documents) -> dict[int, list[int]]:
-    """With longrope: after how many new tokens which rows need the long factors, for their first tokens too."""
-    rope, steps = model.config.rope, dict[int, list[int]]()
-    if rope.rope_type == "longrope":
-        for row, length in enumerate(prompts.cu_seqlens.diff().tolist()):
-            step = rope.original_max_position_embeddings + 1 - length
-            if step > 0:
-                steps.setdefault(step, []).append(row)
-    return steps
+class Rounds:
+    """Tokens of rows, which may come in any order, put into rounds: one token of every row that has not ended.
 
-
-def _read_again(
-    model: Decoder, prompts: PackedInputs, new: Tensor, rows: list[int], cache: KvCache, hidden: Tensor
-) -> Tensor:
-    """Replace what the cache holds of `rows`, which are equally long by now, and their part of `hidden` [rows, H].
-
-    Their keys were turned by the short factors; transformers' Phi-3 drops its cache at this token too.
+    Attributes:
+        tokens: of each row.
     """
-    ends = prompts.documents.cu_seqlens.tolist()
-    texts = [torch.cat([prompts.input_ids[ends[row] : ends[row + 1]], new[row]]) for row in rows]
-    length = len(texts[0])
-    starts = torch.arange(0, (len(rows) + 1) * length, length, dtype=torch.int32, device=model.device)
-    documents = Documents(starts, length)
-    which = torch.tensor(rows, device=model.device)
-    cache.begin_prompt(documents, len(rows) * length, which)
-    positions = torch.arange(length, device=model.device).repeat(len(rows))
-    again = model.model(torch.cat(texts), positions, documents, cache)
-    return hidden.index_copy(0, which, again[starts[1:].long() - 1])
+
+    def __init__(self, rows: int, pad: int) -> None:
+        self.tokens: list[list[int]] = [[] for _ in range(rows)]
+        self._ends: list[int | None] = [None] * rows
+        self._pad, self._round = pad, 0
+
+    def take(self, row: int, token: int, *, is_last: bool) -> None:
+        """Note a token of a row; behind the last one none is taken."""
+        self.tokens[row].append(token)
+        if is_last:
+            self._ends[row] = len(self.tokens[row])
+
+    @property
+    def has_whole(self) -> bool:
+        """Whether the next round is complete."""
+        lengths = [
+            len(tokens) for tokens, end in zip(self.tokens, self._ends, strict=True) if end is None or end > self._round
+        ]
+        return bool(lengths) and min(lengths) > self._round
+
+    def newest(self) -> Tensor:
+        """All rounds up to the next one, [rows, rounds] int64; it counts as told."""
+        self._round += 1
+        return self._padded(self._round)
+
+    def end_where(self, ended: Tensor) -> list[int]:
+        """End the rows for which the caller says so after the round told last; gives those that had not ended."""
+        rows = [row for row, is_over in enumerate(ended.tolist()) if is_over and not self._is_over(row)]
+        for row in rows:
+            self._ends[row] = self._round
+            del self.tokens[row][self._round :]
+        return rows
+
+    def all(self) -> Tensor:
+        """Everything, [rows, rounds] int64."""
+        return self._padded(max(len(tokens) for tokens in self.tokens))
+
+    def _is_over(self, row: int) -> bool:
+        end = self._ends[row]
+        return end is not None and end <= self._round
+
+    def _padded(self, width: int) -> Tensor:
+        return torch.tensor([tokens[:width] + [self._pad] * (width - len(tokens)) for tokens in self.tokens])
 
 
-def _warn_beyond(limit: int, *, stacklevel: int) -> None:
+def warn_beyond(limit: int, *, stacklevel: int) -> None:
+    """Tell the user that positions come which the model was not made for."""
     warnings.warn(
         f"generation goes beyond the {limit} positions that the model was made for (max_position_embeddings); "
         "the text may degrade",
@@ -238,25 +261,6 @@ def _warn_beyond(limit: int, *, stacklevel: int) -> None:
 def _check_count(max_new_tokens: int) -> None:
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-
-
-def _generator(model: Decoder, seed: int | None) -> torch.Generator | None:
-    if seed is not None and not 0 <= seed < 2**63:
-        raise ValueError(f"seed must lie in 0..2**63 - 1, got {seed}")
-    return None if seed is None else torch.Generator(model.device).manual_seed(seed)
-
-
-def empty_cache(model: Decoder, rows: int, capacity: int) -> KvCache:
-    """A cache for `rows` sequences of at most `capacity` tokens."""
-    return KvCache(
-        layers=model.config.num_hidden_layers,
-        rows=rows,
-        capacity=capacity,
-        num_kv_heads=model.config.num_key_value_heads,
-        head_dim=model.config.head_dim,
-        dtype=model.dtype,
-        device=model.device,
-    )
 
 
 def _ending_ids(

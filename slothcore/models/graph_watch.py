@@ -3,12 +3,15 @@
 import operator
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from slothcore.layers.adapted_weight import AdaptedWeight
 from slothcore.models.decoder_body import DecoderBody
+
+if TYPE_CHECKING:
+    from slothcore.models.decoder import Decoder
 
 _nf4_of = operator.attrgetter("_nf4")
 _options_of = operator.attrgetter("lora_scaling", "lora_dropout")
@@ -18,7 +21,7 @@ _requires_grad = operator.attrgetter("requires_grad")
 class GraphWatch:
     """Where parameters and NF4 weights lie, which parameters train, and the options of layers, at one moment."""
 
-    def __init__(self, body: DecoderBody) -> None:
+    def __init__(self, body: "DecoderBody | Decoder") -> None:
         self._body = body
         self._layers = adapted_layers(body)
         self._owned = [module._parameters for module in body.modules() if module._parameters]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,12 @@ from torch import Tensor
 
 from slothcore.layers.kv_cache import KvCache
 from slothcore.layers.packed import Documents
-from slothcore.models.sampling import Sampling, choose
+from slothcore.models.cache_room import cache_options
+from slothcore.models.decode_steps import DecodeSteps
+from slothcore.models.generation_mode import GenerationMode
+from slothcore.models.graph_runs import CudaRecorder, Recorder
+from slothcore.models.requests import Request
+from slothcore.models.row_state import RowState, StepKind
 
 if TYPE_CHECKING:
     from slothcore.layers.rope import RopeParameters
@@ -30,13 +35,53 @@ class TextCache:
     Attributes:
         ids: the tokens whose keys and values are held.
         tokens_read: how many tokens went through the model so far, for whoever wants to know what was spared.
+        mode: in which the model is while it writes.
     """
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, model: Decoder, *, recorder: Recorder | None = None) -> None:
+        """
+        Args:
+            recorder: records decode steps; default: as CUDA graphs, on a GPU.
+        """
         self.model = model
+        self.mode = GenerationMode(model)
         self.ids: list[int] = []
         self.tokens_read = 0
+        if recorder is None and model.device.type == "cuda":
+            recorder = CudaRecorder(model.device)
+        self._recorder = recorder
         self._cache: KvCache | None = None
+        self._state = RowState(1, model.config.vocab_size, model.device)
+        self._steps: DecodeSteps | None = None
+
+    def begin(self, request: Request, key: int) -> None:
+        """Choose tokens as a request has it; `key` is that of its random draws."""
+        self._state.begin([0], [request], [key])
+        if request.sampling.penalizes:
+            self._state.note_text(0, request.prompt_ids, [])
+        if self._steps is not None and self._steps.refresh():
+            self.mode.factors.forget()
+
+    def next_token(self, text: Sequence[int], count: int, kind: StepKind) -> int:
+        """The token behind `text`, of which the last `count` tokens were given by calls before.
+
+        One more token is read, or, at first and where longrope's long factors begin, all that is new or turned anew.
+        """
+        begins_long = any(
+            rope.rope_type == "longrope" and len(text) == rope.original_max_position_embeddings + 1
+            for rope in self._ropes()
+        )
+        if count == 0 or begins_long:
+            hidden = self.read(text)
+            row, counts = torch.tensor([[0], [count]], device=self.model.device)
+            chosen = self._state.choose(self.model.logits(hidden), row, counts, kind)
+        else:
+            self._make_room(len(text), len(text) - 1)
+            assert self._steps is not None
+            chosen = self._steps.run([0], [count], kind)
+            self.ids.append(text[-1])
+            self.tokens_read += 1
+        return int(chosen.tokens[0])
 
     def read(self, ids: Sequence[int]) -> Tensor:
         """The hidden state of the last of `ids`, [1, H]; what stands before is read only as far as it is new."""
@@ -47,30 +92,21 @@ class TextCache:
             kept = 0
         return self._read_from(kept, ids)
 
-    def append(self, token: int) -> Tensor:
-        """The hidden state of one more token, [1, H]. With longrope, all is read anew when the long factors begin."""
-        length = len(self.ids) + 1
-        begins_long = any(
-            rope.rope_type == "longrope" and length == rope.original_max_position_embeddings + 1
-            for rope in self._ropes()
-        )
-        return self._read_from(0 if begins_long else length - 1, [*self.ids, token])
-
     def _read_from(self, kept: int, ids: Sequence[int]) -> Tensor:
         model, count = self.model, len(ids) - kept
         cache = self._make_room(len(ids), kept)
         # Not what it says until the pass is through: Ctrl-C may come in the middle of it.
         self.ids = self.ids[:kept]
-        cache.shorten(kept)
+        cache.shorten(0, kept)
         new = torch.tensor(ids[kept:], dtype=torch.int64, device=model.device)
         documents = Documents(torch.tensor([0, count], dtype=torch.int32, device=model.device), count)
         if kept == 0:
             cache.begin_prompt(documents, count)
             positions = torch.arange(count, device=model.device)
         elif count == 1:
-            positions = cache.begin_token()
+            positions = cache.begin_tokens()
         else:
-            positions = cache.begin_chunk(count)
+            positions = cache.begin_chunk(0, count)
         hidden: Tensor = model.model(new, positions, documents, cache)
         self.ids = list(ids)
         self.tokens_read += count
@@ -78,20 +114,20 @@ class TextCache:
 
     def _make_room(self, length: int, kept: int) -> KvCache:
         """The cache, for at least `length` tokens; the first `kept` stay."""
-        if self._cache is not None and kept and self._cache.capacity < length:
-            self._cache.reserve(max(length, 2 * self._cache.capacity))
-        elif self._cache is None or self._cache.capacity < length:
-            config = self.model.config
+        if self._cache is not None and self._cache.capacity >= length:
+            return self._cache
+        # What was recorded knows the old addresses.
+        self._steps = None
+        if self._cache is not None and kept:
+            self._cache.grow(max(length, 2 * self._cache.capacity))
+        else:
             self._cache = None  # freed before the new one is made
-            self._cache = KvCache(
-                layers=config.num_hidden_layers,
-                rows=1,
-                capacity=max(length, SMALLEST_CACHE),
-                num_kv_heads=config.num_key_value_heads,
-                head_dim=config.head_dim,
-                dtype=self.model.dtype,
-                device=self.model.device,
-            )
+            options = cache_options(self.model)
+            # The whole text in every layer, so that any beginning of it can be kept.
+            options["windows"] = [None] * len(options["windows"])
+            self._cache = KvCache(rows=1, capacity=max(length, SMALLEST_CACHE), **options)
+        self._steps = DecodeSteps(self.model, self._cache, self._state, idle_row=0, recorder=self._recorder)
+        self._steps.refresh()
         return self._cache
 
     def _ropes(self) -> Iterator[RopeParameters]:
@@ -109,27 +145,18 @@ def _angles_stay(rope: RopeParameters, held: int, length: int) -> bool:
     return rope.rope_type != "dynamic" or max(held, length) <= rope.max_position_embeddings
 
 
-def stream_tokens(
-    cache: TextCache,
-    prompt: Sequence[int],
-    *,
-    max_new_tokens: int,
-    sampling: Sampling,
-    eos: Collection[int],
-    generator: torch.Generator | None,
-) -> Iterator[int]:
-    """The tokens that follow `prompt`, each when it is asked for; one of `eos` is the last."""
-    model = cache.model
-    seen: Tensor | None = None
-    if sampling.repetition_penalty != 1.0:
-        seen = torch.zeros(1, model.config.vocab_size, dtype=torch.bool, device=model.device)
-        seen[0, torch.tensor(prompt, device=model.device)] = True
-    token: int | None = None
-    for _ in range(max_new_tokens):
-        hidden = cache.read(prompt) if token is None else cache.append(token)
-        token = int(choose(model.logits(hidden), sampling, seen, generator))
-        if seen is not None:
-            seen[0, token] = True
+def stream_tokens(cache: TextCache, request: Request, key: int) -> Iterator[int]:
+    """The tokens that follow the prompt of a request, each when it is asked for; one of its `eos_ids` is the last.
+
+    The cache's mode must be on while a token is computed.
+    """
+    text, kind = list(request.prompt_ids), StepKind.of([request])
+    for count in range(request.max_new_tokens):
+        if count == 0:
+            cache.begin(request, key)
+        with cache.mode.passes():
+            token = cache.next_token(text, count, kind)
         yield token
-        if token in eos:
+        if token in request.eos_ids:
             return
+        text.append(token)

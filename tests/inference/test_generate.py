@@ -97,13 +97,21 @@ def test_stop_strings(model: Decoder, tokenizer: Tokenizer, monkeypatch: pytest.
 
 
 def test_seeds(model: Decoder, tokenizer: Tokenizer) -> None:
-    def draw(seed: int) -> list[str]:
-        return generate(model, tokenizer, [PROMPTS[0]] * 4, max_new_tokens=9, temperature=1.0, seed=seed, batch_size=2)
+    """A text is drawn by its own seed, whatever is drawn beside it."""
 
-    assert draw(1) == draw(1)
-    assert draw(1) != draw(2)
-    first, second, third, fourth = draw(1)
-    assert (first, second) != (third, fourth), "each batch draws its own numbers"
+    def draw(prompts: list[str], seed: int | None, batch_size: int = 2) -> list[str]:
+        return generate(model, tokenizer, prompts, max_new_tokens=9, temperature=1.0, seed=seed, batch_size=batch_size)
+
+    four = [PROMPTS[0]] * 4
+    drawn = draw(four, 1)
+    assert drawn == draw(four, 1, batch_size=4) == [draw(four[:1], 1 + i)[0] for i in range(4)]
+    assert len(set(drawn)) > 1
+    assert drawn != draw(four, 5)
+    torch.manual_seed(0)
+    first = draw(four, None)
+    assert draw(four, None) != first
+    torch.manual_seed(0)
+    assert draw(four, None) == first
 
 
 def test_wrong_arguments(model: Decoder, tokenizer: Tokenizer) -> None:
@@ -123,10 +131,16 @@ def test_what_ends_a_turn_ends_a_text(tmp_path: Path, end: str) -> None:
     model = from_config({**CONFIG, "vocab_size": tokenizer.vocab_size}, device="cpu").eval()
     written = tokenizer.encode(f"ab{end}cd", add_special_tokens=False)
 
-    def generated(input_ids, attention_mask, *, seed, eos_token_id, should_stop, **_):
-        assert (written[2] in eos_token_id) == (end == "<|im_end|>")
-        assert (should_stop is not None) == (end == "[end]")
-        return torch.cat([input_ids, torch.tensor([written] * len(input_ids))], dim=1)
+    calls = []
 
-    model.generate = generated
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        """Scores that make every row write the tokens above, one after the other."""
+        scores = hidden.new_zeros(len(hidden), tokenizer.vocab_size)
+        scores[:, written[len(calls)]] = 1.0
+        calls.append(len(hidden))
+        return scores
+
+    model.logits = logits
     assert generate(model, tokenizer, ["the", "cat"]) == ["ab", "ab"]
+    ending = tokenizer.encode(f"ab{end}", add_special_tokens=False)
+    assert calls == [2] * len(ending), "nothing is computed behind the end"

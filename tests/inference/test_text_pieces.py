@@ -24,7 +24,7 @@ TEXTS = [
 
 def byte_fallback_tokenizer(folder: Path) -> Tokenizer:
     """As Llama 2's: letters and a few words are tokens, all else is spelled byte by byte."""
-    words = ["▁", *"abcdefghijklmnopqrstuvwxyz,?", "▁the", "▁a"]
+    words = ["▁", *"abcdefghijklmnopqrstuvwxyz,?", "▁the", "▁a", ""]
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"<0x{i:02X}>": 3 + i for i in range(256)}}
     first = len(vocabulary)
     vocabulary.update((word, first + i) for i, word in enumerate(words))
@@ -91,6 +91,30 @@ def test_any_ids_are_decoded_as_they_are_at_once(tokenizer: Tokenizer, seed: int
         place = draw.randrange(len(ids))
         ids[place:place] = spelled[: draw.randrange(1, len(spelled) + 1)]
     assert "".join(given(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_a_long_answer_is_decoded_as_it_is_at_once(
+    tokenizer: Tokenizer, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its end alone is decoded again and again, wherever that begins: in a character, between control tokens."""
+    monkeypatch.setattr("slothcore.inference.text_pieces.LONGEST_END", 1 + seed % 7)
+    monkeypatch.setattr("slothcore.inference.text_pieces.JOINT", 1 + seed % 5)
+    draw = random.Random(seed)
+    ids: list[int] = []
+    while len(ids) < 300:
+        ids += tokenizer.encode(draw.choice(TEXTS), add_special_tokens=False)[: draw.randrange(40)]
+        ids += [draw.randrange(tokenizer.vocab_size + 9) for _ in range(draw.randrange(6))]
+        ids += [token for token in (tokenizer.token_id(""), tokenizer.token_id("<s>")) if token] * draw.randrange(5)
+        ids += tokenizer.encode(" a  the", add_special_tokens=False)
+    assert "".join(given(tokenizer, ids)) == tokenizer.decode(ids)
+    pieces, shown, decoded = TextPieces(tokenizer, Endings(frozenset(), ())), "", []
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda some: (decoded.append(len(some)), decode(some))[1])
+    for end, token in enumerate(ids, start=1):
+        shown += pieces.add(token)
+        assert decode(ids[:end]).startswith(shown)
+    assert max(decoded) < 150, "a long answer was decoded as a whole"
 
 
 @pytest.mark.parametrize(

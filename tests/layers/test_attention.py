@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from slothcore.layers.attention import SelfAttention
-from slothcore.layers.kv_cache import KvCache, attend_to_rows
+from slothcore.layers.kv_cache import KvCache
 from slothcore.layers.norm import RMSNorm
 from slothcore.layers.packed import Documents
 from slothcore.layers.rope import RopeParameters, RotaryEmbedding
@@ -120,7 +120,7 @@ def test_cache_gives_what_the_packed_stream_gives(attention: SelfAttention) -> N
     ends = torch.tensor(lengths).cumsum(0)
     whole = Documents(torch.cat([torch.zeros(1), ends]).int(), max(lengths))
     cache = KvCache(
-        layers=1,
+        windows=[attention.window],
         rows=3,
         capacity=9,
         num_kv_heads=KV_HEADS,
@@ -137,37 +137,16 @@ def test_cache_gives_what_the_packed_stream_gives(attention: SelfAttention) -> N
         torch.testing.assert_close(actual, expected[is_prompt])
         for back in (2, 1):
             rows = ends - back
-            at = cache.begin_token()
+            at = cache.begin_tokens()
             assert torch.equal(at, positions[rows])
             actual = attention(x[rows], *rope(at), prompts, cache.layer(0))
             torch.testing.assert_close(actual, expected[rows])
 
 
-def test_what_lies_beyond_a_row_is_not_seen() -> None:
-    query = torch.randn(2, HEADS, HEAD_DIM)
-    keys, values = torch.randn(2, 2, 7, KV_HEADS, HEAD_DIM)
-    lengths = torch.tensor([4, 7])
-    before = attend_to_rows(query, keys, values, lengths, scale=0.5)
-    keys[0, 4:], values[0, 4:] = 1e4, -1e4
-    assert torch.equal(attend_to_rows(query, keys, values, lengths, scale=0.5), before)
-    keys[0, 3] += 1
-    after = attend_to_rows(query, keys, values, lengths, scale=0.5)
-    assert not torch.equal(after[0], before[0])
-    assert torch.equal(after[1], before[1])
-
-
-def test_16_bit_rows_are_computed_in_float32() -> None:
-    query = torch.randn(2, HEADS, HEAD_DIM).half()
-    keys, values = torch.randn(2, 2, 7, KV_HEADS, HEAD_DIM).half() * 3
-    lengths = torch.tensor([4, 7])
-    exact = attend_to_rows(query.double(), keys.double(), values.double(), lengths, scale=0.5)
-    assert torch.equal(attend_to_rows(query, keys, values, lengths, scale=0.5), exact.half())
-
-
 def test_a_cache_is_freed_as_soon_as_nothing_uses_it() -> None:
     """Without waiting for the garbage collector: on a GPU it may hold gigabytes."""
     options = {"dtype": torch.float32, "device": torch.device("cpu")}
-    cache = KvCache(layers=2, rows=1, capacity=4, num_kv_heads=1, head_dim=2, **options)
+    cache = KvCache(windows=[None, None], rows=1, capacity=4, num_kv_heads=1, head_dim=2, **options)
     assert cache.layer(1).is_prompt
     released = weakref.ref(cache)
     gc.disable()

@@ -226,3 +226,43 @@ def test_generation_neither_trains_nor_drops(model: Decoder) -> None:
 def test_wrong_options(model: Decoder, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model.generate(token_ids(1, 4), **options)
+
+
+def test_a_row_draws_what_it_would_alone(model: Decoder) -> None:
+    ids, mask = left_padded(PROMPTS)
+    options: dict[str, Any] = {"max_new_tokens": NEW, "temperature": 1.0, "eos_token_id": ()}
+    together = model.generate(ids, mask, seed=7, **options)[:, ids.shape[1] :]
+    for row, prompt in enumerate(PROMPTS):
+        alone = model.generate(prompt, seed=7 + row, **options)[0, len(prompt) :]
+        assert together[row].tolist() == alone.tolist()
+    assert len({tuple(row) for row in together.tolist()}) == len(PROMPTS)
+
+
+def test_penalties_make_repetition_rare(model: Decoder) -> None:
+    prompt = token_ids(1, 6)
+    free = model.generate(prompt, max_new_tokens=NEW)[0, 6:].tolist()
+    assert len(set(free)) < NEW
+    for name in ("frequency_penalty", "presence_penalty"):
+        new = model.generate(prompt, max_new_tokens=NEW, **{name: 1e4})[0, 6:].tolist()
+        assert len(set(new)) == NEW, "so much that no token comes twice"
+
+
+def test_rows_that_wait_for_their_turn(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More prompts than rows: rounds are told when all rows have come so far, and results are the same."""
+
+    def generated() -> tuple[Tensor, list[Any]]:
+        told = []
+
+        def should_stop(new: Tensor) -> Tensor:
+            told.append(new.tolist())
+            return torch.tensor([new.shape[1] >= 4 + 3 * row for row in range(len(PROMPTS))])
+
+        ids, mask = left_padded(PROMPTS)
+        return model.generate(ids, mask, max_new_tokens=NEW, should_stop=should_stop, pad_token_id=96), told
+
+    expected, told = generated()
+    assert [len(new[0]) for new in told] == list(range(1, 14))
+    monkeypatch.setattr("slothcore.models.generation.MOST_ROWS", 2)
+    actual, told_in_turns = generated()
+    assert torch.equal(actual, expected)
+    assert told_in_turns == told

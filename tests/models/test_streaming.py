@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from slothcore.layers.kv_cache import attend_to_text
 from slothcore.models.decoder import Decoder
 from slothcore.models.load import from_config
 from slothcore.models.streaming import SMALLEST_CACHE, TextCache
@@ -158,24 +157,6 @@ def test_an_interrupted_pass_leaves_a_cache_that_is_right(model: Decoder, monkey
     assert streamed(model, text, cache=cache) == generated(model, text)
 
 
-@pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_attention_in_parts_is_attention_at_once(window, softcap, monkeypatch: pytest.MonkeyPatch) -> None:
-    query, keys, values = torch.randn(9, 4, 8), torch.randn(23, 2, 8), torch.randn(23, 2, 8)
-    options = {"scale": 0.3, "window": window, "softcap": softcap}
-    whole = attend_to_text(query, keys, values, **options)
-    monkeypatch.setattr("slothcore.layers.kv_cache.SCORES_AT_ONCE", 2 * 23 * 4)
-    torch.testing.assert_close(attend_to_text(query, keys, values, **options), whole, rtol=1e-5, atol=1e-6)
-    # By the definition, in float64, for one token and head.
-    scores = (keys[:, 1].double() @ query[4, 3].double()) * 0.3
-    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-    own = 23 - 9 + 4
-    first = 0 if window is None else own - window + 1
-    weights = scores[first : own + 1].softmax(0)
-    expected = weights @ values[first : own + 1, 1].double()
-    torch.testing.assert_close(whole[4, 3].double(), expected, rtol=1e-5, atol=1e-6)
-
-
 def test_beyond_the_positions_there_is_one_warning(model: Decoder) -> None:
     limit = model.config.longest_document
     prompt = token_ids(limit - 2).tolist()
@@ -202,3 +183,29 @@ def test_wrong_arguments_are_said_at_once(model: Decoder) -> None:
         model.stream([1, 5000], max_new_tokens=1)
     with pytest.raises(ValueError, match="not empty"):
         model.stream([], max_new_tokens=1)
+
+
+def test_steps_are_recorded_and_forgotten_when_the_cache_moves(model: Decoder) -> None:
+    """What a graph would replay, across a growth of the cache, another conversation, and a change of the weights."""
+    recorded: list[Any] = []
+    cache = TextCache(model, recorder=lambda step: recorded.append(step) or step)
+    prompt = token_ids(SMALLEST_CACHE - NEW // 2).tolist()
+    sampling: dict[str, Any] = {"temperature": 0.9, "presence_penalty": 0.4, "seed": 5}
+    for options in ({}, sampling):
+        assert streamed(model, prompt, cache=cache, **options) == generated(model, prompt, **options)
+    # Before and behind the growth, and for the other kind of step.
+    assert len(recorded) == 3
+    assert streamed(model, prompt[:30], cache=cache) == generated(model, prompt[:30])
+    assert len(recorded) == 3
+    model.lm_head.weight = torch.nn.Parameter(-model.lm_head.weight.detach())
+    assert streamed(model, prompt[:30], cache=cache) == generated(model, prompt[:30])
+    assert len(recorded) == 4
+
+
+def test_drawn_tokens_without_a_seed_follow_torchs_generator(model: Decoder) -> None:
+    prompt = token_ids(5).tolist()
+    torch.manual_seed(0)
+    first = streamed(model, prompt, temperature=1.0)
+    assert streamed(model, prompt, temperature=1.0) != first
+    torch.manual_seed(0)
+    assert streamed(model, prompt, temperature=1.0) == first
