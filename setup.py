@@ -13,6 +13,7 @@ EXTRAS = {
     "gguf": ["gguf>=0.10"],
     "parquet": ["pyarrow>=14"],
     "logging": ["tensorboard>=2.14", "wandb>=0.16"],
+    "serve": ["starlette>=0.40", "uvicorn>=0.30"],
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.5",
@@ -20,6 +21,11 @@ EXTRAS = {
         "transformers>=5.0",
         "peft>=0.17",
         "pyarrow>=14",
+        "gguf>=0.10",
+        'xllamacpp>=2026.10; platform_system == "Linux"',  # llama.cpp, to read what the GGUF export writes
+        "starlette>=0.40",
+        "uvicorn>=0.30",
+        "openai>=1.60",
         "ruff>=0.12",
         "mypy>=1.11",
         "types-PyYAML",

@@ -15,8 +15,12 @@ if TYPE_CHECKING:
     from slothcore.data.standardize import standardize
     from slothcore.data.tokenizer import Tokenizer
     from slothcore.export.export import export_model
+    from slothcore.export.gguf import export_gguf
+    from slothcore.export.hub_upload import push_to_hub
     from slothcore.export.merged import save_merged
+    from slothcore.export.ollama import export_ollama
     from slothcore.inference.chat import Chat
+    from slothcore.inference.engine import Engine, Event, Request, Sampling
     from slothcore.inference.generate import generate, stream
     from slothcore.loading import load
     from slothcore.lora.adapter_io import load_adapter, save_adapter
@@ -28,19 +32,26 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Chat",
+    "Engine",
+    "Event",
+    "Request",
     "SFTTrainer",
+    "Sampling",
     "Tokenizer",
     "TrainConfig",
     "TrainResult",
     "__version__",
     "add_lora",
     "add_tokens",
+    "export_gguf",
     "export_model",
+    "export_ollama",
     "from_config",
     "generate",
     "load",
     "load_adapter",
     "load_dataset",
+    "push_to_hub",
     "save_adapter",
     "save_merged",
     "standardize",
@@ -51,18 +62,25 @@ __all__ = [
 # help needs none of it.
 _HOMES = {
     "Chat": "slothcore.inference.chat",
+    "Engine": "slothcore.inference.engine",
+    "Event": "slothcore.inference.engine",
+    "Request": "slothcore.inference.engine",
     "SFTTrainer": "slothcore.training.trainer",
+    "Sampling": "slothcore.inference.engine",
     "Tokenizer": "slothcore.data.tokenizer",
     "TrainConfig": "slothcore.training.config",
     "TrainResult": "slothcore.training.trainer",
     "add_lora": "slothcore.lora.attach",
     "add_tokens": "slothcore.training.new_tokens",
+    "export_gguf": "slothcore.export.gguf",
     "export_model": "slothcore.export.export",
+    "export_ollama": "slothcore.export.ollama",
     "from_config": "slothcore.models.load",
     "generate": "slothcore.inference.generate",
     "load": "slothcore.loading",
     "load_adapter": "slothcore.lora.adapter_io",
     "load_dataset": "slothcore.data.files",
+    "push_to_hub": "slothcore.export.hub_upload",
     "save_adapter": "slothcore.lora.adapter_io",
     "save_merged": "slothcore.export.merged",
     "standardize": "slothcore.data.standardize",

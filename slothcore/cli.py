@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from slothcore.commands import chat, doctor, export, generate, merge, plan, preview, report, train
+from slothcore.commands import chat, doctor, export, generate, merge, plan, preview, report, serve, train
 from slothcore.commands.command import Command, HelpFormatter, UsageError
 from slothcore.commands.train import INTERRUPTED
 from slothcore.notices import notices
@@ -19,7 +19,7 @@ BROKEN_PIPE = 141
 
 COMMANDS: dict[str, Command] = {
     module.COMMAND.name: module.COMMAND
-    for module in (train, preview, plan, generate, chat, export, merge, report, doctor)
+    for module in (train, preview, plan, generate, chat, serve, export, merge, report, doctor)
 }
 FIRST_STEPS = """\
 first steps:

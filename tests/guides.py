@@ -16,18 +16,22 @@ What a fenced block is, the words after its three backticks say:
 
 Output is compared line by line, with any number in place of a number and any space in place of a space. A line of
 three dots stands for any lines, and three dots in a line for any text. A command whose output is quoted with
-"slothcore: error:" has to fail.
+"slothcore: error:" has to fail. `slothcore serve` runs until the guide ends, on a free port in place of 8000.
 """
 
 import ast
 import io
+import os
 import re
 import shlex
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +49,8 @@ SHORTEST_TEXT = 12
 NUMBER = re.compile(r"\d[\d,]*(\.\d+)?(e[-+]?\d+)?")
 # They install, download or start something beside the guide.
 NOT_RUN = ("pip", "make", "git", "hf", "export", "tensorboard", "wandb")
+# Where `slothcore serve` listens in a guide, and the line with which it is ready.
+GUIDE_PORT, SERVING = "8000", "serving "
 
 
 @dataclass(frozen=True)
@@ -116,13 +122,17 @@ class Reader:
     folder: Path
     names: dict[str, Any] = field(default_factory=dict)
     printed: str = ""
+    servers: ExitStack = field(default_factory=ExitStack)
+    port: int = field(default_factory=lambda: free_port())
 
     def follow(self, page: Path) -> None:
-        for block in blocks_of(page):
-            try:
-                self.do(block)
-            except Exception as error:
-                raise AssertionError(f"{page.name}, line {block.line}: {error}") from error
+        with self.servers:
+            for block in blocks_of(page):
+                text = block.text.replace(GUIDE_PORT, str(self.port)) if block.is_run else block.text
+                try:
+                    self.do(replace(block, text=text))
+                except Exception as error:
+                    raise AssertionError(f"{page.name}, line {block.line}: {error}") from error
 
     def do(self, block: Block) -> None:
         if block.file_name is not None:
@@ -132,7 +142,11 @@ class Reader:
             file.write_text(block.text, encoding="utf-8")
         elif block.language in ("sh", "console"):
             for call in calls_of(block):
-                if block.is_run:
+                if block.is_run and call.command.startswith("slothcore serve"):
+                    shown = self.servers.enter_context(serving(call.command, self.port))
+                    if call.output is not None:
+                        compare(call.output, shown, what=call.command)
+                elif block.is_run:
                     run(call, exact="exact" in block.words)
                 else:
                     check(call.command)
@@ -154,7 +168,7 @@ def run(call: Call, *, exact: bool = False) -> None:
     """Run a command, compare its output. Raises AssertionError if it does not do what the guide says."""
     typed, _, command = call.command.rpartition(" | ")
     words = shlex.split(command, comments=True)
-    if words[0] in NOT_RUN:
+    if words[0] in NOT_RUN or (words[0] == "curl" and shutil.which("curl") is None):
         return
     fails = any("slothcore: error:" in line for line in call.output or ())
     if words[0] == "slothcore":
@@ -172,6 +186,41 @@ def run(call: Call, *, exact: bool = False) -> None:
     assert (status != 0) == fails, f"{call.command!r} ended with {status}:\n{shown}"
     if call.output is not None:
         compare(call.output, shown, what=call.command, exact=exact)
+
+
+@contextmanager
+def serving(command: str, port: int = 0) -> Iterator[str]:
+    """`slothcore serve` in a process of its own until the block ends, and what it shows until it is ready.
+
+    Args:
+        port: where it listens; 0: anywhere.
+    """
+    options = shlex.split(command, comments=True)[1:]
+    words = [sys.executable, "-m", "slothcore.cli", *options, "--port", str(port)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=Path.cwd()
+    )
+    assert process.stdout is not None
+    try:
+        shown = ""
+        while not shown.rpartition("\n")[0].rpartition("\n")[2].startswith(SERVING):
+            line = process.stdout.readline()
+            assert line, f"{command!r} ended with {process.wait()}:\n{shown}"
+            shown += line
+        yield shown
+        assert process.poll() is None, f"{command!r} ended by itself: {process.stdout.read()}"
+    finally:
+        process.send_signal(signal.SIGINT)
+        rest, _ = process.communicate(timeout=60)
+    assert (process.returncode, rest) == (0, "stopped\n"), f"{command!r} ended with {process.returncode}:\n{rest}"
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @contextmanager

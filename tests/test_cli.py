@@ -187,11 +187,13 @@ def test_sampling_flags_reach_the_generation(folder, run, capsys, monkeypatch) -
 
     monkeypatch.setattr("slothcore.inference.generate.generate", generate)
     flags = "--prompt a --max-new-tokens 5 --temperature 0.5 --top-p 0.7 --top-k 9 --min-p 0.1 --seed 4".split()
-    flags += ["--repetition-penalty", "1.2", "--stop-strings", "b", "c d"]
+    flags += ["--repetition-penalty", "1.2", "--frequency-penalty", "0.3", "--presence-penalty", "-0.2"]
+    flags += ["--stop-strings", "b", "c d"]
     assert main(["generate", "--model", str(run), "--device", "cpu", *flags]) == 0
     assert capsys.readouterr().out == "an answer\n"
     sampling = {"max_new_tokens": 5, "temperature": 0.5, "top_p": 0.7, "top_k": 9, "min_p": 0.1, "seed": 4}
-    sampling |= {"repetition_penalty": 1.2, "stop_strings": ["b", "c d"]}
+    sampling |= {"repetition_penalty": 1.2, "frequency_penalty": 0.3, "presence_penalty": -0.2}
+    sampling |= {"stop_strings": ["b", "c d"]}
     assert asked == {**sampling, "prompts": ["a"], "add_special_tokens": True}
 
     assert main(["generate", "--model", str(run), "--device", "cpu", "--instruction", "Add.", "--input", "1, 2"]) == 0

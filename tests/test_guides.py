@@ -40,10 +40,13 @@ GUIDES_TO_FOLLOW = [
     "adapters",
     "choosing",
     "watching",
+    "generating",
+    "exporting",
+    "serving",
     "troubleshooting",
 ]
 # They train for some seconds.
-LONG = ["first-fine-tune", "chat-models", "continued-pretraining", "choosing", "watching"]
+LONG = ["first-fine-tune", "chat-models", "continued-pretraining", "choosing", "watching", "serving"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ MAY_IMPORT = {
     "lora": {"kernels", "autograd", "layers", "models", "lora"},
     "data": {"data"},
     "inference": {"kernels", "autograd", "layers", "models", "lora", "data", "inference"},
-    "export": {"kernels", "autograd", "layers", "models", "lora", "data", "export"},
+    "export": {"kernels", "autograd", "layers", "models", "lora", "data", "report", "export"},
+    "serve": {"kernels", "autograd", "layers", "models", "lora", "data", "inference", "serve"},
     "report": {"report"},
     "training": {"kernels", "autograd", "layers", "models", "lora", "data", "inference", "report", "training"},
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from slothcore.cli import COMMANDS, build_parser, main
 from slothcore.training.report import read_log
+from tests.guides import serving
 from tests.training.tiny import write_model, write_records
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,6 +64,10 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys) -> None:
     for line in commands():
         line = line.replace("meta-llama/Llama-3.1-8B", "model")
         line = line.replace("--max-steps 200", "--max-steps 2").replace("--max-steps 300", "--max-steps 3")
+        if line.startswith("slothcore serve"):
+            with serving(line) as shown:
+                assert "serving run at http://127.0.0.1:" in shown
+            continue
         assert main(shlex.split(line, comments=True)[1:]) == 0, line
         assert capsys.readouterr().out, line
     losses = [[line.get("loss") for line in read_log(tmp_path / run / "log.jsonl")] for run in ("run", "run-again")]

@@ -19,7 +19,12 @@ GIB = 2**30
 LITTLE_DISK = 20 * GIB
 Status = Literal["ok", "warning", "problem"]
 # Packages that nothing needs, and what each is for.
-OPTIONAL = {"matplotlib": "loss.png", "pyarrow": "Parquet files"}
+OPTIONAL = {
+    "matplotlib": "loss.png",
+    "pyarrow": "Parquet files",
+    "starlette": "slothcore serve",
+    "uvicorn": "slothcore serve",
+}
 REQUIREMENT = re.compile(r"([\w-]+)(?:>=([\d.]+))?")
 
 

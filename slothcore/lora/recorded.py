@@ -110,14 +110,14 @@ def as_trained(
         warnings.warn(
             f"this adapter was begun by LoftQ for a base in 4 bits, and this one has {model.bits}; load it with "
             "bits=4, or its output is not what was trained",
-            stacklevel=3,
+            stacklevel=4,
         )
     if file.is_doubled and not can_take_out(model, AdapterPlan.of(model, trained)):
         warnings.warn(
             f"this adapter was begun by {trained.init_lora_weights}, and the original weights that its base is made "
             "from are not to be had; it is put on this base as an ordinary one of twice the rank, and differs from "
             "what was trained by what quantising loses",
-            stacklevel=3,
+            stacklevel=4,
         )
         return config, file.tensors, {}
     return trained, file.trained_tensors(), file.taken_tensors()
