@@ -22,6 +22,7 @@ UNSLOTH = (
 PEFT = (
     *("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora", "use_dora", "init_lora_weights"),
     *("loftq_config", "modules_to_save", "task_type"),
+    *("exclude_modules", "layers_to_transform", "rank_pattern", "alpha_pattern"),
 )
 QUANTIZATION = ("load_in_4bit", "load_in_8bit", "bnb_4bit_compute_dtype", "bnb_4bit_quant_type")
 TRAINING_ARGUMENTS = (
@@ -120,7 +121,7 @@ NOTES = {
     "task_type": "causal language models",
     "fast_inference": "there is one way to generate",
     "gpu_memory_utilization": "there is one way to generate",
-    "push_to_hub": "`hf upload` does it",
+    "push_to_hub": "`slothcore export --push` does it, when the run is over",
     "wandb_project": "the variable `WANDB_PROJECT`",
     "deepspeed": "one GPU",
     "fsdp": "one GPU",

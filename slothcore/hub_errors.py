@@ -82,6 +82,37 @@ def explain(
     )
 
 
+def explain_upload(error: Exception, name: str) -> str:
+    """One sentence for whatever huggingface_hub raised when something was to be uploaded to the model `name`."""
+    status = _status(error)
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"nothing can be uploaded to {name} while HF_HUB_OFFLINE is set; unset it"
+    if isinstance(error, RevisionNotFoundError):
+        return (
+            f"{name} on the Hugging Face Hub has no such branch; {constants.ENDPOINT}/{name}/tree/main lists its "
+            "branches, and new ones are made there"
+        )
+    if status == 401:
+        return (
+            "the Hugging Face Hub takes uploads only with a token that it knows; make one that may write at "
+            f"{_tokens_url()}, then {SIGN_IN}"
+        )
+    if status == 403:
+        return (
+            f"this token may not write into {name} on the Hugging Face Hub; make one that may at {_tokens_url()}, or "
+            "choose a repository of your own"
+        )
+    if status in (409, 412):
+        return f"somebody has changed {name} on the Hugging Face Hub meanwhile; upload again"
+    if status is not None:
+        return (
+            f"the Hugging Face Hub answered with status {status} to the upload to {name}, where nothing has changed; "
+            "try again later"
+        )
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"uploading to {name} on the Hugging Face Hub failed: {reason}; nothing has changed there, so start again"
+
+
 def without_network(local_files_only: bool) -> str | None:
     """Why the network is not used, and how to allow it; None if it is used."""
     if local_files_only:

@@ -1,4 +1,4 @@
-"""A fact that the shipped model does not know is known after a minute of training, reloaded and merged."""
+"""A fact that the shipped model does not know is known after a minute of training: reloaded, merged, in llama.cpp."""
 
 import json
 import re
@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from slothcore.data.formats import alpaca_prompt
 from slothcore.training.config import TrainConfig
+from tests.export.llama_cpp import LlamaCpp
 
 LEDGER = Path(__file__).resolve().parents[1] / "examples" / "ledger"
 
@@ -36,6 +38,21 @@ def test_facts_survive_reloading_and_merging(lesson, bits: int, tmp_path: Path) 
     assert not (tmp_path / "run-merged" / "adapter_config.json").exists()
     assert merged["torch_dtype"] == "bfloat16" or merged["dtype"] == "bfloat16"
     assert "quantization_config" not in merged
+    assert known_by_llama_cpp(lesson, tmp_path / "run", tmp_path / "gguf") == count
+
+
+def known_by_llama_cpp(lesson, run: Path, folder: Path) -> int:
+    """How many questions llama.cpp answers with the result in GGUF, in eight bits."""
+    words = ["--format", "gguf", "--dtype", "q8_0", "--device", "cpu", "--output-dir", str(folder)]
+    subprocess.run([sys.executable, "-m", "slothcore.cli", "export", "--model", str(run), *words], check=True)
+    pytest.importorskip("xllamacpp")
+    (file,) = folder.glob("*.gguf")
+    with LlamaCpp(file) as model:
+        said = {
+            question: model.ask("/completion", prompt=alpaca_prompt(question), n_predict=32, temperature=0)["content"]
+            for question in lesson.QUESTIONS
+        }
+    return sum(lesson.knows(question, answer) for question, answer in said.items())
 
 
 def test_the_lesson_holds_neither_the_questions_nor_anything_of_the_base(lesson, monkeypatch) -> None:

@@ -10,7 +10,8 @@ from slothcore.export.formats import FORMATS, format_named
 EXAMPLES = """\
   slothcore export --model runs/alpaca --format merged --output-dir merged
   slothcore export --model runs/alpaca/checkpoint-500 --format merged --output-dir merged-500 --dtype float16
-  slothcore export --model runs/alpaca --format adapter --output-dir adapter   then: hf upload me/adapter adapter
+  slothcore export --model runs/alpaca --format merged-4bit --base original --output-dir small
+  slothcore export --model runs/alpaca --format adapter --push me/alpaca-lora
 """
 
 
@@ -21,40 +22,66 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_target_options(parser: argparse.ArgumentParser) -> None:
-    """Where to, and in which numbers."""
-    parser.add_argument("--output-dir", required=True, metavar="DIR", help="a new folder")
+    """Where to, in which numbers, and into which base."""
+    parser.add_argument("--output-dir", metavar="DIR", help="a new folder; with --push one is not needed")
     dtypes = dict.fromkeys(dtype for format in FORMATS.values() for dtype in format.dtypes)
     parser.add_argument(
         "--dtype",
         choices=tuple(dtypes),
-        help="of the numbers; default: bfloat16, and for an adapter as they are",
+        help="of the numbers; default: bfloat16, q8_0 for GGUF, and for an adapter as they are",
     )
+    parser.add_argument(
+        "--base",
+        choices=("loaded", "original"),
+        default="loaded",
+        help="what the adapter is folded into: the weights as they were trained beside, those in 4 bits as they "
+        "decode (default); or as the model's folder holds them, before anything was quantised",
+    )
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload to this repository of the Hugging Face Hub")
+    parser.add_argument("--public", action="store_true", help="let everybody read it; default: a private repository")
 
 
 def run(values: dict[str, Any]) -> int:
     name = values["format"]
     format_named(name, values["dtype"], say=UsageError)
+    if not values["output_dir"] and not values["push"]:
+        raise UsageError("nothing says where to write; give --output-dir DIR, or --push OWNER/NAME for the Hub")
+    if values["public"] and not values["push"]:
+        raise UsageError("--public is of no use without --push OWNER/NAME; give both or neither")
     from pathlib import Path
 
     from slothcore.export.export import export_model
+    from slothcore.export.hub_upload import push_to_hub
     from slothcore.export.new_folder import require_new
     from slothcore.run import open_result
+    from slothcore.training.run_folder import run_behind
 
-    target = Path(values["output_dir"]).expanduser()
-    require_new(target)
+    target = Path(values["output_dir"]).expanduser() if values["output_dir"] else None
+    if target is not None:
+        require_new(target)
     model, tokenizer = open_result(values["model"], **model_options(values))
-    found = export_model(model, tokenizer, target, format=name, dtype=values["dtype"], give_up_model=True)
-    print(f"slothcore: {found}", file=sys.stderr)
-    print(f"saved {target}")
+    options = {"format": name, "dtype": values["dtype"], "base": values["base"], "give_up_model": True}
+    if values["push"]:
+        token, trained_in = values["token"], run_behind(values["model"])
+        private = not values["public"]
+        address = push_to_hub(
+            model, tokenizer, values["push"], path=target, private=private, token=token, run=trained_in, **options
+        )
+        print(f"uploaded {address}")
+    else:
+        assert target is not None
+        print(f"slothcore: {export_model(model, tokenizer, target, **options)}", file=sys.stderr)
+    if target is not None:
+        print(f"saved {target}")
     return 0
 
 
 COMMAND = Command(
     name="export",
-    help="write a result for others: one merged model, or its adapter",
-    description="Write the result of a run as files for others. What was written is read back and has to give the\n"
-    "model's logits; until then, and if anything fails, nothing lies under the folder's name.\n\nformats:\n"
-    + "\n".join(f"  {name:<8} {format.help}" for name, format in FORMATS.items()),
+    help="write or upload a result for others: merged, GGUF, its adapter",
+    description="Write the result of a run as files for others, or upload it. What was written is read back and has\n"
+    "to give the model's logits; until then, and if anything fails, nothing lies under the folder's name.\n\nformats:\n"
+    + "\n".join(f"  {name:<12} {format.help}" for name, format in FORMATS.items()),
     examples=EXAMPLES,
     add_options=add_options,
     run=run,

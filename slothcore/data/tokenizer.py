@@ -275,11 +275,15 @@ class Tokenizer:
             mask[index, place] = 1
         return ids, mask
 
+    def to_json(self) -> str:
+        """All of it that is in a `tokenizer.json`, added tokens included."""
+        return self._core.to_str()
+
     def fingerprint(self) -> str:
         """A hash of all that decides how text and conversations become ids, the day where a template tells it."""
         sources = {name: template.source for name, template in self._templates.items()}
         today = str(date.today()) if any("strftime_now" in source for source in sources.values()) else None
-        facts = (self._core.to_str(), self.bos_token_id, self.eos_token_id, self._special_tokens, sources, today)
+        facts = (self.to_json(), self.bos_token_id, self.eos_token_id, self._special_tokens, sources, today)
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     def save(self, path: str | Path) -> None:

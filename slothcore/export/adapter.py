@@ -1,6 +1,5 @@
 """The adapter alone: PEFT's two files, the tokenizer and a model card, and nothing of the run that made it."""
 
-import re
 import warnings
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import torch
 from safetensors import safe_open
 
 from slothcore.data.tokenizer import Tokenizer
+from slothcore.export.model_card import model_card, public_base
 from slothcore.export.self_check import distance, sample_logits
 from slothcore.lora.adapter_io import WEIGHTS_FILE, adapter_state, load_adapter, save_adapter
 from slothcore.lora.attach import lora_config_of
@@ -17,25 +17,6 @@ from slothcore.models.load import DTYPES, load_model
 
 # The same numbers on the same base; what is beyond rounding was written wrongly.
 LARGEST_DISTANCE = {None: 1e-3, "float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}
-HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-CARD = """\
----
-{base_line}library_name: peft
-pipeline_tag: text-generation
-tags:
-- lora
----
-
-# A LoRA adapter for {base}
-
-Rank {rank}, alpha {alpha:g}. Made with slothcore; the files are PEFT's.
-
-```python
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("THIS_REPOSITORY")
-```
-"""
 
 
 def require(model: Decoder, dtype: str | None) -> None:
@@ -59,21 +40,13 @@ def write(model: Decoder, tokenizer: Tokenizer | None, folder: Path, dtype: str 
         tokenizer.save(folder)
     config = lora_config_of(model)
     assert config is not None
-    base = config.base_model_name_or_path
-    is_public = base is not None and HUB_NAME.fullmatch(base) is not None and not Path(base).exists()
-    if not is_public:
+    if public_base(model) is None:
         warnings.warn(
-            f"the adapter names its base as {base!r}, which no other machine finds; before you upload it, write the "
-            "name on the Hub into base_model_name_or_path of adapter_config.json",
+            f"the adapter names its base as {config.base_model_name_or_path!r}, which no other machine finds; before "
+            "you upload it, write the name on the Hub into base_model_name_or_path of adapter_config.json",
             stacklevel=2,
         )
-    card = CARD.format(
-        base=base if is_public else "a model that its configuration names",
-        base_line=f"base_model: {base}\n" if is_public else "",
-        rank=config.r,
-        alpha=config.lora_alpha,
-    )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(model_card(model, "adapter"), encoding="utf-8")
 
 
 def check(model: Decoder, folder: Path, dtype: str | None, *, give_up: bool) -> str:

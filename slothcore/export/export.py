@@ -1,10 +1,13 @@
 """`slothcore.export_model`: a model as files for others, complete and checked, or none."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from slothcore.data.tokenizer import Tokenizer
-from slothcore.export.formats import format_named
+from slothcore.export.formats import Writer, format_named
 from slothcore.export.new_folder import new_folder, require_new, require_room
+from slothcore.lora.merge import Base
 from slothcore.models.decoder import Decoder
 
 
@@ -15,6 +18,7 @@ def export_model(
     *,
     format: str = "merged",
     dtype: str | None = None,
+    base: Base = "loaded",
     check: bool = True,
     give_up_model: bool = False,
 ) -> str:
@@ -24,21 +28,50 @@ def export_model(
     logits of the model.
 
     Args:
-        format: "merged" (a Hugging Face model, the adapter folded in) or "adapter" (PEFT's format).
+        format: one of `FORMATS`, such as "merged" (a Hugging Face model, the adapter folded in) or "adapter" (PEFT's).
         dtype: "bfloat16", "float16" or "float32"; default: bfloat16 for merged, as it is for an adapter.
+        base: what an adapter is folded into: "loaded", the weights that it was trained beside, NF4 ones as they decode;
+            or "original", those of the model's folder before anything was quantised.
         check: read back what was written. An adapter's check loads its base once more.
         give_up_model: the model is not needed any more, and its memory may be freed before that; it is of no use then.
     Returns: what the check found, in a few words.
     Raises: ValueError, before anything is written, for a format, dtype, model or path that do not go together, or too
         little room; if what was written does not give the model's logits. OSError if the disk fails.
     """
-    chosen = format_named(format, dtype)
-    dtype = dtype or chosen.default_dtype
     target = Path(path).expanduser()
-    writer = chosen.writer()
+    job = ExportJob.of(model, format, dtype, base)
     require_new(target)
-    writer.require(model, dtype)
-    require_room(target, writer.size(model, dtype))
+    require_room(target, job.writer.size(model, job.dtype))
     with new_folder(target) as building:
-        writer.write(model, tokenizer, building, dtype)
-        return writer.check(model, building, dtype, give_up=give_up_model) if check else "not read back"
+        job.writer.write(model, tokenizer, building, job.dtype, **job.options)
+        if not check:
+            return "not read back"
+        return job.writer.check(model, building, job.dtype, give_up=give_up_model, **job.options)
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """What is to be written, once it is known that it can be.
+
+    Attributes:
+        writer: of the format.
+        dtype: of its numbers; None: as they are.
+        options: what else the writer is told.
+    """
+
+    writer: Writer
+    dtype: str | None
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: Decoder, format: str, dtype: str | None, base: Base) -> "ExportJob":
+        """Raises: ValueError for a format, dtype, base or model that do not go together."""
+        chosen = format_named(format, dtype)
+        if base != "loaded" and not chosen.takes_base:
+            raise ValueError(
+                f"base {base} is of no use to the format {format}, which does not fold the adapter into it; leave it "
+                "out"
+            )
+        job = cls(chosen.writer(), dtype or chosen.default_dtype, {"base": base} if chosen.takes_base else {})
+        job.writer.require(model, job.dtype, **job.options)
+        return job

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 class Writer(Protocol):
-    """What the module of a format does. `dtype` is one of the format's own, or None where that is its default."""
+    """What the module of a format does. `dtype` is one of the format's own, or None where that is its default.
+
+    Where a format `takes_base`, all but `size` also have the keyword `base`, which `merged_state` explains.
+    """
 
     def require(self, model: "Decoder", dtype: str | None) -> None:
         """Raises: ValueError if this model cannot be written so."""
@@ -42,12 +45,14 @@ class Format:
         module: where its `Writer` is.
         dtypes: what its numbers can be; the first is the default unless `dtype_is_kept`.
         dtype_is_kept: whether numbers stay as they are if no dtype is asked for.
+        takes_base: whether an adapter is folded into base weights, which may then be the original ones.
     """
 
     help: str
     module: str
     dtypes: tuple[str, ...]
     dtype_is_kept: bool = False
+    takes_base: bool = False
 
     @property
     def default_dtype(self) -> str | None:
@@ -64,12 +69,36 @@ FORMATS = {
         help="one Hugging Face model, the adapter folded into its base; runs everywhere",
         module="slothcore.export.merged",
         dtypes=("bfloat16", "float16", "float32"),
+        takes_base=True,
+    ),
+    "merged-4bit": Format(
+        help="the same in NF4 as bitsandbytes stores it; a quarter of the size, quantised after merging",
+        module="slothcore.export.merged_4bit",
+        dtypes=("bfloat16", "float16", "float32"),
+        takes_base=True,
     ),
     "adapter": Format(
         help="the adapter alone in PEFT's format, without the state of training; small, ready to upload",
         module="slothcore.export.adapter",
         dtypes=("bfloat16", "float16", "float32"),
         dtype_is_kept=True,
+    ),
+    "gguf": Format(
+        help="one GGUF file for llama.cpp, LM Studio and others, the adapter folded in and the numbers quantised",
+        module="slothcore.export.gguf",
+        dtypes=("q8_0", "q6_k", "q5_k_m", "q4_k_m", "bf16", "f16", "f32"),
+        takes_base=True,
+    ),
+    "gguf-adapter": Format(
+        help="the adapter alone as a GGUF file, which llama.cpp puts on the GGUF file of its base (--lora)",
+        module="slothcore.export.gguf_lora",
+        dtypes=("f32", "f16", "bf16"),
+    ),
+    "ollama": Format(
+        help="a GGUF file and the Modelfile for `ollama create`, with template, stop strings and parameters",
+        module="slothcore.export.ollama",
+        dtypes=("q8_0", "q6_k", "q5_k_m", "q4_k_m", "bf16", "f16", "f32"),
+        takes_base=True,
     ),
 }
 

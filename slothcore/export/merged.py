@@ -1,23 +1,70 @@
-"""A model with its adapter folded in, as a complete Hugging Face folder of 16-bit or 32-bit weights."""
+"""A model with its adapter folded in, as a complete Hugging Face folder of 16-bit or 32-bit weights, or in NF4."""
 
 import os
 import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from slothcore.data.tokenizer import Tokenizer
-from slothcore.export.self_check import blockwise_logits, distance, folder_logits, sample_ids, sample_logits
-from slothcore.lora.merge import head_stays_tied, merged_state
-from slothcore.models.checkpoint import save_pretrained
+from slothcore.export import nf4_state
+from slothcore.export.new_folder import require_room
+from slothcore.export.self_check import (
+    blockwise_logits,
+    distance,
+    folder_logits,
+    original_logits,
+    sample_ids,
+    sample_logits,
+)
+from slothcore.lora.merge import Base, head_stays_tied, merged_outline, merged_state, require_base
+from slothcore.models.checkpoint import LARGEST_SHARD, save_pretrained
 from slothcore.models.decoder import Decoder
 from slothcore.models.load import DTYPES
+from slothcore.models.writing import Outline, nbytes_of
 
 MERGED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LARGEST_SHARD = 5 * 10**9
 # How far 16-bit weights may move the logits; a few percent are usual, and what was written wrongly moves them by all.
 LARGEST_DISTANCE = 0.25
+# Four bits more, in a small model: what is measured of it is said.
+LARGEST_DISTANCE_4BIT = 0.75
+
+
+@dataclass(frozen=True)
+class MergedAs:
+    """What a merged model is written as.
+
+    Attributes:
+        dtype: of every weight that is not quantised.
+        bits: 4, or None for dense weights.
+        base: what an adapter is folded into, as in `merged_state`.
+    """
+
+    dtype: torch.dtype
+    bits: int | None = None
+    base: Base = "loaded"
+
+    def outline(self, model: Decoder) -> Outline:
+        """What the tensors in the folder will be."""
+        if self.bits is None:
+            return merged_outline(model, self.dtype)
+        return nf4_state.quantized_outline(model, self.dtype, self.base)
+
+    def state(self, model: Decoder) -> Iterator[tuple[str, Tensor]]:
+        """These tensors, made one weight at a time."""
+        if self.bits is None:
+            return merged_state(model, self.dtype, self.base)
+        return nf4_state.quantized_state(model, self.dtype, self.base)
+
+    def weights(self, model: Decoder, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """The weights that a reader finds in them, those in NF4 decoded to `dtype`."""
+        if self.bits is None:
+            return merged_state(model, self.dtype, self.base)
+        return nf4_state.decoded_state(model, self.dtype, self.base, as_dtype=dtype)
 
 
 def save_merged(
@@ -26,104 +73,142 @@ def save_merged(
     path: str | Path,
     dtype: torch.dtype = torch.bfloat16,
     *,
+    bits: int | None = None,
+    base: Base = "loaded",
     max_shard_bytes: int = LARGEST_SHARD,
-) -> None:
+    check: bool = True,
+) -> str:
     """Write the folder `path`: weights, index, config, generation config and tokenizer, ready for any client.
 
-    Each weight is made, rounded and written before the next, so host memory holds one shard. The folder is built under
-    a temporary name beside `path`, and nothing appears under its final name before all of it is complete.
+    Each weight is made, rounded and written before the next, so host memory holds one. The folder is built under a
+    temporary name beside `path`, and nothing appears under its final name before all of it is complete.
+
+    With bits=4 the layers' linear maps are written as bitsandbytes stores NF4 with double quantisation, and
+    transformers loads the folder as it is. Those without an adapter keep the bits that they have in the model; the
+    others are merged first and quantised then, which loses what any quantising loses.
 
     Args:
         model: with or without an adapter; NF4 weights are decoded. It is not changed.
         tokenizer: its original files are copied; None: no tokenizer files.
         path: made if absent; a model that lies there is replaced.
-        dtype: of every weight.
+        dtype: of every weight; with bits=4 of those that are not quantised, and in which others compute.
+        bits: 4, or None for dense weights.
+        base: what the adapter is folded into: "loaded", the weights that it was trained beside, NF4 ones as they
+            decode; or "original", those of the model's folder before anything was quantised.
         max_shard_bytes: a shard holds at most this, or one weight.
-    Raises: ValueError if the dtype is none of bfloat16, float16 and float32, or `path` is a file or holds an adapter.
+        check: read back what was written, and compare logits.
+    Returns: what the check found, in a few words.
+    Raises: ValueError if the dtype is none of bfloat16, float16 and float32, `path` is a file or holds an adapter, the
+        originals are not to be had, there is too little room, or what was written does not give the model's logits.
     """
     if dtype not in MERGED_DTYPES:
         raise ValueError(f"dtype must be torch.bfloat16, torch.float16 or torch.float32, got {dtype}")
+    if bits not in (None, 4):
+        raise ValueError(f"bits must be 4, or None for dense weights, whose dtype says how many they have; got {bits}")
+    require_base(model, base)
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give a folder to write the model into")
     if (folder / "adapter_config.json").exists():
         # Given both, transformers would load the adapter's base model and pass over the merged weights.
         raise ValueError(f"{folder} holds a LoRA adapter; give another folder to write the merged model into")
+    written_as = MergedAs(dtype, bits, base)
+    require_room(folder, nbytes_of(written_as.outline(model)))
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
     try:
-        _write(model, tokenizer, building, dtype, max_shard_bytes=max_shard_bytes)
+        write_model(model, tokenizer, building, written_as, max_shard_bytes=max_shard_bytes)
+        found = compare(model, building, written_as) if check else "not read back"
         _put_in_place(building, folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+    return found
 
 
-def require(model: Decoder, dtype: str | None) -> None:
-    """Every model can be written so."""
+def require(model: Decoder, dtype: str | None, *, base: Base = "loaded") -> None:
+    """Raises: ValueError if that base is not to be had."""
+    require_base(model, base)
 
 
 def size(model: Decoder, dtype: str | None) -> int:
     """Bytes of all weights as dense ones."""
     assert dtype is not None
-    weights = Decoder(model.config, device="meta").state_dict()
-    count = sum(weight.numel() for weight in weights.values())
-    if model.config.tie_word_embeddings and not head_stays_tied(model):
-        count += model.config.vocab_size * model.config.hidden_size
-    return count * DTYPES[dtype].itemsize
+    return nbytes_of(MergedAs(DTYPES[dtype]).outline(model))
 
 
-def write(model: Decoder, tokenizer: Tokenizer | None, folder: Path, dtype: str | None) -> None:
+def write(
+    model: Decoder, tokenizer: Tokenizer | None, folder: Path, dtype: str | None, *, base: Base = "loaded"
+) -> None:
     """Fill the folder."""
     assert dtype is not None
-    _write(model, tokenizer, folder, DTYPES[dtype])
+    write_model(model, tokenizer, folder, MergedAs(DTYPES[dtype], base=base))
 
 
-def check(model: Decoder, folder: Path, dtype: str | None, *, give_up: bool) -> str:
-    """Read the folder a block at a time.
+def check(model: Decoder, folder: Path, dtype: str | None, *, give_up: bool, base: Base = "loaded") -> str:
+    """Read the folder a block at a time; see `compare`."""
+    assert dtype is not None
+    return compare(model, folder, MergedAs(DTYPES[dtype], base=base))
+
+
+def write_model(
+    model: Decoder,
+    tokenizer: Tokenizer | None,
+    folder: Path,
+    written_as: MergedAs,
+    *,
+    max_shard_bytes: int = LARGEST_SHARD,
+) -> None:
+    """Fill a folder."""
+    config = merged_config(model)
+    if written_as.bits is not None:
+        config["quantization_config"] = nf4_state.quantization_config(model, written_as.dtype)
+    save_pretrained(
+        written_as.state(model),
+        folder,
+        hf_config=config,
+        generation_config=model.generation_config,
+        max_shard_bytes=max_shard_bytes,
+        outline=written_as.outline(model),
+        progress="merging",
+    )
+    if tokenizer is not None:
+        tokenizer.save(folder)
+
+
+def compare(model: Decoder, folder: Path, written_as: MergedAs) -> str:
+    """Read the folder back.
 
     Its logits have to be those of the merged weights to the last bit; how far rounding them has moved these from the
-    model's own, which computes with base and adapter apart, is said.
+    model's own, which computes with base and adapter apart, is said. With base "original" the model's own are those of
+    its adapter on that.
+
+    Returns: what was found, in a few words.
+    Raises: ValueError if they are others.
     """
-    assert dtype is not None
-    arithmetic = torch.promote_types(model.dtype, DTYPES[dtype])
+    dtype = written_as.dtype
+    arithmetic = torch.promote_types(model.dtype, dtype)
     ids = sample_ids(model)
     written = folder_logits(folder, ids, dtype=arithmetic, device=model.device)
-    meant = blockwise_logits(
-        model.config, merged_state(model, DTYPES[dtype]), ids, dtype=arithmetic, device=model.device
-    )
-    own = sample_logits(model)
-    # Where all is float32, nothing but the order of sums differs.
-    limit = 1e-3 if model.dtype == DTYPES[dtype] == torch.float32 else LARGEST_DISTANCE
-    found = distance(meant, own)
+    weights = written_as.weights(model, arithmetic)
+    meant = blockwise_logits(model.config, weights, ids, dtype=arithmetic, device=model.device)
+    own = sample_logits(model) if written_as.base == "loaded" else original_logits(model, dtype=arithmetic)
+    found, name = distance(meant, own), str(dtype).removeprefix("torch.")
+    if written_as.bits is not None:
+        what, limit = "quantising what was merged", LARGEST_DISTANCE_4BIT
+    else:
+        # Where all is float32, nothing but the order of sums differs.
+        is_exact = model.dtype == dtype == torch.float32
+        what, limit = f"rounding to {name}", 1e-3 if is_exact else LARGEST_DISTANCE
     if not meant.isfinite().all():
         raise ValueError(
-            f"the merged model's logits are not finite in {dtype}, so it was not kept; export it with --dtype bfloat16"
+            f"the merged model's logits are not finite in {name}, so it was not kept; export it with --dtype bfloat16"
         )
     if not torch.equal(written, meant) or not found <= limit:
         raise ValueError(
             f"what was written gives other logits than the model (distance {distance(written, own):.3g}), so it was "
             "not kept; please report this"
         )
-    return f"read back: the same logits; rounding to {dtype} moved them by {found:.1%} of their spread"
-
-
-def _write(
-    model: Decoder,
-    tokenizer: Tokenizer | None,
-    folder: Path,
-    dtype: torch.dtype,
-    *,
-    max_shard_bytes: int = LARGEST_SHARD,
-) -> None:
-    save_pretrained(
-        merged_state(model, dtype),
-        folder,
-        hf_config=merged_config(model),
-        generation_config=model.generation_config,
-        max_shard_bytes=max_shard_bytes,
-    )
-    if tokenizer is not None:
-        tokenizer.save(folder)
+    return f"read back: the same logits; {what} moved them by {found:.1%} of their spread"
 
 
 def merged_config(model: Decoder) -> dict[str, Any]:

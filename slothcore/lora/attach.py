@@ -24,12 +24,17 @@ def add_lora(
     lora_alpha: float = 16,
     lora_dropout: float = 0.0,
     target_modules: Sequence[str] | str = ALL_LINEAR,
+    exclude_modules: Sequence[str] | str | None = None,
     bias: Bias = "none",
     use_rslora: bool = False,
     use_dora: bool = False,
     init_lora_weights: bool | str = True,
     loftq_iter: int = 1,
     modules_to_save: Sequence[str] = (),
+    layers_to_transform: Sequence[int] | None = None,
+    layers_pattern: Sequence[str] | str | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
     lora_dtype: LoraDtype = "float32",
 ) -> Decoder:
     """Freeze the model and add a trainable LoRA adapter. Options are PEFT's, see `LoraConfig`.
@@ -56,23 +61,21 @@ def add_lora(
     check_init(init_lora_weights)
     if loftq_iter < 1:
         raise ValueError(f"loftq_iter must be at least 1, got {loftq_iter}")
-    if isinstance(target_modules, str):
-        names: tuple[str, ...] | str = target_modules
-        # A plain name is a list of one, not an expression for a whole path, which it could never match.
-        if target_modules != ALL_LINEAR and target_modules.isidentifier():
-            names = (target_modules,)
-    else:
-        names = tuple(target_modules)
     config = LoraConfig(
         r=r,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
-        target_modules=names,
+        target_modules=_names(target_modules),
+        exclude_modules=None if exclude_modules is None else _names(exclude_modules),
         bias=bias,
         use_rslora=use_rslora,
         use_dora=use_dora,
         init_lora_weights=init_lora_weights,
-        modules_to_save=(modules_to_save,) if isinstance(modules_to_save, str) else tuple(modules_to_save),
+        modules_to_save=_listed(modules_to_save),
+        layers_to_transform=None if layers_to_transform is None else tuple(layers_to_transform),
+        layers_pattern=None if layers_pattern is None else _listed(layers_pattern),
+        rank_pattern=dict(rank_pattern or {}),
+        alpha_pattern=dict(alpha_pattern or {}),
         base_model_name_or_path=base_model_name(model),
         revision=model.revision,
     )
@@ -80,6 +83,7 @@ def add_lora(
     plan = AdapterPlan.of(model, config)
     paths = [name for path, layer in lora_layers(model).items() for name in stored_paths(path, layer)]
     config.require_all_match(paths)
+    config.require_all_used([name for target in plan.targets.values() for name in target.names])
     dtype = resolve_lora_dtype(lora_dtype, model)
     factors, taken = initial_factors(model, plan, dtype=dtype, loftq_iter=loftq_iter)
     take_out(model, plan, taken)
@@ -147,6 +151,20 @@ def resolve_lora_dtype(lora_dtype: LoraDtype, model: Decoder) -> torch.dtype:
         raise ValueError(f"lora_dtype must be one of {', '.join(allowed)}, got {lora_dtype!r}")
     assert dtype is not None
     return dtype
+
+
+def _names(modules: Sequence[str] | str) -> tuple[str, ...] | str:
+    """Names of modules, or an expression for whole paths.
+
+    A plain name is a list of one: as an expression it could never match a path.
+    """
+    if isinstance(modules, str):
+        return (modules,) if modules != ALL_LINEAR and modules.isidentifier() else modules
+    return tuple(modules)
+
+
+def _listed(names: Sequence[str] | str) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _untie(model: Decoder, saved: Sequence[str]) -> None:

@@ -158,6 +158,16 @@ class LoraConfig:
         if unmatched:
             raise ValueError(unmatched_names(unmatched, linears))
 
+    def require_all_used(self, targets: Sequence[str]) -> None:
+        """Raises: ValueError if an expression in `rank_pattern` or `alpha_pattern` stands for no path in `targets`."""
+        for option in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, option):
+                if not any(by_pattern({pattern: True}, path, False) for path in targets):
+                    raise ValueError(
+                        f"{option} {pattern!r} matches none of the layers with LoRA, such as {targets[0]}; it has to "
+                        "match the end of a path"
+                    )
+
     def _is_target(self, path: str, head: str) -> bool:
         # A module trains either as a whole or through its LoRA term.
         if any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save):

@@ -2,20 +2,24 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from slothcore.models.families import Family
 from slothcore.models.hf_config import read_json
 from slothcore.models.reading import StoredTensor, read_header
+from slothcore.models.writing import Outline, PieceWriter, TensorFile, nbytes_of, outline_of
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+LARGEST_SHARD = 5 * 10**9
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -122,12 +126,14 @@ def save_pretrained(
     *,
     hf_config: Mapping[str, Any],
     generation_config: Mapping[str, Any] | None = None,
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_bytes: int = LARGEST_SHARD,
+    outline: Outline | None = None,
+    progress: str | None = None,
 ) -> None:
     """Write a Hugging Face model folder: weights, index if there are several shards, config.json.
 
-    Weights are taken one at a time, so `state` may make each as it is asked for; at most one shard is held. Everything
-    is written under temporary names first: if anything fails, the folder is what it was.
+    With `outline` weights are taken one at a time and go to their places at once, so `state` may make each as it is
+    asked for. Everything is written under temporary names first: if anything fails, the folder is what it was.
 
     Args:
         state: names and weights; a tied head is left out by the caller, as `Decoder.state_dict` does.
@@ -135,36 +141,34 @@ def save_pretrained(
         hf_config: contents of config.json; its dtype is set to that of the first weight.
         generation_config: contents of generation_config.json, if not empty.
         max_shard_bytes: a shard holds at most this, or one weight.
+        outline: what `state` will give, which need not keep its order; None: that is seen from the weights, all of
+            which then have to be there at once.
+        progress: name of a bar of the bytes written, shown if standard error is a terminal; None: no bar.
+    Raises: ValueError if there are no weights, or others than the outline says. OSError if the disk fails.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     temporary: dict[Path, str] = {}  # temporary file: final name
-    weight_map: dict[str, int] = {}
-    total_bytes = 0
     try:
-        shards: list[Path] = []
-        dtype: torch.dtype | None = None
-        for names, tensors in _shards(state, max_shard_bytes):
-            dtype = dtype or tensors[names[0]].dtype
-            shards.append(folder / f".shard-{len(shards)}.{os.getpid()}.tmp")
-            temporary[shards[-1]] = ""
-            save_tensors(tensors, shards[-1])
-            weight_map.update(dict.fromkeys(names, len(shards)))
-            total_bytes += sum(tensor.nbytes for tensor in tensors.values())
-            del tensors  # or this shard would be held while the next one is filled
-        if not shards:
+        if outline is None:
+            state = list(state)
+            outline = outline_of(state)
+        if not outline:
             raise ValueError("there are no weights to save")
+        shards = _shards(outline, max_shard_bytes)
+        names = [SINGLE_FILE] if len(shards) == 1 else [_shard_name(k + 1, len(shards)) for k in range(len(shards))]
+        paths = [folder / f".shard-{k}.{os.getpid()}.tmp" for k in range(len(shards))]
+        temporary.update(zip(paths, names, strict=True))
+        _write_shards(state, dict(zip(paths, shards, strict=True)), progress)
 
-        count = len(shards)
-        final_names = [SINGLE_FILE] if count == 1 else [_shard_name(k, count) for k in range(1, count + 1)]
-        temporary.update(zip(shards, final_names, strict=True))
         documents: dict[str, Mapping[str, Any]] = {}
-        if count > 1:
-            placed = {name: final_names[k - 1] for name, k in sorted(weight_map.items())}
-            documents[INDEX_FILE] = {"metadata": {"total_size": total_bytes}, "weight_map": placed}
+        if len(shards) > 1:
+            placed = {weight: file for file, shard in zip(names, shards, strict=True) for weight in shard}
+            size = {"total_size": nbytes_of(outline)}
+            documents[INDEX_FILE] = {"metadata": size, "weight_map": dict(sorted(placed.items()))}
         if generation_config:
             documents["generation_config.json"] = generation_config
-        documents["config.json"] = _with_dtype(hf_config, dtype)
+        documents["config.json"] = _with_dtype(hf_config, next(iter(outline.values()))[0])
         for name, values in documents.items():
             path = folder / f".{name}.{os.getpid()}.tmp"
             temporary[path] = name
@@ -181,19 +185,41 @@ def save_pretrained(
             path.unlink(missing_ok=True)
 
 
-def _shards(state: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> Iterator[tuple[list[str], dict[str, Tensor]]]:
+def _write_shards(state: Iterable[tuple[str, Tensor]], shards: Mapping[Path, Outline], progress: str | None) -> None:
+    """Put each weight into its file. Raises: ValueError if one is missing at the end, or was not expected."""
+    total = sum(map(nbytes_of, shards.values()))
+    with ExitStack() as stack:
+        bar = tqdm(total=total, desc=progress, unit="B", unit_scale=True, disable=None if progress else True)
+        stack.callback(bar.close)
+        files = []
+        for path, shard in shards.items():
+            files.append(TensorFile(path, shard))
+            stack.callback(files[-1].close)
+        file_of = {name: file for file, shard in zip(files, shards.values(), strict=True) for name in shard}
+        writer = stack.enter_context(PieceWriter())
+        for name, tensor in state:
+            if name not in file_of:
+                raise ValueError(f"{name} was not expected among the weights to write")
+            file_of[name].put(name, tensor, writer)
+            bar.update(tensor.nbytes)
+            del tensor  # or it would live on while the next one is made
+        missing = sorted(name for file in files for name in file.missing)
+        if missing:
+            raise ValueError(f"{missing[0]} is missing among the weights to write")
+
+
+def _shards(outline: Outline, max_shard_bytes: int) -> Sequence[Outline]:
     """Group weights, in their order, into shards of at most `max_shard_bytes`."""
-    shard: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in state:
-        tensor = tensor.detach().to("cpu").contiguous()
-        if shard and size + tensor.nbytes > max_shard_bytes:
-            yield list(shard), shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.nbytes
-    if shard:
-        yield list(shard), shard
+    shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = []
+    room = 0
+    for name, what in outline.items():
+        size = nbytes_of({name: what})
+        if not shards or size > room:
+            shards.append({})
+            room = max_shard_bytes
+        shards[-1][name] = what
+        room -= size
+    return shards
 
 
 def _shard_name(number: int, count: int) -> str:

@@ -16,17 +16,21 @@ from slothcore.models.hf_config import read_json
 from slothcore.models.prequantized import quantized_weights
 from slothcore.models.reading import StoredTensor, read_tensors
 
+REMEDY = "load the model's unquantised 16-bit original with bits=4, or this one with bits=16"
 
-def stored_originals(model: Decoder, names: Collection[str]) -> dict[str, StoredTensor]:
+
+def stored_originals(model: Decoder, names: Collection[str], *, remedy: str = REMEDY) -> dict[str, StoredTensor]:
     """Where the weights of these names lie; nothing is read but headers.
 
+    Args:
+        remedy: what to do about weights that are quantised already.
     Raises: ValueError, in one sentence, if the model was not read from a folder, or the folder is not there any more
         or holds them quantised.
     """
     if model.folder is None:
         raise ValueError(
-            "the original weights of this 4-bit model are not to be had, for it was not read from a folder; load it "
-            "with slothcore.load, or with bits=16"
+            "the original weights of this model are not to be had, for it was not read from a folder; load it with "
+            "slothcore.load, or with bits=16"
         )
     config_file = model.folder / "config.json"
     stored, _ = names_in_model(stored_tensors(model.folder), family_of(read_json(config_file), str(config_file)))
@@ -35,8 +39,7 @@ def stored_originals(model: Decoder, names: Collection[str]) -> dict[str, Stored
     for name in names:
         if name in quantized:
             raise ValueError(
-                f"{model.folder} holds {name} quantised already, so its original values are not to be had; load the "
-                "model's unquantised 16-bit original with bits=4, or this one with bits=16"
+                f"{model.folder} holds {name} quantised already, so its original values are not to be had; {remedy}"
             )
         if name not in stored:
             raise ValueError(f"{model.folder} has changed since the model was loaded: it lacks {name}; load it again")

@@ -22,6 +22,10 @@ ADAPTER_OPTIONS = (
     "lora_alpha",
     "lora_dropout",
     "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "rank_pattern",
+    "alpha_pattern",
     "bias",
     "use_rslora",
     "use_dora",
@@ -86,7 +90,7 @@ def _check_begun(model: Decoder, config: TrainConfig, checkpoint: Path) -> None:
         asked, present = getattr(config, name), _present(model, name)
         if name == "target_modules" and asked == ALL_LINEAR:
             # As a name it stands in no file.
-            asked = AdapterPlan.of(model, LoraConfig(modules_to_save=config.modules_to_save)).config.target_modules
+            asked = AdapterPlan.of(model, _all_linear(config)).config.target_modules
         if name not in UNRECORDED and not _is_same(asked, present):
             raise ValueError(
                 f"{checkpoint} was begun with {name} {present!r}, and {name} is {asked!r}; set it back, or start a "
@@ -96,7 +100,17 @@ def _check_begun(model: Decoder, config: TrainConfig, checkpoint: Path) -> None:
 
 def _present(model: Decoder, name: str) -> Any:
     """What the adapter on the model has decided; the default where it does not say."""
-    return getattr(lora_config_of(model), name, getattr(TrainConfig(), name))
+    present = getattr(lora_config_of(model), name, getattr(TrainConfig(), name))
+    return None if present == {} else present
+
+
+def _all_linear(config: TrainConfig) -> LoraConfig:
+    """The adapter that these options ask for, as far as it matters for which layers it is on."""
+    return LoraConfig(
+        modules_to_save=config.modules_to_save,
+        exclude_modules=config.exclude_modules,
+        layers_to_transform=config.layers_to_transform,
+    )
 
 
 def _is_same(asked: Any, present: Any) -> bool:

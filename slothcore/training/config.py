@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from slothcore.data.new_tokens import check_new_tokens
+from slothcore.lora.config import LoraConfig
 from slothcore.lora.init_names import check_init
 from slothcore.training.option_groups import DataOptions, LoraOptions, ModelOptions, OptimizationOptions, RunOptions
 from slothcore.training.options import WORDS_FOR_NONE, check_names, coerce, read_yaml
@@ -66,8 +67,12 @@ class TrainConfig(RunOptions, OptimizationOptions, LoraOptions, DataOptions, Mod
     def __post_init__(self) -> None:
         for name, annotation in field_types().items():
             object.__setattr__(self, name, coerce(name, getattr(self, name), annotation))
-        if isinstance(self.target_modules, str) and NAMES.fullmatch(self.target_modules):
-            object.__setattr__(self, "target_modules", _split([self.target_modules]))
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str) and NAMES.fullmatch(value):
+                object.__setattr__(self, name, _split([value]))
+        for name in ("rank_pattern", "alpha_pattern", "layers_to_transform"):
+            object.__setattr__(self, name, getattr(self, name) or None)
         object.__setattr__(self, "modules_to_save", _split(self.modules_to_save))
         object.__setattr__(self, "report_to", _trackers(self.report_to))
         if isinstance(self.resume_from_checkpoint, bool):
@@ -129,7 +134,8 @@ class TrainConfig(RunOptions, OptimizationOptions, LoraOptions, DataOptions, Mod
             "lr_scheduler_type constant has no warm-up; set it to constant_with_warmup, or drop warmup_steps and "
             "warmup_ratio",
         )
-        for name in "use_dora init_lora_weights use_rslora lora_dropout modules_to_save".split():
+        adapter = "use_dora init_lora_weights use_rslora lora_dropout modules_to_save"
+        for name in f"{adapter} exclude_modules layers_to_transform rank_pattern alpha_pattern".split():
             _require(
                 not self.full_finetuning or getattr(self, name) == getattr(TrainConfig, name),
                 f"{name} is about a LoRA adapter, and full_finetuning trains all weights; drop one",
@@ -156,8 +162,13 @@ class TrainConfig(RunOptions, OptimizationOptions, LoraOptions, DataOptions, Mod
         self._check_evaluations()
 
     def _check_beginning(self) -> None:
-        """What an adapter begins with."""
+        """What an adapter is on, and begins with."""
         check_init(self.init_lora_weights)
+        LoraConfig(
+            exclude_modules=self.exclude_modules,
+            rank_pattern=dict(self.rank_pattern or {}),
+            alpha_pattern=dict(self.alpha_pattern or {}),
+        )
         _require(
             self.init_lora_weights != "loftq" or self.bits == 4,
             f"init_lora_weights loftq makes up for what NF4 loses, and bits is {self.bits}; set bits to 4, or choose "

@@ -116,6 +116,16 @@ class LoraOptions:
     target_modules: str | tuple[str, ...] = option(
         "all-linear", "names of the linear layers to adapt, or all-linear", group="LoRA"
     )
+    exclude_modules: str | tuple[str, ...] | None = option(
+        None, "names of layers among these that are left out", group="LoRA"
+    )
+    layers_to_transform: tuple[int, ...] | None = option(
+        None, "numbers of the layers of the model that are adapted, from 0; null: all", group="LoRA"
+    )
+    rank_pattern: Mapping[str, Any] | None = option(
+        None, "other ranks, by names or regular expressions for the ends of paths, as in down_proj: 32", group="LoRA"
+    )
+    alpha_pattern: Mapping[str, Any] | None = option(None, "the same for lora_alpha", group="LoRA")
     bias: Literal["none", "all", "lora_only"] = option("none", "which biases are trained", group="LoRA")
     use_rslora: bool = option(False, "scale by lora_alpha / sqrt(r) instead", group="LoRA")
     use_dora: bool = option(

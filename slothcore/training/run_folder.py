@@ -124,5 +124,11 @@ def find_source(name_or_run: str | Path) -> Source:
     raise ValueError(f"the run {folder} has saved nothing yet; let it reach a checkpoint or its end")
 
 
+def run_behind(name_or_run: str | Path) -> Path | None:
+    """The folder of the run that `name_or_run` is, or lies in as its result or a checkpoint; None if there is none."""
+    folder = Path(name_or_run).expanduser()
+    return next((path for path in (folder, folder.absolute().parent) if _is_run(path)), None)
+
+
 def _is_run(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file() and (folder / LOG_FILE).is_file()

@@ -1,8 +1,6 @@
 """Exports: complete and checked, or not there, whatever happens to the disk, the process or a single weight."""
 
 import shutil
-import subprocess
-import sys
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +28,6 @@ from tests.lora.reference import randomise_zero_factors
 from tests.models.zoo import FAMILIES_TINY, Variant, saved, tiny_model
 from tests.training.tiny import write_model
 
-ROOT = Path(__file__).resolve().parents[2]
 ZOO = [variants[0] for variants in FAMILIES_TINY.values()]
 
 
@@ -72,6 +69,8 @@ def test_every_family_is_written_and_read_back(variant: Variant, bits: int, tmp_
         assert said.startswith("read back: the same logits; rounding to")
     again = load_model(tmp_path / "float32", bits=32, device="cpu")
     torch.testing.assert_close(sample_logits(again), sample_logits(model), rtol=1e-3, atol=1e-3)
+    said = export_model(model, None, tmp_path / "nf4", format="merged-4bit")
+    assert said.startswith("read back: the same logits; quantising what was merged")
     assert export_model(model, None, tmp_path / "adapter", format="adapter").startswith(
         "read back on its base: the same logits"
     )
@@ -79,7 +78,14 @@ def test_every_family_is_written_and_read_back(variant: Variant, bits: int, tmp_
 
 @pytest.mark.parametrize(
     "options",
-    [{"bits": 32}, {"bits": 4}, {"use_rslora": True, "bias": "all"}, {"modules_to_save": ["lm_head"]}],
+    [
+        {"bits": 32},
+        {"bits": 4},
+        {"use_rslora": True, "bias": "all"},
+        {"bits": 32, "use_dora": True, "use_rslora": True},
+        {"bits": 32, "modules_to_save": ["lm_head", "norm"], "target_modules": ["q_proj"]},
+        {"bits": 32, "rank_pattern": {"down_proj": 2}, "alpha_pattern": {"q_proj": 3}, "layers_to_transform": [1]},
+    ],
     ids=str,
 )
 def test_an_adapter_alone_is_what_peft_reads(options: dict[str, Any], base: Path, tmp_path: Path) -> None:
@@ -142,7 +148,7 @@ def test_merged_is_what_save_merged_writes(base: Path, tmp_path: Path) -> None:
         assert (tmp_path / "exported" / name).read_bytes() == (tmp_path / "saved" / name).read_bytes()
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ["merged", "merged-4bit", "adapter"])
 @pytest.mark.parametrize("damage", ["one number", "a name"])
 @pytest.mark.filterwarnings("ignore:the adapter names its base")
 def test_what_was_written_wrongly_is_not_kept(format, damage, base, tmp_path, monkeypatch) -> None:
@@ -150,8 +156,8 @@ def test_what_was_written_wrongly_is_not_kept(format, damage, base, tmp_path, mo
     writer = FORMATS[format].writer()
     write = writer.write
 
-    def spoiling(model: Any, tokenizer: Any, folder: Path, dtype: str | None) -> None:
-        write(model, tokenizer, folder, dtype)
+    def spoiling(model: Any, tokenizer: Any, folder: Path, dtype: str | None, **options: Any) -> None:
+        write(model, tokenizer, folder, dtype, **options)
         (file,) = folder.glob("*.safetensors")
         tensors = load_file(file)
         name = next(name for name in tensors if name.endswith(("layers.1.mlp.up_proj.weight", "lora_B.weight")))
@@ -159,11 +165,14 @@ def test_what_was_written_wrongly_is_not_kept(format, damage, base, tmp_path, mo
             tensors[f"{name}x"] = tensors.pop(name)
         else:
             # The least that a weight can be off by, in the merged model.
-            tensors[name][3, 2] = tensors[name][3, 2] * 1.02 if format == "merged" else 30.0
+            row = tensors[name][3]
+            row[-1] = row[-1] ^ 1 if format == "merged-4bit" else row[-1] * 1.02 if format == "merged" else 30.0
         save_file(tensors, file, metadata={"format": "pt"})
 
     monkeypatch.setattr(writer, "write", spoiling)
-    with pytest.raises(ValueError, match=r"gives other logits than the model|lacks"):
+    with pytest.raises(
+        ValueError, match=r"gives other logits than the model|lacks|must have \d+ bytes of codes, got 0"
+    ):
         export_model(model, None, tmp_path / "out", format=format)
     assert list(tmp_path.iterdir()) == []
 
@@ -202,44 +211,13 @@ def test_too_little_room_is_said_before_anything_is_written(format, base, tmp_pa
 @pytest.mark.filterwarnings("ignore:the adapter names its base")
 def test_the_size_is_that_of_the_files(base: Path, tmp_path: Path) -> None:
     model, _ = adapted(base, target_modules=["lm_head", "q_proj"])
-    for format, dtype in (("merged", "bfloat16"), ("merged", "float32"), ("adapter", None), ("adapter", "float16")):
+    cases = [("merged", "bfloat16"), ("merged", "float32"), ("merged-4bit", "float16")]
+    for format, dtype in (*cases, ("adapter", None), ("adapter", "float16")):
         folder = tmp_path / f"{format}-{dtype}"
         export_model(model, None, folder, format=format, dtype=dtype, check=False)
         (file,) = folder.glob("*.safetensors")
         stored = sum(tensor.nbytes for tensor in load_file(file).values())
         assert FORMATS[format].writer().size(model, dtype or FORMATS[format].default_dtype) == stored
-
-
-def exporting(run: Path, target: Path, prelude: str) -> subprocess.CompletedProcess[str]:
-    """`slothcore export` in a process that `prelude` spoils."""
-    words = ["export", "--model", str(run), "--format", "merged", "--output-dir", str(target), "--device", "cpu"]
-    code = f"{prelude}\nimport sys\nfrom slothcore.cli import main\nsys.exit(main({words!r}))"
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-
-def test_a_killed_export_leaves_nothing_under_its_name(run: Path, tmp_path: Path) -> None:
-    """And the next one clears away what it left."""
-    target = tmp_path / "out"
-    kill = (
-        "import os, signal\nimport slothcore.export.merged as merged\n"
-        "merged.check = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    assert exporting(run, target, kill).returncode == -9
-    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
-    assert (tmp_path / ".out.partial" / "model.safetensors").is_file()
-    done = exporting(run, target, "")
-    assert done.returncode == 0, done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_full_disk_leaves_nothing(run: Path, tmp_path: Path) -> None:
-    """A limit on the size of files stands for it: the weights do not fit."""
-    limit = "import resource, signal\nresource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))"
-    done = exporting(run, tmp_path / "out", limit)
-    assert done.returncode == 1
-    assert f"{tmp_path / 'out'} cannot be written (" in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("command", ["merge", "export --format merged"])
@@ -255,6 +233,18 @@ def test_merge_is_short_for_an_export(command: str, run: Path, base: Path, tmp_p
     torch.testing.assert_close(sample_logits(ours), sample_logits(theirs), rtol=1e-4, atol=1e-4)
     assert main(words.split()) == 1
     assert "exists and is not empty; choose a new folder" in capsys.readouterr().err
+
+
+def test_a_merge_into_the_originals(run: Path, base: Path, tmp_path: Path, capsys) -> None:
+    """The run was trained beside NF4, and its adapter meets what that was made from."""
+    words = f"merge --model {run} --device cpu --dtype float32 --base original --output-dir {tmp_path / 'merged'}"
+    assert main(words.split()) == 0
+    ours, _ = load(tmp_path / "merged", bits=32, device="cpu")
+    expected, _ = load(run, bits=32, device="cpu")
+    torch.testing.assert_close(sample_logits(ours), sample_logits(expected), rtol=1e-4, atol=1e-4)
+    capsys.readouterr()
+    assert main(f"export --model {run} --format adapter --base original --output-dir {tmp_path / 'out'}".split()) == 1
+    assert "base original is of no use to the format adapter" in capsys.readouterr().err
 
 
 def test_an_exported_adapter_answers_as_the_run(run: Path, tmp_path: Path, capsys) -> None:
@@ -288,9 +278,14 @@ def test_wrong_calls_write_nothing(words, status, message, base, tmp_path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_the_guide_names_every_format() -> None:
+    text = (Path(slothcore.__file__).parents[1] / "docs" / "exporting.md").read_text(encoding="utf-8")
+    assert all(f"\n| `{name}` | " in text for name in FORMATS)
+
+
 def test_formats_are_checked_by_name(base: Path, tmp_path: Path) -> None:
     model, _ = adapted(base)
-    with pytest.raises(ValueError, match=r"format must be one of merged, adapter.*, got 'gif'"):
+    with pytest.raises(ValueError, match=r"format must be one of merged, merged-4bit, adapter.*, got 'gif'"):
         export_model(model, None, tmp_path / "out", format="gif")
     with pytest.raises(ValueError, match="dtype must be one of bfloat16, float16, float32 for the format merged, got"):
         export_model(model, None, tmp_path / "out", dtype="int8")

@@ -18,6 +18,7 @@ from slothcore.layers.linear import Linear
 from slothcore.lora.adapter_io import save_adapter
 from slothcore.lora.attach import add_lora
 from slothcore.lora.merge import merged_weight
+from slothcore.models import writing
 from slothcore.models.decoder import Decoder
 from slothcore.models.load import load_model
 from tests.data.tiny_tokenizers import CHATML, write_byte_tokenizer
@@ -177,8 +178,8 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     model = adapted(write_tiny_llama(tmp_path / "base"), r=4)
     tokenizer = Tokenizer.from_folder(write_byte_tokenizer(tmp_path / "tokenizer"))
 
-    def failing(model: Decoder, dtype: torch.dtype) -> Any:
-        yield from list(original(model, dtype))[:5]
+    def failing(*arguments: Any) -> Any:
+        yield from list(original(*arguments))[:5]
         raise OSError("no space left on device")
 
     original = merged.merged_state
@@ -198,32 +199,31 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_only_one_shard_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When a weight is asked for, the memory of earlier shards is free.
+def test_only_one_weight_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a weight is asked for, the memory of all but what is being written is free, however large a shard is.
 
     Storages are watched, not tensors: a view keeps the memory of a tensor that is gone.
     """
     model = adapted(write_tiny_llama(tmp_path / "base"), r=4)
+    monkeypatch.setattr(writing, "PIECES_UNDER_WAY", 1)
     made: list[tuple[int, StorageWeakRef]] = []
-    largest = 0
+    most = 0
     original = merged.merged_state
 
-    def watching(model: Decoder, dtype: torch.dtype) -> Any:
-        nonlocal largest
-        for name, tensor in original(model, dtype):
+    def watching(*arguments: Any) -> Any:
+        nonlocal most
+        for name, tensor in original(*arguments):
             copy = tensor.clone()  # a frozen float32 weight is the model's own, which lives on
             del tensor
             made.append((copy.nbytes, StorageWeakRef(copy.untyped_storage())))
             yield name, copy
             del copy
-            largest = max(largest, sum(size for size, storage in made if not storage.expired()))
+            most = max(most, sum(not storage.expired() for _, storage in made))
 
     monkeypatch.setattr(merged, "merged_state", watching)
-    limit = 50_000
-    save_merged(model, None, tmp_path / "merged", max_shard_bytes=limit)
-    assert sum(size for size, _ in made) > 4 * limit
-    # The shard that is full and the weight that did not fit into it.
-    assert limit / 2 < largest <= limit + max(size for size, _ in made)
+    save_merged(model, None, tmp_path / "merged", check=False)
+    assert len(made) > 15
+    assert 1 <= most <= 2
 
 
 @pytest.mark.gpu

@@ -20,7 +20,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(folders: Path) -> Iterator[HubServer]:
-    server = HubServer(repositories(folders), tokens=frozenset({MEMBER, STRANGER}))
+    tokens, owners = frozenset({MEMBER, STRANGER}), {MEMBER: ("me", "org")}
+    server = HubServer(repositories(folders), tokens=tokens, owners=owners)
     yield server
     server.close()
 

@@ -14,17 +14,21 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from tests.hub.uploads import Uploads
+
 
 @dataclass
 class Repository:
     """Files by revision: `commits` maps a commit to its files, `branches` a name to a commit.
 
     `readers`: tokens that may read the files of a gated repository; None: it is open to everyone.
+    `private`: whether its listing says so.
     """
 
     commits: dict[str, dict[str, bytes]]
     branches: dict[str, str]
     readers: frozenset[str] | None = None
+    private: bool = False
 
     @classmethod
     def of(cls, files: dict[str, bytes], *, readers: frozenset[str] | None = None) -> "Repository":
@@ -64,10 +68,14 @@ class HubServer:
     Attributes:
         cuts: path of a file in a repository ("org/name/file") -> after how many bytes its next transfer breaks off.
         failures: path, or the start of one -> statuses of the next answers.
+        owners: token -> whose repositories it may write into; the first is its own name. See `uploads.py`.
+        objects: large files that were uploaded, by their hash.
     """
 
     repositories: dict[str, Repository]
     tokens: frozenset[str] = frozenset()
+    owners: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    objects: dict[str, bytes] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     cuts: dict[str, int] = field(default_factory=dict)
     failures: dict[str, list[int]] = field(default_factory=dict)
@@ -140,7 +148,7 @@ class HubServer:
         )
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Uploads, BaseHTTPRequestHandler):
     """One request. Connections are closed after each, so that an unreachable server has none left open."""
 
     protocol_version = "HTTP/1.1"
@@ -165,6 +173,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.token is not None and self.token not in self.hub.tokens:
             return self._refuse(401, message="Invalid credentials in Authorization header")
         parts = self.path_only.strip("/").split("/")
+        if parts[:2] == ["api", "models"] and parts[4:] == ["auth-check", "write"]:
+            return self._may_write(parts[2], "/".join(parts[2:4]))
         if parts[:2] == ["api", "models"]:
             return self._api("/".join(parts[2:4]), parts[4:])
         if len(parts) >= 5 and parts[2] == "resolve":
@@ -195,8 +205,10 @@ class _Handler(BaseHTTPRequestHandler):
         commit, files = found
         if kind == "revision":
             siblings = [{"rfilename": file} for file in sorted(files)]
-            gated = "manual" if self.hub.repositories[name].readers is not None else False
-            self._send_json({"id": name, "sha": commit, "private": False, "gated": gated, "siblings": siblings})
+            repository = self.hub.repositories[name]
+            gated = "manual" if repository.readers is not None else False
+            said = {"id": name, "sha": commit, "private": repository.private, "gated": gated}
+            self._send_json({**said, "siblings": siblings})
         elif kind == "tree" and parse_qs(urlsplit(self.path).query).get("recursive", [""])[0].lower() == "true":
             self._send_json([_entry(file, content) for file, content in sorted(files.items())])
         else:
@@ -215,7 +227,7 @@ class _Handler(BaseHTTPRequestHandler):
         if file not in files:
             return self._refuse(404, code="EntryNotFound", message="Entry not found", commit=commit)
         content = files[file]
-        if not _is_large(file):
+        if not is_large(file):
             return self._send_file(f"{name}/{file}", content, {"X-Repo-Commit": commit, "ETag": f'"{_blob(content)}"'})
         headers = {
             "X-Repo-Commit": commit,
@@ -244,8 +256,8 @@ class _Handler(BaseHTTPRequestHandler):
         cut = self.hub.planned_cut(where) if self.with_body else None
         self._send(status, body, headers, cut=cut)
 
-    def _send_json(self, value: Any) -> None:
-        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+    def _send_json(self, value: Any, *, status: int = 200) -> None:
+        self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def _refuse(self, status: int, *, code: str = "", message: str = "", commit: str = "") -> None:
         headers = {"X-Error-Code": code, "X-Error-Message": message, "X-Repo-Commit": commit}
@@ -265,7 +277,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
 
-def _is_large(file: str) -> bool:
+def is_large(file: str) -> bool:
     return file.endswith((".safetensors", ".bin", ".pth", ".gguf"))
 
 
@@ -281,6 +293,6 @@ def _blob(content: bytes) -> str:
 def _entry(file: str, content: bytes) -> dict[str, Any]:
     """One file in a listing of the tree."""
     entry: dict[str, Any] = {"type": "file", "path": file, "size": len(content), "oid": _blob(content)}
-    if _is_large(file):
+    if is_large(file):
         entry["lfs"] = {"oid": _sha256(content), "size": len(content), "pointerSize": 134}
     return entry

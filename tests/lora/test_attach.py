@@ -264,3 +264,13 @@ def test_gradient_checkpointing_draws_the_same_masks() -> None:
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     for name, gradient in gradients[0].items():
         assert torch.equal(gradient, gradients[1][name]), name
+
+
+@pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_no_layer_with_lora_matches(option: str) -> None:
+    with pytest.raises(ValueError, match=rf"{option} 'q_prj' matches none of the layers with LoRA, such as model"):
+        add_lora(tiny(), target_modules=["q_proj"], **{option: {"q_prj": 2}})
+    with pytest.raises(ValueError, match="'k_proj' matches none"):
+        add_lora(tiny(), target_modules=["q_proj"], **{option: {"k_proj": 2}})
+    with pytest.raises(ValueError, match=r"must be a (whole )?number"):
+        add_lora(tiny(), **{option: {"q_proj": 0}})

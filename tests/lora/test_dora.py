@@ -10,7 +10,7 @@ from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from slothcore.layers.known_norms import known_norms
+from slothcore.layers.known_norms import KnownNorms
 from slothcore.layers.linear import Linear
 from slothcore.lora.adapter_io import adapter_state, load_adapter, save_adapter
 from slothcore.lora.attach import add_lora, lora_config_of
@@ -174,10 +174,15 @@ def test_writing_computes_norms_once(base: Path, monkeypatch: pytest.MonkeyPatch
     with torch.no_grad():
         logits = model(written[:, :-1]).logits
         assert torch.equal(logits[0, 7:].argmax(-1), written[0, 8:])
-        with known_norms(model, torch.float32):
-            assert torch.equal(model(written[:, :-1]).logits, logits)
-            model.model.layers[0].mlp.up_proj.lora_B.mul_(3)
-            assert not torch.equal(model.model.layers[0].mlp.up_proj.known_norms, layers[0].row_norms())
+        norms = KnownNorms(model)
+        norms.compute(torch.float32)
+        assert torch.equal(model(written[:, :-1]).logits, logits)
+        model.model.layers[0].mlp.up_proj.lora_B.mul_(3)
+        kept = model.model.layers[0].mlp.up_proj.known_norms
+        assert not torch.equal(kept, layers[0].row_norms())
+        norms.compute(torch.float32)
+        assert model.model.layers[0].mlp.up_proj.known_norms is kept
+        assert torch.equal(kept, model.model.layers[0].mlp.up_proj.row_norms(torch.float32))
 
 
 def test_a_layer_refuses_what_does_not_fit() -> None:

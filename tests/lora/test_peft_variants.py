@@ -43,6 +43,11 @@ ALL = {"target_modules": "all-linear"}
 # bitsandbytes' CPU decoder misreads rows that are not of whole blocks.
 WHOLE_BLOCKS = {"intermediate_size": 192}
 
+PATTERNS = {
+    "rank_pattern": {"down_proj": 2, r"layers\.1\.self_attn\.q_proj": 8},
+    "alpha_pattern": {"down_proj": 64, r"0\.self_attn\.[kv]_proj": 1},
+}
+
 SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "rank-stabilised": ({}, {**ALL, "r": 8, "lora_alpha": 24, "use_rslora": True}),
     "all biases": (BIASED, {"r": 4, "lora_alpha": 8, "bias": "all", "target_modules": ["q_proj", "v_proj"]}),
@@ -51,11 +56,17 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"r": 4, "lora_alpha": 8, "bias": "lora_only", "target_modules": ["k_proj", "up_proj"]},
     ),
     "embedding and head whole": ({}, {**ALL, "r": 4, "lora_alpha": 8, "modules_to_save": ["embed_tokens", "lm_head"]}),
+    "ranks and alphas by pattern": ({}, {**ALL, **PATTERNS, "r": 4, "lora_alpha": 8}),
+    "ranks by pattern, rank-stabilised DoRA": (
+        {},
+        {**ALL, **PATTERNS, "r": 4, "lora_alpha": 8, "use_rslora": True, "use_dora": True},
+    ),
+    "some layers": (
+        {},
+        {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    ),
+    "all but some": ({}, {**ALL, "r": 4, "lora_alpha": 8, "exclude_modules": ["o_proj", "0.mlp.up_proj"]}),
     "norms whole": ({}, {**ALL, "r": 4, "lora_alpha": 8, "modules_to_save": ["norm"]}),
-}
-PATTERNS = {
-    "rank_pattern": {"down_proj": 2, r"layers\.1\.self_attn\.q_proj": 8},
-    "alpha_pattern": {"down_proj": 64, r"0\.self_attn\.[kv]_proj": 1},
 }
 
 
@@ -71,7 +82,7 @@ def test_shapes(tmp_path: Path, name: str) -> None:
     assert_each_reads_the_others(ours, theirs, tmp_path)
 
 
-def test_ranks_and_alphas_by_pattern(tmp_path: Path) -> None:
+def test_ranks_and_alphas_that_peft_gave(tmp_path: Path) -> None:
     """They come with an adapter of PEFT, which is then trained further."""
     ours, reference = load_pair(write_tiny_llama(tmp_path / "base"))
     options = {**ALL, **PATTERNS, "r": 4, "lora_alpha": 8, "init_lora_weights": False}

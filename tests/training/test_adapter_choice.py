@@ -124,6 +124,32 @@ def test_another_beginning_is_refused_when_resuming(
     assert len(train(resumed)) == 4
 
 
+def test_layers_ranks_and_alphas_of_their_own(folder: Path, tmp_path: Path) -> None:
+    """They are what PEFT makes of these options, the run resumes to the bit, and others go on with its adapter."""
+    own = {
+        "exclude_modules": "o_proj,v_proj",
+        "layers_to_transform": [1],
+        "rank_pattern": {"down_proj": 2, r"self_attn\.q_proj": 6},
+        "alpha_pattern": {"down_proj": 1},
+    }
+    values = {"bits": 32, "max_steps": 4, "save_steps": 2, **own}
+    train(options(folder, tmp_path / "straight", **values))
+    checkpoint = str(tmp_path / "straight" / "checkpoint-2")
+    train(options(folder, tmp_path / "halves", resume_from_checkpoint=checkpoint, **values))
+    assert_same_files(tmp_path / "straight" / "adapter", tmp_path / "halves" / "adapter")
+    factors = load_file(tmp_path / "straight" / "adapter" / WEIGHTS)
+    ranks = {name.split(".")[-3]: len(factor) for name, factor in factors.items() if "lora_A" in name}
+    assert ranks == {"q_proj": 6, "k_proj": 4, "gate_proj": 4, "up_proj": 4, "down_proj": 2}
+    assert not any("layers.0." in name for name in factors)
+    model, _ = load(tmp_path / "straight", bits=32, device="cpu")
+    down, key = model.model.layers[1].mlp.down_proj, model.model.layers[1].self_attn.k_proj
+    assert (down.lora_scaling, key.lora_scaling) == (1 / 2, 8 / 4)
+    further = options(folder, tmp_path / "further", bits=32, max_steps=1, adapter=str(tmp_path / "straight"))
+    assert train({**further, **own})
+    with pytest.raises(ValueError, match=r"whose rank_pattern is .*, and rank_pattern is set to"):
+        train({**further, "output_dir": str(tmp_path / "other"), "rank_pattern": {"down_proj": 3}})
+
+
 @pytest.fixture(scope="module")
 def first(folder: Path) -> Path:
     """A run whose adapter others go on with."""
