@@ -26,8 +26,9 @@ from benchmarks.ops.contest import (
 from benchmarks.shapes import OpShape
 from slothcore.autograd.lora import Projection, lora_fused
 from slothcore.autograd.lora_group import Group
-from slothcore.autograd.lora_projection import decodes_in_kernel
-from slothcore.kernels import lora_gemm, lora_gemm_eager, nf4, nf4_eager, nf4_gemm
+from slothcore.autograd.lora_projection import decodes_in_kernel, project
+from slothcore.kernels import lora_gemm, lora_gemm_eager, nf4, nf4_eager, nf4_few, nf4_gemm
+from slothcore.kernels.nf4_few_eager import Terms
 from slothcore.kernels.nf4_tensor import Nf4Tensor
 
 RANK = 16
@@ -103,11 +104,10 @@ def operands(
 
 
 def chosen(x: Tensor, weight: Nf4Tensor, u: Tensor, B: Tensor) -> Tensor:
-    """The product by the path that the library takes for as many rows."""
-    if decodes_in_kernel(x, group_of(weight)):
-        return nf4_gemm.nf4_linear(x, weight, lora_x=u, lora_B=B)
-    gemm, decode = (lora_gemm, nf4) if x.is_cuda else (lora_gemm_eager, nf4_eager)
-    return gemm.linear_add(x, decode.nf4_dequantize(weight, dtype=x.dtype), lora_x=u, lora_B=B)
+    """The product by the path that the library takes for as many rows where nothing needs a gradient."""
+    if nf4_few.takes(x, [weight], [None], [B], [None]):
+        return nf4_few.linear(x, [weight], Terms(u, [B], [1.0], [None]))
+    return project(x, u, group_of(weight), B, None)
 
 
 def group_of(weight: Nf4Tensor) -> Group:

@@ -9,7 +9,8 @@ The equations of one group of projections (forward, dx, dA, dB, db) stand in `lo
 so the backward recomputes h instead of keeping it. Gate and up are two projections, or one whose rows are those of the
 gate and then those of up (Phi-3).
 
-Projections with a magnitude go to `dora.py`, which composes the same functions.
+Projections with a magnitude go to `dora.py`, which composes the same functions; a few rows of which nothing needs a
+gradient go to `lora_few.py`.
 
 Kept for backward: x, and x A^T of every projection, the factors joined in the compute dtype, and for the MLP [g | u]
 unless it is to be multiplied again. If x is the output of a norm, that norm's input and deviations are kept in its
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slothcore.autograd import lora_few
 from slothcore.autograd.autocast import check_autocast
 from slothcore.autograd.dora import dora_fused, dora_mlp
 from slothcore.autograd.first_order import once_differentiable
@@ -71,6 +73,8 @@ def lora_fused(x: Tensor | Normed, projections: Sequence[Projection]) -> Tensor:
     """
     x, normed = _input(x)
     _check(x, projections)
+    if lora_few.takes(x, projections):
+        return lora_few.fused(x, projections)
     if any(p.magnitude is not None for p in projections):
         return dora_fused(x, projections, normed)
     return _LoraFused.apply(x, *_factors(projections), Group.of(projections), normed)
@@ -106,6 +110,8 @@ def lora_mlp(
     if len(rows) > 2 or len(set(rows)) != 1 or 2 * down.weight.shape[1] != sum(rows):
         shapes = [tuple(p.weight.shape) for p in (*gate_up, down)]
         raise ValueError(f"gate and up must have the out_features that down takes; got weights {shapes}")
+    if lora_few.takes(x, gate_up):
+        return lora_linear(lora_few.gated(x, gate_up, activation=activation), down)
     how = MlpChoices(activation, inplace, keep_gate_up)
     if any(p.magnitude is not None for p in (*gate_up, down)):
         return dora_mlp(x, gate_up, down, normed, how)

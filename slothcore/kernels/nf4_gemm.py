@@ -12,6 +12,7 @@ Split K   Few rows give few tiles, so the columns are cut into parts, each summe
 Kernels   nf4_gemm_permute.py decodes by byte permutes (16-bit x on Hopper), nf4_gemm_table.py by a table (the rest).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
@@ -22,9 +23,11 @@ from torch import Tensor
 
 from slothcore.kernels.launch import ceil_div, with_contiguous_rows
 from slothcore.kernels.nf4 import Decode, absmax_arguments
+from slothcore.kernels.nf4_few_eager import Terms
 from slothcore.kernels.nf4_gemm_permute import BLOCKS_OF_STEP, nf4_linear_registers_kernel
 from slothcore.kernels.nf4_gemm_table import nf4_linear_kernel, nf4_linear_one_row_kernel, nf4_linear_reduce_kernel
 from slothcore.kernels.nf4_tensor import BLOCK, Nf4Tensor, check_linear, nf4_code
+from slothcore.kernels.nf4_weights import weight_arguments
 
 REDUCE_COLUMNS = 256
 
@@ -126,11 +129,12 @@ def can_permute(x: Tensor, weight: Nf4Tensor) -> bool:
     """Whether the kernel that decodes by permutes takes these operands: it reads 16 bytes at a time, and is laid out
     for the tensor cores of Hopper.
     """
-    return x.is_cuda and x.itemsize == 2 and _is_hopper(x.device) and weight.packed.data_ptr() % 16 == 0
+    return x.is_cuda and x.itemsize == 2 and is_hopper(x.device) and weight.packed.data_ptr() % 16 == 0
 
 
 @cache
-def _is_hopper(device: torch.device) -> bool:
+def is_hopper(device: torch.device) -> bool:
+    """Whether a GPU is of compute capability 9."""
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
@@ -169,42 +173,82 @@ def nf4_linear(
     config = _config or linear_config(
         rows, out_features, in_features, itemsize=x.itemsize, permute=can_permute(x, weight)
     )
+    if config.kernel == "registers":
+        return linear_by_permutes(x, [weight], Terms(lora_x, [lora_B], [1.0], [bias]), out=out, _config=config)
+    blocks_per_part, parts = _parts(in_features, config)
+    target = _target(out, parts)
+    _launch_table(x, weight, lora_x, lora_B, bias, out, target, config, blocks_per_part, parts)
+    _add_parts(target, bias, out, parts)
+    return out
+
+
+def linear_by_permutes(
+    x: Tensor,
+    weights: Sequence[Nf4Tensor],
+    terms: Terms,
+    *,
+    out: Tensor | None = None,
+    early: bool = False,
+    _config: LinearConfig | None = None,
+) -> Tensor:
+    """Products with up to three weights side by side, in one launch and, where K is split, a second one.
+
+    Args:
+        x: [M, K] 16-bit, dense rows; `can_permute` takes it with each weight.
+        weights: NF4 [N_i, K], which are `alike` with what `terms` brings.
+        terms: u [M, sum of the ranks], every B_i and its scaling, which are multiplied and then rounded, and biases.
+        out: [M, sum of N_i] of x.dtype to write to; rows may be strided.
+        early: begin while the kernel in front ends, and read words of the weights until x is there; on Hopper. The
+            kernel in front must not be one that writes a weight.
+    Returns: `out`, or a new tensor.
+    """
+    (rows, in_features), out_features = x.shape, sum(weight.shape[0] for weight in weights)
+    config = _config or linear_config(rows, out_features, in_features, permute=True)
+    assert config.kernel == "registers", f"{config} is not decoded by permutes"
+    rows_of_product = config.block_n * config.slices
+    assert rows_of_product % (16 * config.num_warps) == 0, f"{rows_of_product} rows are no whole fragments"
+    if out is None:
+        out = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
+    blocks_per_part, parts = _parts(in_features, config)
+    target, lora_x = _target(out, parts), terms.lora_x
+    limits = {} if config.max_registers is None or not x.is_cuda else {"maxnreg": config.max_registers}
+    tiles = sum(ceil_div(weight.shape[0], config.block_n) for weight in weights)
+    nf4_linear_registers_kernel[(tiles, ceil_div(rows, config.block_m), parts)](
+        x, lora_x, target, *weight_arguments(weights, terms),
+        x.stride(0), 0 if lora_x is None else lora_x.stride(0), target.stride(-2), rows, in_features, blocks_per_part,
+        WEIGHTS=len(weights), NESTED=weights[0].is_nested, HAS_LORA=lora_x is not None,
+        HAS_BIAS=terms.biases[0] is not None, IN_PARTS=parts > 1, ON_GPU=x.is_cuda,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        BLOCK_R=_rank_step(max([B.shape[1] for B in terms.lora_B if B is not None], default=0)), SLICES=config.slices,
+        WARPS=config.num_warps, PREFETCH=config.prefetch, EARLY=early,
+        num_warps=config.num_warps, enable_fp_fusion=False, launch_pdl=early, **limits,
+    )  # fmt: skip
+    _add_parts(target, None, out, parts)
+    return out
+
+
+def _parts(in_features: int, config: LinearConfig) -> tuple[int, int]:
+    """Blocks of a part, and how many parts that makes."""
     blocks = in_features // BLOCK
     blocks_per_part = ceil_div(blocks, config.parts)
     if config.kernel == "registers":
         blocks_per_part = ceil_div(blocks_per_part, BLOCKS_OF_STEP) * BLOCKS_OF_STEP
-    parts = ceil_div(blocks, blocks_per_part)
-    target = out if parts == 1 else torch.empty(parts, rows, out_features, dtype=torch.float32, device=x.device)
-    launch = _launch_table if config.kernel == "table" else _launch_registers
-    launch(x, weight, lora_x, lora_B, bias, out, target, config, blocks_per_part, parts)
+    return blocks_per_part, ceil_div(blocks, blocks_per_part)
+
+
+def _target(out: Tensor, parts: int) -> Tensor:
+    """Where a kernel writes: the result, or a workspace of the sums of each part."""
+    return out if parts == 1 else torch.empty(parts, *out.shape, dtype=torch.float32, device=out.device)
+
+
+def _add_parts(target: Tensor, bias: Tensor | None, out: Tensor, parts: int) -> None:
+    """Make the result of a workspace; nothing if it is there already."""
+    rows, out_features = out.shape
     if parts > 1:
         nf4_linear_reduce_kernel[(ceil_div(out_features, REDUCE_COLUMNS), rows)](
             target, bias, out, out.stride(0), rows, out_features, parts,
             PARTS=triton.next_power_of_2(parts), HAS_BIAS=bias is not None, COLUMNS=REDUCE_COLUMNS, num_warps=4,
         )  # fmt: skip
-    return out
-
-
-def _launch_registers(
-    x: Tensor, weight: Nf4Tensor, lora_x: Tensor | None, lora_B: Tensor | None, bias: Tensor | None,
-    out: Tensor, target: Tensor, config: LinearConfig, blocks_per_part: int, parts: int,
-) -> None:  # fmt: skip
-    rows, (out_features, in_features) = x.shape[0], weight.shape
-    rank = 0 if lora_B is None else lora_B.shape[1]
-    rows_of_product = config.block_n * config.slices
-    assert rows_of_product % (16 * config.num_warps) == 0, f"{rows_of_product} rows are no whole fragments"
-    limits = {} if config.max_registers is None or not x.is_cuda else {"maxnreg": config.max_registers}
-    grid = (ceil_div(out_features, config.block_n), ceil_div(rows, config.block_m), parts)
-    nf4_linear_registers_kernel[grid](
-        x, weight.packed.view(torch.int32), *absmax_arguments(weight), lora_x, lora_B, bias, target,
-        x.stride(0), 0 if lora_x is None else lora_x.stride(0), out.stride(0),
-        rows, out_features, in_features, rank, blocks_per_part,
-        NESTED=weight.is_nested, HAS_LORA=lora_B is not None, HAS_BIAS=bias is not None, IN_PARTS=parts > 1,
-        ON_GPU=x.is_cuda,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=_rank_step(rank), SLICES=config.slices,
-        WARPS=config.num_warps, PREFETCH=config.prefetch,
-        num_warps=config.num_warps, enable_fp_fusion=False, **limits,
-    )  # fmt: skip
 
 
 def _launch_table(

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 
 from slothcore.kernels.nf4 import load_absmax
-from slothcore.kernels.nf4_gemm_table import store_result
 from slothcore.kernels.nf4_permute import decode_words, products
+from slothcore.kernels.nf4_weights import chosen_weight
 
 BLOCKS_OF_STEP = 4
 """Blocks of a row in a step: one for each of the four lanes that share a row."""
@@ -64,23 +64,48 @@ def _fetch_absmax(absmax_ptr, nested_absmax_ptr, block, mask, NESTED: tl.constex
     return absmax, scale
 
 
-@triton.jit(do_not_specialize=["M", "blocks_per_part"])
+@triton.jit(do_not_specialize=["M", "blocks_per_part", "rank_0", "rank_1", "rank_2"])
 def nf4_linear_registers_kernel(
-    x_ptr, words_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr, lora_x_ptr, lora_B_ptr,
-    bias_ptr, out_ptr, stride_x_row, stride_lora_x_row, stride_out_row, M, N, K, R, blocks_per_part,
-    NESTED: tl.constexpr, HAS_LORA: tl.constexpr, HAS_BIAS: tl.constexpr, IN_PARTS: tl.constexpr, ON_GPU: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SLICES: tl.constexpr, WARPS: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    x_ptr, lora_x_ptr, out_ptr,
+    words_0_ptr, absmax_0_ptr, nested_absmax_0_ptr, nested_offset_0_ptr, nested_code_0_ptr, lora_B_0_ptr, bias_0_ptr,
+    words_1_ptr, absmax_1_ptr, nested_absmax_1_ptr, nested_offset_1_ptr, nested_code_1_ptr, lora_B_1_ptr, bias_1_ptr,
+    words_2_ptr, absmax_2_ptr, nested_absmax_2_ptr, nested_offset_2_ptr, nested_code_2_ptr, lora_B_2_ptr, bias_2_ptr,
+    N_0, N_1, N_2, rank_0, rank_1, rank_2, scaling_0, scaling_1, scaling_2,
+    stride_x_row, stride_lora_x_row, stride_out_row, M, K, blocks_per_part,
+    WEIGHTS: tl.constexpr, NESTED: tl.constexpr, HAS_LORA: tl.constexpr, HAS_BIAS: tl.constexpr, IN_PARTS: tl.constexpr,
+    ON_GPU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SLICES: tl.constexpr,
+    WARPS: tl.constexpr, PREFETCH: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """This program sums one part of the columns for BLOCK_N weight rows and BLOCK_M tokens, four blocks a step.
+    """This program sums one part of the columns for BLOCK_N rows of a weight and BLOCK_M tokens, four blocks a step.
+
+    The weights lie one below the other, each with tiles of its own; u has the ranks of all, and lora_B_i [N_i, rank_i].
 
     SLICES cuts the program's columns once more. The tensor cores multiply at least 64 rows by 16 tokens; where the
     tokens are fewer, row s * BLOCK_N + n of the product is weight row n in slice s, its column s * BLOCK_M + m is token
     m in slice s, and what rows and columns of unequal slices make together is dropped in the end.
     PREFETCH: the words and scales of the next step are loaded into registers while this one is decoded.
+    EARLY: the program may begin before the kernel in front has ended, and prefetches until then.
     """
     ROWS: tl.constexpr = BLOCK_N * SLICES
     COLUMNS: tl.constexpr = BLOCK_M * SLICES
+    first_weight = (
+        words_0_ptr, absmax_0_ptr, nested_absmax_0_ptr, nested_offset_0_ptr, nested_code_0_ptr,
+        lora_B_0_ptr, bias_0_ptr, N_0, rank_0, scaling_0,
+    )  # fmt: skip
+    second_weight = (
+        words_1_ptr, absmax_1_ptr, nested_absmax_1_ptr, nested_offset_1_ptr, nested_code_1_ptr,
+        lora_B_1_ptr, bias_1_ptr, N_1, rank_1, scaling_1,
+    )  # fmt: skip
+    third_weight = (
+        words_2_ptr, absmax_2_ptr, nested_absmax_2_ptr, nested_offset_2_ptr, nested_code_2_ptr,
+        lora_B_2_ptr, bias_2_ptr, N_2, rank_2, scaling_2,
+    )  # fmt: skip
+    chosen, row_tile, out_first, rank_first = chosen_weight(
+        tl.program_id(0), first_weight, second_weight, third_weight, BLOCK_N, WEIGHTS
+    )
+    words_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, nested_code_ptr = chosen[:5]
+    lora_B_ptr, bias_ptr, N, R, scaling = chosen[5:]
+
     blocks = K // 64
     first = tl.program_id(2) * blocks_per_part
     last = tl.minimum(first + blocks_per_part, blocks)
@@ -90,7 +115,7 @@ def nf4_linear_registers_kernel(
     i = tl.arange(0, ROWS)
     name = i // (16 * WARPS) * (16 * WARPS) + i // 8 % WARPS * 16 + i // (8 * WARPS) % 2 * 8 + i % 8
     # Weight rows and tokens beyond the last repeat it, which costs no mask; they are never stored.
-    row = tl.minimum(tl.program_id(0) * BLOCK_N + name % BLOCK_N, N - 1)
+    row = tl.minimum(row_tile * BLOCK_N + name % BLOCK_N, N - 1)
     row_first = first + name // BLOCK_N * slice_blocks
     row_last = tl.minimum(row_first + slice_blocks, last)
     word_ptrs = _word_pointers(words_ptr, row, blocks) + (row_first * 8)[None, :, None]
@@ -112,6 +137,8 @@ def nf4_linear_registers_kernel(
         word_1 = tl.load(word_ptrs + 4, mask=mask[:, :, None], other=0)
         if NESTED:
             offset = tl.load(nested_offset_ptr)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     sums = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     for start in tl.range(0, slice_blocks, 4, num_stages=1):
         x_mask = token_first[:, None] + start + (k // 32)[None, :] < token_last[:, None]
@@ -151,24 +178,39 @@ def nf4_linear_registers_kernel(
             weight = bits.to(x.dtype, bitcast=True)
             sums = tl.dot(weight, tl.trans(x), sums, input_precision="ieee")
 
+    # Not before: programs of the next kernel would take the places of this one's and leave other multiprocessors idle.
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     if HAS_LORA:  # noqa: SIM102
         if tl.program_id(2) == 0:
             # Of the slices, the first takes the LoRA product.
-            lora_row = tl.minimum(tl.program_id(0) * BLOCK_N + i % BLOCK_N, N - 1).to(tl.int64)
+            lora_row = tl.minimum(row_tile * BLOCK_N + i % BLOCK_N, N - 1).to(tl.int64)
             for start in tl.range(0, R, BLOCK_R, num_stages=1):
                 rank = start + tl.arange(0, BLOCK_R)
                 in_rank = (rank < R)[None, :]
                 lora_B = tl.load(
                     lora_B_ptr + lora_row[:, None] * R + rank[None, :], mask=in_rank & (i < BLOCK_N)[:, None], other=0.0
                 )
+                lora_B = (lora_B.to(tl.float32) * scaling).to(x_ptr.dtype.element_ty)
                 lora_x = tl.load(
-                    lora_x_ptr + token[:, None] * stride_lora_x_row + rank[None, :], mask=in_rank, other=0.0
-                )
+                    lora_x_ptr + token[:, None] * stride_lora_x_row + rank_first + rank[None, :],
+                    mask=in_rank, other=0.0,
+                )  # fmt: skip
                 sums = tl.dot(lora_B, tl.trans(lora_x), sums, input_precision="ieee")
     if SLICES > 1:
         same = (i // BLOCK_N)[:, None] == (j // BLOCK_M)[None, :]
         sums = tl.reshape(tl.where(same, sums, 0.0), [SLICES, BLOCK_N, SLICES, BLOCK_M])
         sums = tl.sum(tl.sum(sums, axis=2), axis=0)
     token = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    channel = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    store_result(sums, token[None, :], channel[:, None], out_ptr, bias_ptr, stride_out_row, M, N, IN_PARTS, HAS_BIAS)
+    channel = row_tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    exists = (channel < N)[:, None] & (token < M)[None, :]
+    if HAS_BIAS:  # noqa: SIM102
+        if tl.program_id(2) == 0:
+            sums += tl.load(bias_ptr + channel, mask=channel < N, other=0.0).to(tl.float32)[:, None]
+    column = (out_first + channel)[:, None]
+    if IN_PARTS:
+        part = tl.program_id(2).to(tl.int64)
+        tl.store(out_ptr + (part * M + token)[None, :] * stride_out_row + column, sums, mask=exists)
+    else:
+        result = sums.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + token[None, :] * stride_out_row + column, result, mask=exists)

@@ -34,28 +34,33 @@ def products_ptx(convert: str) -> str:
 
 
 def weights_ptx() -> str:
-    """PTX from $8, a word of 8 codes, and $9..$16, the planes, to $0..$7, the weights in order.
+    """PTX from $8, a word of 8 codes, and $9..$16, the planes, to $0..$7, the weights in order."""
+    split = [f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, pair{i};" for i in range(4)]
+    return _scope([".reg .b32 pair<4>;", *decoded_pairs(8, [f"pair{i}" for i in range(4)]), *split])
+
+
+def decoded_pairs(word: int, pairs: Sequence[str]) -> list[str]:
+    """PTX that decodes operand number `word`, which the planes follow, into four registers of two weights each.
 
     Byte j of the word holds weights 2j (high nibble) and 2j + 1: in nibbles counted from the low end, the weights
     stand in the order 1, 0, 3, 2, ...
     """
-    lines = [".reg .b32 index, shifted, upper, below, above, low, high, pair;"]
+    lines = [".reg .b32 index, shifted, upper, below, above, low, high;"]
     # A selector's bit 3 would ask for a sign, so it is cleared. The upper 16 bits of a selector are ignored.
-    lines += ["and.b32 index, $8, 0x77777777;", "shl.b32 shifted, $8, 4;"]
+    lines += [f"and.b32 index, ${word}, 0x77777777;", f"shl.b32 shifted, ${word}, 4;"]
     # Bit 3 of a nibble, spread over a byte: the sign of the word's byte, or of the word's shifted by a nibble.
     for half, signs in enumerate(("0x9D8C", "0xBFAE")):
         if half:
             lines.append("shr.u32 index, index, 16;")
-        lines.append(f"prmt.b32 upper, $8, shifted, {signs};")
-        for name, plane in (("low", 9), ("high", 13)):
+        lines.append(f"prmt.b32 upper, ${word}, shifted, {signs};")
+        for name, plane in (("low", word + 1), ("high", word + 5)):
             lines.append(f"prmt.b32 below, ${plane}, ${plane + 1}, index;")
             lines.append(f"prmt.b32 above, ${plane + 2}, ${plane + 3}, index;")
             lines.append(f"lop3.b32 {name}, upper, above, below, 0xCA;")  # upper ? above : below
-        for pair, order in enumerate(("0x4051", "0x6273")):
-            first = 4 * half + 2 * pair
-            lines.append(f"prmt.b32 pair, low, high, {order};")
-            lines.append(f"mov.b32 {{${first}, ${first + 1}}}, pair;")
-    return _scope(lines)
+        lines += [
+            f"prmt.b32 {pairs[2 * half + pair]}, low, high, {order};" for pair, order in enumerate(("0x4051", "0x6273"))
+        ]
+    return lines
 
 
 def _literal(value: float) -> str:
