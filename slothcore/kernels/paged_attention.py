@@ -40,9 +40,9 @@ from slothcore.kernels.math import exponential, tanh
 
 # Programs that one text is spread over, if it is long: about as many as a GPU has multiprocessors.
 PROGRAMS = 128
-# A part has at least so many keys: with fewer, adding up costs more than it brings. Microseconds on an H100 with 64, 128
-# and 256, 32 heads on 8 of 128: 6.9, 7.7, 8.2 for one text of 256 tokens; 8.5, 8.8, 9.9 for one of 1,024; 88, 85, 71 for
-# 128 of 256.
+# A part has at least so many keys: with fewer, adding up costs more than it brings. Microseconds on an H100 with 64,
+# 128 and 256, 32 heads on 8 of 128: 6.9, 7.7, 8.2 for one text of 256 tokens; 8.5, 8.8, 9.9 for one of 1,024; 88, 85,
+# 71 for 128 of 256.
 KEYS_OF_A_PART = 256
 # Parts that the second launch holds at a time.
 PARTS_AT_ONCE = 16

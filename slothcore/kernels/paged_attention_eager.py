@@ -37,7 +37,7 @@ def paged_attention(
     pieces = zip(*(x.split(max(1, SCORES_AT_ONCE // per_query)) for x in (query, rows, positions, out)), strict=True)
     for part, part_rows, part_positions, part_out in pieces:
         places = _places(block_tables, part_rows[:1] if one_row else part_rows, seen, keys.shape[1])
-        mixed = _attend(part, keys[places], values[places], seen, part_positions, scale, window, softcap)
+        mixed = _attend(part, keys[places], values[places], seen, part_positions, scale, window, softcap, one_row)
         part_out.copy_(mixed.masked_fill_((part_positions < 0)[:, None, None], 0.0))
     return out
 
@@ -57,14 +57,15 @@ def _attend(
     scale: float,
     window: int | None,
     softcap: float | None,
+    one_row: bool,
 ) -> Tensor:
-    """Attention of query [Q, heads, D] over keys and values [Q or 1, L, kv heads, D], which stand at `seen` [L]."""
+    """Attention of query [Q, heads, D] over keys and values [Q, or 1 if `one_row`, L, kv heads, D] at `seen` [L]."""
     wide = torch.promote_types(query.dtype, torch.float32)
     grouped = query.to(wide).unflatten(1, (keys.shape[2], -1))
     visible = seen <= positions[:, None]
     if window is not None:
         visible &= seen > positions[:, None] - window
-    if len(keys) == 1:
+    if one_row:
         scores = torch.einsum("qkgd,lkd->qkgl", grouped, keys[0].to(wide)) * scale
     else:
         # A page may hold anything behind a row's last token, and 0 * NaN is NaN.
@@ -73,7 +74,7 @@ def _attend(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     weights = scores.masked_fill(~visible[:, None, None], float("-inf")).softmax(-1)
-    if len(keys) == 1:
+    if one_row:
         mixed = torch.einsum("qkgl,lkd->qkgd", weights, values[0].to(wide))
     else:
         mixed = torch.einsum("qkgl,qlkd->qkgd", weights, values.to(wide))

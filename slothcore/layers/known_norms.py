@@ -4,6 +4,8 @@ Norms are those of W + s B A, so all of W is read for them. A pass over thousand
 over one does, because it reads W but once itself.
 """
 
+import weakref
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,7 @@ class KnownNorms:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self._model = weakref.proxy(model)  # it may be kept beside the model, which must not live on for it
         self._norms: dict[Linear, Tensor] = {}
 
     def compute(self, dtype: torch.dtype) -> None:

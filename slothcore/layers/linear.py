@@ -156,7 +156,8 @@ class Linear(AdaptedWeight[Nf4Tensor]):
             dropout=self.lora_dropout if self.training else 0.0,
             bias=self.bias,
             magnitude=self._parameters["lora_magnitude_vector"],
-            norms=self.known_norms,
+            # A stream may lie open while its caller trains.
+            norms=None if self.training else self.known_norms,
         )
 
     def row_norms(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -226,11 +226,11 @@ def _shard_name(number: int, count: int) -> str:
     return f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def _with_dtype(hf_config: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+def _with_dtype(hf_config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     values = dict(hf_config)
     # transformers 5 writes `dtype`, everything older `torch_dtype`, which 5 reads as well.
-    values["dtype" if "dtype" in values else "torch_dtype"] = str(dtype).removeprefix("torch.")
-    return values
+    names = [name for name in ("dtype", "torch_dtype") if name in values] or ["torch_dtype"]
+    return values | dict.fromkeys(names, str(dtype).removeprefix("torch."))
 
 
 def _is_ignorable(name: str, expected: Mapping[str, tuple[int, ...]]) -> bool:

@@ -87,7 +87,8 @@ class DecodeSteps:
         self._cache.count_tokens(rows)
         idle = shape.lanes - len(rows)
         inputs = self._inputs_of(shape.lanes)
-        send(torch.tensor([[*rows, *[self._idle_row] * idle], [*counts, *[0] * idle]]), inputs)
+        lanes = [[*rows, *[self._idle_row] * idle], [*counts, *[0] * idle]]
+        send(torch.tensor(lanes, device="cpu"), inputs)
         replay = self._recorded_step(shape, inputs)
         if replay is not None:
             self.replays += 1

@@ -24,7 +24,7 @@ from slothcore.models.generation_mode import GenerationMode
 from slothcore.models.graph_runs import CudaRecorder, Recorder
 from slothcore.models.requests import Adapters, Event, Request
 from slothcore.models.row_state import Chosen, RowState, StepKind
-from slothcore.models.tasks import Flight, Task
+from slothcore.models.tasks import Flight, Line, Task, keeps_its_turns, lengths_read_again
 
 if TYPE_CHECKING:
     from slothcore.models.decoder import Decoder
@@ -82,9 +82,9 @@ class Engine:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         device = model.device
-        # One row more, which never has a text.
+        room = cache_room(model, max_rows, capacity=capacity, cache_tokens=cache_tokens, prefill_tokens=prefill_tokens)
+        # One row more, which never has a text, and so no page.
         rows = max_rows + 1
-        room = cache_room(model, rows, capacity=capacity, cache_tokens=cache_tokens, prefill_tokens=prefill_tokens)
         self.capacity = room.capacity
         self._model, self._prefill_tokens, self._adapters = model, prefill_tokens, adapters
         self._cache = KvCache(rows=rows, capacity=room.capacity, pages=room.pages, **room.options)
@@ -99,11 +99,12 @@ class Engine:
         self._waiting: dict[str | None, deque[Task]] = {}
         self._running: list[Task] = []  # in the order in which they began: the youngest is the last
         self._flying: deque[Flight] = deque()
+        self._line = Line()
         self._added = 0
         self._has_just_read = False
         self._adapter: str | None = None
         self._turn = 0
-        self._rereads_at = _lengths_that_begin_long_factors(model)
+        self._rereads_at, self._never_again = lengths_read_again(model.config), keeps_its_turns(model.config)
 
     def add(self, request: Request) -> int:
         """Queue a request. Returns: its number, by which events and `cancel` name it.
@@ -133,6 +134,8 @@ class Engine:
         """Forget a request: nothing of it is reported any more. One that is unknown, or at its end, is no error."""
         if number in self._tasks:
             self._end(self._tasks[number])
+            if not self.has_work:
+                self.close()
 
     @property
     def has_work(self) -> bool:
@@ -211,10 +214,10 @@ class Engine:
         self._adapter = adapter
 
     def _admitted(self, adapter: str | None) -> list[Task]:
-        """Requests whose texts are read now, with rows of their own; after such a pass others decode first."""
+        """Requests whose texts are read now, with rows of their own; after such a pass this set decodes first."""
         admitted: list[Task] = []
         waiting, tokens = self._waiting.get(adapter), 0
-        if self._has_just_read and self._running:
+        if adapter == self._adapter and self._has_just_read and self._running:
             return admitted
         while waiting:
             task = waiting[0]
@@ -222,13 +225,16 @@ class Engine:
                 waiting.popleft()
                 continue
             full = bool(admitted) and tokens + task.length > self._prefill_tokens
-            if full or not self._free_rows or not task.can_be_read:
+            if full or not task.can_be_read or self._line.holds_back(task):
                 break
             # And for the token that comes next, or the row might have to go at once.
-            if not self._cache.room_for(self._free_rows[-1], min(task.length + 1, self._cache.capacity)):
+            length = task.longest if self._never_again else min(task.length + 1, self._cache.capacity)
+            if not self._free_rows or not self._cache.room_for(self._free_rows[-1], length):
+                self._line.note(task)
                 break
+            self._line.forget(task)
             task.row = self._free_rows.pop()
-            self._cache.reserve(task.row, task.length)
+            self._cache.reserve(task.row, length)
             tokens += task.length
             admitted.append(waiting.popleft())
         if waiting is not None and not waiting:
@@ -238,7 +244,6 @@ class Engine:
 
     def _read(self, tasks: Sequence[Task]) -> Chosen:
         """A pass over whole texts, each into its row; chooses the token that follows each."""
-        texts = [task.text for task in tasks]
         rows = [task.row for task in tasks if task.row is not None]
         requests = [task.request for task in tasks]
         model, kind = self._model, StepKind.of(requests)
@@ -246,13 +251,14 @@ class Engine:
         for row, task in zip(rows, tasks, strict=True):
             if task.request.sampling.penalizes:
                 self._state.note_text(row, task.request.prompt_ids, task.tokens)
-        lengths = [len(text) for text in texts]
-        starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-        inputs = model.pack(torch.tensor([token for text in texts for token in text]), cu_seqlens=starts)
+        lengths = [task.length for task in tasks]
+        starts = torch.tensor([0, *lengths], device="cpu").cumsum(0).to(torch.int32)
+        tokens = torch.tensor([token for task in tasks for token in task.text], device="cpu")
+        inputs = model.pack(tokens, cu_seqlens=starts)
         self._cache.begin_prompt(inputs.documents, sum(lengths), rows, lengths=lengths)
         hidden = model.model(inputs.input_ids, inputs.position_ids, inputs.documents, self._cache)
         hidden = hidden.index_select(0, inputs.documents.cu_seqlens[1:].long() - 1)
-        where = torch.tensor([rows, [task.chosen for task in tasks]])
+        where = torch.tensor([rows, [task.chosen for task in tasks]], device="cpu")
         places, counts = where.pin_memory().to(model.device, non_blocking=True) if hidden.is_cuda else where
         return self._state.choose(model.logits(hidden), places, counts, kind)
 
@@ -290,9 +296,3 @@ class Engine:
         del self._tasks[task.number]
         if task.row is not None:
             self._leave_row(task)
-
-
-def _lengths_that_begin_long_factors(model: "Decoder") -> frozenset[int]:
-    """With longrope: of texts for which the long factors are used, for their first tokens too."""
-    ropes = [rope for rope in (model.config.rope, model.config.local_rope) if rope is not None]
-    return frozenset(r.original_max_position_embeddings + 1 for r in ropes if r.rope_type == "longrope")

@@ -138,7 +138,7 @@ class Generates:
             frequency_penalty=frequency_penalty,
             presence_penalty=presence_penalty,
         )
-        ids = torch.as_tensor(input_ids, dtype=torch.int64).cpu()
+        ids = torch.as_tensor(input_ids, dtype=torch.int64, device="cpu")
         if ids.dim() != 1:
             raise ValueError(f"one prompt can be streamed, [S]; got the shape {tuple(ids.shape)}")
         prompt = pack_inputs(ids, vocab_size=model.config.vocab_size).input_ids.tolist()
@@ -155,8 +155,8 @@ class Generates:
 def _stream(cache: TextCache, request: Request, key: int) -> Iterator[int]:
     model, warned = cache.model, False
     limit = model.config.longest_document
-    cache.mode.enter()
     try:
+        cache.mode.enter()
         for token in stream_tokens(cache, request, key):
             if len(cache.ids) > limit and not warned:
                 warned = True
@@ -184,17 +184,20 @@ def _generate(
     rows = {engine.add(request): row for row, request in enumerate(requests)}
     numbers = list(rows)
     rounds = Rounds(len(requests), pad)
-    while engine.has_work:
-        for event in engine.step():
-            row = rows[event.id]
-            rounds.take(row, event.token, is_last=event.finished is not None)
-            # The newest token has not been read yet.
-            if len(requests[row].prompt_ids) + len(rounds.tokens[row]) - 1 > limit and not warned:
-                warned = True
-                warn_beyond(limit, stacklevel=5)  # the line that called generate: torch.no_grad puts a frame between
-        while should_stop is not None and rounds.has_whole:
-            for row in rounds.end_where(should_stop(rounds.newest().to(model.device))):
-                engine.cancel(numbers[row])
+    try:
+        while engine.has_work:
+            for event in engine.step():
+                row = rows[event.id]
+                rounds.take(row, event.token, is_last=event.finished is not None)
+                # The newest token has not been read yet.
+                if len(requests[row].prompt_ids) + len(rounds.tokens[row]) - 1 > limit and not warned:
+                    warned = True
+                    warn_beyond(limit, stacklevel=5)  # where generate was called: torch.no_grad puts a frame between
+            while should_stop is not None and rounds.has_whole:
+                for row in rounds.end_where(should_stop(rounds.newest().to(model.device))):
+                    engine.cancel(numbers[row])
+    finally:
+        engine.close()
     return rounds.all()
 
 
@@ -246,7 +249,8 @@ class Rounds:
         return end is not None and end <= self._round
 
     def _padded(self, width: int) -> Tensor:
-        return torch.tensor([tokens[:width] + [self._pad] * (width - len(tokens)) for tokens in self.tokens])
+        rows = [tokens[:width] + [self._pad] * (width - len(tokens)) for tokens in self.tokens]
+        return torch.tensor(rows, device="cpu")
 
 
 def warn_beyond(limit: int, *, stacklevel: int) -> None:

@@ -54,7 +54,7 @@ class Request:
     def random_key(self) -> int:
         """What its draws come from; without a seed, and where it draws, another one at each call."""
         if self.seed is None and self.sampling.draws:
-            return random_key(int(torch.randint(LARGEST_SEED, ())))
+            return random_key(int(torch.randint(LARGEST_SEED, (), device="cpu")))
         return random_key(self.seed or 0)
 
 

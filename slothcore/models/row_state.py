@@ -79,8 +79,8 @@ class RowState:
 
     def begin(self, rows: Sequence[int], requests: Sequence[Request], keys: Sequence[int]) -> None:
         """Take the options of requests that begin in these rows; the host does not wait."""
-        places = self._sent(torch.tensor(rows))
-        self._keys.index_copy_(0, places, self._sent(torch.tensor(keys)))
+        places = self._sent(torch.tensor(rows, device="cpu"))
+        self._keys.index_copy_(0, places, self._sent(torch.tensor(keys, device="cpu")))
         options = RowOptions.of([request.sampling for request in requests], self._vocab_size)
         for field in fields(RowOptions):
             getattr(self._options, field.name).index_copy_(0, places, self._sent(getattr(options, field.name)))
@@ -91,10 +91,10 @@ class RowState:
             shape = self._rows, self._vocab_size
             self._in_prompt = torch.zeros(shape, dtype=torch.bool, device=self._device)
             self._generated = torch.zeros(shape, dtype=torch.int32, device=self._device)
-        self._in_prompt[row].zero_().index_fill_(0, self._sent(torch.tensor(prompt)), True)
+        self._in_prompt[row].zero_().index_fill_(0, self._sent(torch.tensor(prompt, device="cpu")), True)
         counts = self._generated[row].zero_()
         if generated:
-            added = self._sent(torch.tensor(generated))
+            added = self._sent(torch.tensor(generated, device="cpu"))
             counts.index_add_(0, added, torch.ones_like(added, dtype=torch.int32))
 
     def choose(self, logits: Tensor, rows: Tensor, counts: Tensor, kind: StepKind) -> Chosen:

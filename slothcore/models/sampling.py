@@ -95,7 +95,7 @@ class RowOptions:
     def of(cls, samplings: Sequence[Sampling], vocab_size: int) -> "RowOptions":
         """Options on the CPU, one row each."""
         rows = zip(*(_numbers(sampling, vocab_size) for sampling in samplings), strict=True)
-        columns = [torch.tensor(row)[:, None] for row in rows]
+        columns = [torch.tensor(row, device="cpu")[:, None] for row in rows]
         return cls(*(column if column.dtype == torch.int64 else column.float() for column in columns))
 
     def of_rows(self, rows: Tensor) -> "RowOptions":

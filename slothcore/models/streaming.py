@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,7 +30,8 @@ class TextCache:
     """Keys and values of one text, so that a text that begins like it is read from where it differs.
 
     What is found again is what the whole text would give, up to the rounding of sums in another order. Where angles
-    depend on the length of the text (longrope, dynamic) and the new length asks for other ones, all is read anew.
+    depend on the length of the text (longrope, dynamic) and the new length asks for other ones, all is read anew; and
+    so it is where weights may have changed.
 
     Attributes:
         ids: the tokens whose keys and values are held.
@@ -53,9 +54,14 @@ class TextCache:
         self._cache: KvCache | None = None
         self._state = RowState(1, model.config.vocab_size, model.device)
         self._steps: DecodeSteps | None = None
+        self._weights: list[tuple[int, int]] = []
 
     def begin(self, request: Request, key: int) -> None:
         """Choose tokens as a request has it; `key` is that of its random draws."""
+        weights = _versions(self.model)
+        # Some optimizers write where torch does not count it; but a model that learns is in training mode.
+        if self.mode.was_training or weights != self._weights:
+            self.ids, self._weights = [], weights
         self._state.begin([0], [request], [key])
         if request.sampling.penalizes:
             self._state.note_text(0, request.prompt_ids, [])
@@ -135,6 +141,12 @@ class TextCache:
         yield config.rope
         if config.local_rope is not None:
             yield config.local_rope
+
+
+def _versions(model: Decoder) -> list[tuple[int, int]]:
+    """Where each weight lies, and how often torch has changed it there; inference tensors are not counted."""
+    weights = chain(model.parameters(), model.buffers())
+    return [(weight.data_ptr(), -1 if weight.is_inference() else weight._version) for weight in weights]
 
 
 def _angles_stay(rope: RopeParameters, held: int, length: int) -> bool:

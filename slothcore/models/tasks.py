@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from slothcore.models.config import DecoderConfig
 from slothcore.models.requests import Event, Finished, Request
 from slothcore.models.row_state import Chosen
 
@@ -37,6 +38,11 @@ class Task:
         return len(self.request.prompt_ids) + self.chosen
 
     @property
+    def longest(self) -> int:
+        """Tokens that its text may come to have."""
+        return len(self.request.prompt_ids) + self.request.max_new_tokens
+
+    @property
     def can_be_read(self) -> bool:
         """Whether the host knows all of its text."""
         return self.chosen == len(self.tokens)
@@ -58,6 +64,30 @@ class Task:
         if token in request.eos_ids or (request.should_stop is not None and request.should_stop(list(self.tokens))):
             return "stop"
         return "length" if len(self.tokens) == request.max_new_tokens else None
+
+
+class Line:
+    """Holds younger requests for other factors back, where one has found no room, or it might wait for ever."""
+
+    def __init__(self) -> None:
+        self._first: Task | None = None
+
+    def note(self, task: Task) -> None:
+        """It has found no room."""
+        if self._first is None or self._first.is_over or task.number < self._first.number:
+            self._first = task
+
+    def forget(self, task: Task) -> None:
+        """It has found room."""
+        if task is self._first:
+            self._first = None
+
+    def holds_back(self, task: Task) -> bool:
+        """Whether an older one comes first. Of the same factors they stand in a row of their own."""
+        first = self._first
+        if first is None or first.is_over:
+            return False
+        return first.number < task.number and first.request.adapter != task.request.adapter
 
 
 class Flight:
@@ -83,6 +113,8 @@ class Flight:
             if task.is_over:
                 continue
             finished = task.take(tokens[lane])
+            if task.is_over:
+                continue  # `should_stop` has cancelled it
             # Beside rows that want them; this one may not.
             wanted = task.request.logprobs
             logprob = None if wanted is None or logprobs is None else logprobs[lane]
@@ -90,6 +122,20 @@ class Flight:
             if wanted and top_tokens is not None and top_logprobs is not None:
                 top = tuple(zip(top_tokens[lane][:wanted], top_logprobs[lane][:wanted], strict=True))
             yield task, Event(task.number, tokens[lane], logprob, top, finished)
+
+
+def lengths_read_again(config: DecoderConfig) -> frozenset[int]:
+    """With longrope: of texts for which the long factors are used, for their first tokens too."""
+    ropes = [rope for rope in (config.rope, config.local_rope) if rope is not None]
+    return frozenset(r.original_max_position_embeddings + 1 for r in ropes if r.rope_type == "longrope")
+
+
+def keeps_its_turns(config: DecoderConfig) -> bool:
+    """Whether keys stay as they were turned though a longer text would turn them otherwise: with dynamic RoPE.
+
+    A text that is read again gets other keys then, so no row may be put back.
+    """
+    return any(rope is not None and rope.rope_type == "dynamic" for rope in (config.rope, config.local_rope))
 
 
 def _fetched(values: Tensor) -> Tensor:

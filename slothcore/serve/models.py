@@ -71,7 +71,10 @@ class ServedModel:
 
     def prompt_text(self, prompt: Prompt) -> str:
         """The text of a prompt."""
-        return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
+        if isinstance(prompt, str):
+            return prompt
+        # Tokenizers cannot read other numbers; the engine refuses them.
+        return self.tokenizer.decode([token for token in prompt if 0 <= token < 2**31])
 
     def as_json(self, max_model_len: int) -> dict[str, Any]:
         """Its entry in the list of models."""

@@ -114,6 +114,13 @@ def test_formula(ops, options: dict[str, Any], kernel_device: str, nan_filled_em
     assert not result[1].any()
 
 
+def test_a_query_may_be_a_piece_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind its last token, where longer texts beside it have some, lies anything."""
+    monkeypatch.setattr(paged_attention_eager, "SCORES_AT_ONCE", 1)
+    case = make_case([7, 0, 1, 40])
+    torch.testing.assert_close(case.run(paged_attention_eager).double(), by_definition(case), rtol=1e-5, atol=1e-5)
+
+
 @BOTH
 def test_rings_hold_the_window(ops, kernel_device: str) -> None:
     """Pages for 48 tokens, of which 40 are seen; texts that went round them not at all, once and often."""

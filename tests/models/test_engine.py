@@ -12,13 +12,15 @@ from slothcore.kernels import lora_factors_eager
 from slothcore.models.decode_steps import MOST_GRAPHS, WISHES, lanes_for
 from slothcore.models.decoder import Decoder
 from slothcore.models.engine import TURN, Engine
-from slothcore.models.load import from_config
+from slothcore.models.load import from_config, load_model
 from slothcore.models.requests import Request
 from slothcore.models.sampling import Sampling
 from tests.models.engines import SIXTEEN, WAYS, alone, requests_of, run, tokens_of
-from tests.models.graph_models import as_function
+from tests.models.graph_models import VARIANTS, as_function
 from tests.models.test_config import TINY
 from tests.models.tiny import token_ids
+from tests.models.zoo import saved as saved_variant
+from tests.models.zoo import tiny_model
 
 NEW = 24
 SAMPLINGS = [
@@ -190,6 +192,70 @@ def test_cancelled_requests_are_silent_and_others_go_on(model: Decoder, ahead: b
     assert tokens_of(engine, requests) == expected
 
 
+@pytest.mark.parametrize("way", ["outside", "inside"])
+def test_the_last_request_may_be_cancelled(model: Decoder, way: str) -> None:
+    """Between steps, or by its own `should_stop`: without work all is as before."""
+    expected = alone(model, Request(prompt_ids=[1, 2, 3], max_new_tokens=NEW))
+    model.train()
+    engine = Engine(model, ahead=True, recorder=as_function, capacity=64)
+    numbers: list[int] = []
+
+    def cancels(tokens: list[int]) -> bool:
+        if way == "inside" and len(tokens) == 3:
+            engine.cancel(numbers[0])
+        return len(tokens) == 3
+
+    numbers.append(engine.add(Request(prompt_ids=[1, 2, 3], max_new_tokens=NEW, should_stop=cancels)))
+    events = [event for _ in range(3) for event in engine.step()]
+    assert not model.training
+    if way == "outside":
+        engine.cancel(numbers[0])
+    else:
+        events += engine.step()
+    assert [event.token for event in events] == expected[:2]
+    assert (engine.has_work, model.training) == (False, True)
+    assert tokens_of(engine, [Request(prompt_ids=[1, 2, 3], max_new_tokens=NEW)]) == [expected]
+
+
+def test_two_engines_on_one_model(model: Decoder) -> None:
+    """The one that ends first takes neither eval mode nor the norms of DoRA from the other."""
+    slothcore.add_lora(model, r=4, lora_alpha=16, lora_dropout=0.5, use_dora=True)
+    set_factors(model, 0)
+    request = Request(prompt_ids=[1, 2, 3], max_new_tokens=NEW)
+    expected = alone(model, request)
+    layer = model.model.layers[0].self_attn.q_proj
+    model.train()
+    long, short = Engine(model, capacity=64), Engine(model, capacity=64)
+    number = long.add(request)
+    tokens = [event.token for event in long.step()]
+    norms = layer.known_norms
+    assert tokens_of(short, [Request(prompt_ids=[4, 5], max_new_tokens=2)])
+    assert not model.training
+    assert layer.known_norms is norms is not None
+    while long.has_work:
+        tokens += [event.token for event in long.step() if event.id == number]
+    assert tokens == expected
+    assert model.training
+    assert layer.known_norms is None
+
+
+def test_the_default_device_is_ignored(model: Decoder) -> None:
+    requests = mixed_requests()
+    expected = tokens_of(Engine(model, capacity=192), requests)
+    prompt = torch.tensor(SIXTEEN[1])
+    text = model.generate(prompt, max_new_tokens=NEW)
+    with torch.device("meta"):
+        assert tokens_of(Engine(model, capacity=192), requests) == expected
+        assert torch.equal(model.generate(prompt, max_new_tokens=NEW), text)
+        assert list(model.stream(SIXTEEN[1], max_new_tokens=NEW)) == text[0, len(prompt) :].tolist()
+        model.generate(prompt, max_new_tokens=1, temperature=1.0)  # which takes a seed
+
+
+def test_a_cache_has_pages_for_rows_that_have_texts(model: Decoder) -> None:
+    engine = Engine(model, max_rows=3, capacity=100)
+    assert engine._cache.free_tokens == 3 * 128
+
+
 def with_lora(model: Decoder, seed: int = 0) -> Decoder:
     slothcore.add_lora(model, r=4, lora_alpha=16)
     set_factors(model, seed)
@@ -303,6 +369,44 @@ def test_sets_of_factors_take_turns(model: Decoder) -> None:
         Engine(model).add(Request(prompt_ids=[1], max_new_tokens=1, adapter="a"))
 
 
+def test_a_set_has_its_turn_while_another_gets_requests_all_the_time(model: Decoder) -> None:
+    engine = Engine(model, adapters=Factors(model), capacity=64)
+    rare = None
+    for step in range(3 * TURN):
+        # A pause at the beginning, so that it is after a pass over prompts that the turn of the other one comes.
+        if step not in (1, 2):
+            engine.add(Request(prompt_ids=[1, 2], max_new_tokens=3, adapter="a"))
+        if step == 3:
+            rare = engine.add(Request(prompt_ids=[1, 2], max_new_tokens=1, adapter="b"))
+        if any(event.id == rare for event in engine.step()):
+            return
+    pytest.fail("it has waited for ever")
+
+
+@pytest.mark.parametrize(("pages", "length"), [(4, 20), (5, 20)])
+def test_a_request_gets_its_room_while_another_set_wants_it_all_the_time(
+    model: Decoder, pages: int, length: int
+) -> None:
+    """Also where it is put back in between: requests of other sets that came later do not overtake it."""
+    engine = Engine(model, adapters=Factors(model), max_rows=8, capacity=190, cache_tokens=pages * 64)
+
+    def add(seed: int, length: int, new: int, adapter: str) -> int:
+        prompt = token_ids(length, seed=seed).tolist()
+        return engine.add(Request(prompt_ids=prompt, max_new_tokens=new, adapter=adapter))
+
+    under_way = {add(seed, length, 70, "b") for seed in range(2)}
+    rare = add(9, 60, 100, "a")
+    for step in range(600):
+        while len(under_way) < 12:
+            under_way.add(add(step, length, 70, "b"))
+        for event in engine.step():
+            if event.finished and event.id == rare:
+                return
+            if event.finished:
+                under_way.remove(event.id)
+    pytest.fail("it has waited for ever")
+
+
 def test_modes_are_put_back_also_by_an_error(model: Decoder) -> None:
     request = Request(prompt_ids=[1, 2, 3], max_new_tokens=6)
     expected = alone(model, request)
@@ -398,3 +502,13 @@ def test_wrong_numbers(model: Decoder) -> None:
             engine.add(Request(**options))
     assert not engine.has_work
     assert engine.step() == []
+
+
+def test_no_row_is_put_back_where_keys_would_be_turned_anew(tmp_path) -> None:
+    """With dynamic RoPE a longer text turns keys otherwise, and those in the cache stay as they were."""
+    dynamic = next(variant for variant in VARIANTS if "dynamic" in str(variant))
+    saved_variant(tiny_model(dynamic), tmp_path)
+    requests = requests_of(SIXTEEN, 40)
+    expected = tokens_of(Engine(load_model(tmp_path, bits=32, device="cpu"), capacity=256), requests)
+    few_pages = Engine(load_model(tmp_path, bits=32, device="cpu"), capacity=192, cache_tokens=6 * 64)
+    assert tokens_of(few_pages, requests) == expected

@@ -196,6 +196,21 @@ def test_should_stop_ends_rows(model: Decoder) -> None:
     assert seen == [(2, n) for n in range(1, 6)]
 
 
+def test_modes_are_put_back_however_rows_are_ended(model: Decoder) -> None:
+    model.train()
+    ids = token_ids(2, 4)
+    stopped = model.generate(ids, max_new_tokens=NEW, should_stop=lambda new: torch.ones(len(new), dtype=torch.bool))
+    assert stopped.shape == (2, 5)
+    assert model.training
+
+    def failing(new: Tensor) -> Tensor:
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        model.generate(ids, max_new_tokens=NEW, should_stop=failing)
+    assert model.training
+
+
 def test_generation_neither_trains_nor_drops(model: Decoder) -> None:
     q_proj = model.model.layers[0].self_attn.q_proj
     model.requires_grad_(False)

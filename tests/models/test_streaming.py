@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import slothcore
 from slothcore.models.decoder import Decoder
 from slothcore.models.load import from_config
 from slothcore.models.streaming import SMALLEST_CACHE, TextCache
@@ -73,6 +74,41 @@ def test_a_token_is_computed_when_it_is_asked_for_and_modes_are_put_back(model: 
     assert cache.tokens_read == 6
     tokens.close()
     assert model.training
+
+
+def test_streams_may_lie_open_beside_each_other(model: Decoder) -> None:
+    slothcore.add_lora(model, r=4, lora_alpha=16, lora_dropout=0.5, init_lora_weights=False)
+    prompts = [token_ids(5, seed=seed).tolist() for seed in range(2)]
+    expected = generated(model, prompts[1])
+    model.train()
+    first, second = (model.stream(prompt, max_new_tokens=NEW, eos_token_id=()) for prompt in prompts)
+    next(first)
+    tokens = [next(second), next(second)]
+    first.close()
+    assert not model.training
+    assert [*tokens, *second] == expected
+    assert model.training
+
+
+@torch.no_grad()
+def test_what_other_weights_have_read_is_read_again(model: Decoder) -> None:
+    cache, prompt = TextCache(model), token_ids(9).tolist()
+
+    def read() -> int:
+        before = cache.tokens_read
+        assert streamed(model, prompt, cache=cache) == generated(model, prompt)
+        return cache.tokens_read - before
+
+    v_proj = model.model.layers[0].self_attn.v_proj
+    everything, newest = 9 + NEW - 1, NEW
+    assert [read(), read()] == [everything, newest]
+    v_proj.weight.neg_()
+    assert [read(), read()] == [everything, newest]
+    v_proj.weight = torch.nn.Parameter(v_proj.weight * 2)
+    assert [read(), read()] == [everything, newest]
+    model.train()  # what writes past torch's own count
+    v_proj.weight.data.mul_(-1)
+    assert read() == everything
 
 
 def final_states(model: Decoder, ids: list[int]) -> Tensor:

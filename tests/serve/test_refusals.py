@@ -101,6 +101,8 @@ def test_a_wrong_chat_is_refused(server: Served, changes: dict[str, Any], param:
         ({"prompt": [[]]}, "prompt", "prompt must be a text, a list of texts"),
         ({"prompt": [5, 100_000]}, "prompt", "got 100000"),
         ({"prompt": [-1]}, "prompt", "got -1"),
+        ({"prompt": [-1], "echo": True}, "prompt", "got -1"),
+        ({"prompt": [2**40], "echo": True}, "prompt", f"got {2**40}"),
         ({"echo": True, "logprobs": 1}, "echo", "of new tokens only"),
         ({"best_of": 3}, "best_of", "best_of must be n, which is 1, got 3"),
         ({"prompt": ["a"] * 65, "n": 2}, "n", "must be at most 128"),
