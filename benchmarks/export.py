@@ -7,12 +7,15 @@
 
 Each case runs in a process of its own: it loads or draws the model, then exports it without the check, up to files
 that are on the disk under their final name; then the check is timed alone, on the same files. The peak of host memory
-is that of the export beyond what the process held before it. A bare write is one thread that writes as many bytes from
-one small buffer, in pieces as large as the export's, and waits for the disk; it runs behind each case, on the room that
-this one has left. What ends in `:original` needs the 16-bit files, which are written first.
+is that of the export, and of the check, beyond what the process held before it; a GGUF file is mapped to be checked,
+and its own pages, which the system may take back, count there. A bare write is one thread that writes as many bytes
+from one small buffer, in pieces as large as the export's, and waits for the disk; it runs behind each case, on the room
+that this one has left. What ends in `:original` needs the 16-bit files, which are written first.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import shutil
@@ -21,8 +24,10 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -43,6 +48,7 @@ from slothcore.models.writing import PIECE_BYTES
 CASES = ("merged", "merged:original", "merged-4bit", "gguf:q8_0", "gguf:q4_k_m", "gguf:q5_k_m", "gguf:q6_k", "gguf:f16")
 RANK = 16
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -134,12 +140,8 @@ def timed_export(args: argparse.Namespace) -> Row:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before_on_gpu = torch.cuda.memory_allocated()
-    forget_peak_memory()
-    before = memory_status("VmRSS")
-    began = time.perf_counter()
-    export_model(model, None, target, check=False, **options)
-    seconds = time.perf_counter() - began
-    row: Row = {"seconds": seconds, "peak_bytes": memory_status("VmHWM") - before, "found": "not read back"}
+    found, seconds, peak = measured(lambda: export_model(model, None, target, check=False, **options))
+    row: Row = {"seconds": seconds, "peak_bytes": peak, "found": found}
     if args.device == "cuda":
         row["gpu_bytes"] = torch.cuda.max_memory_allocated() - before_on_gpu
     row["bytes"] = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
@@ -147,11 +149,25 @@ def timed_export(args: argparse.Namespace) -> Row:
         chosen = FORMATS[format]
         bases = {"base": "original" if is_original else "loaded"} if chosen.takes_base else {}
         dtype = options.get("dtype") or chosen.default_dtype
-        began = time.perf_counter()
-        row["found"] = chosen.writer().check(model, target, dtype, give_up=True, **bases)
-        row["check_seconds"] = time.perf_counter() - began
+        check = partial(chosen.writer().check, model, target, dtype, give_up=True, **bases)
+        row["found"], row["check_seconds"], row["check_peak_bytes"] = measured(check)
     shutil.rmtree(target)
     return row
+
+
+def measured(call: Callable[[], T]) -> tuple[T, float, int]:
+    """What a call gives, its seconds, and its peak of host memory in bytes, beyond what the process needs before it."""
+    # What was freed and kept for later would be used by the call, and not be counted.
+    gc.collect()
+    if torch.cuda.is_initialized() and hasattr(torch._C, "_host_emptyCache"):
+        torch._C._host_emptyCache()
+    ctypes.CDLL(None).malloc_trim(0)
+    forget_peak_memory()
+    before = memory_status("VmRSS")
+    began = time.perf_counter()
+    result = call()
+    seconds = time.perf_counter() - began
+    return result, seconds, memory_status("VmHWM") - before
 
 
 def adapted_model(args: argparse.Namespace, *, from_files: bool) -> Decoder:
@@ -182,15 +198,17 @@ def timed_write(file: Path, size: int) -> float:
 
 
 def table(rows: list[Row]) -> str:
-    header = ["", "GB", "s", "GB/s", "bare GB/s", "of bare", "peak host GB", "peak GPU GB", "check s"]
+    header = ["", "GB", "s", "GB/s", "bare GB/s", "of bare", "peak host GB", "peak GPU GB", "check s", "its peak"]
     cells = []
     for row in rows:
         size = row["bytes"] / 1e9
         gpu = f"{row['gpu_bytes'] / 1e9:.2f}" if "gpu_bytes" in row else ""
-        check = f"{row['check_seconds']:.1f}" if "check_seconds" in row else ""
+        check = ["", ""]
+        if "check_seconds" in row:
+            check = [f"{row['check_seconds']:.1f}", f"{row['check_peak_bytes'] / 1e9:.2f}"]
         figures = [f"{size:.2f}", f"{row['seconds']:.1f}", f"{size / row['seconds']:.2f}"]
         figures += [f"{size / row['bare_seconds']:.2f}", f"{row['bare_seconds'] / row['seconds']:.0%}"]
-        cells.append([row["case"], *figures, f"{row['peak_bytes'] / 1e9:.2f}", gpu, check])
+        cells.append([row["case"], *figures, f"{row['peak_bytes'] / 1e9:.2f}", gpu, *check])
     return harness.format_table(header, cells)
 
 
