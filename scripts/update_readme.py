@@ -22,13 +22,14 @@ from moving_tables import LIBRARIES, moving_table  # noqa: E402
 from slothcore.cli import COMMANDS  # noqa: E402
 from slothcore.data.formats import LAYOUTS  # noqa: E402
 from slothcore.data.templates import BUILTIN_TEMPLATES  # noqa: E402
+from slothcore.export.formats import FORMATS  # noqa: E402
 from slothcore.lora.init_names import INITIALISATIONS  # noqa: E402
 from slothcore.models.families import supported_families_table  # noqa: E402
 from slothcore.training.config import TrainConfig  # noqa: E402
 
 
 def options_table() -> str:
-    """What a run can choose from, as the types of TrainConfig and the known layouts say it."""
+    """What a run and an export can choose from, as the types of TrainConfig, the layouts and the formats say it."""
     hints = get_type_hints(TrainConfig)
 
     def choices(name: str) -> str:
@@ -42,6 +43,8 @@ def options_table() -> str:
         "schedules (`lr_scheduler_type`)": choices("lr_scheduler_type"),
         "trained biases (`bias`)": choices("bias"),
         "first factors of an adapter (`init_lora_weights`)": ", ".join(f"`{name}`" for name in INITIALISATIONS),
+        "exports (`--format`)": ", ".join(f"`{name}`" for name in FORMATS),
+        "numbers of a GGUF file (`--dtype`)": ", ".join(f"`{dtype}`" for dtype in FORMATS["gguf"].dtypes),
     }
     return "\n".join(["| Option | Choices |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in rows.items())])
 

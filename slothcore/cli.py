@@ -11,6 +11,7 @@ from slothcore.commands.command import Command, HelpFormatter, UsageError
 from slothcore.commands.train import INTERRUPTED
 from slothcore.notices import notices
 from slothcore.training.options import check_names
+from slothcore.training.other_names import OTHER_FLAGS, OTHER_NAMES
 from slothcore.version import __version__
 
 FAILURE, USAGE_ERROR = 1, 2
@@ -28,6 +29,7 @@ first steps:
   slothcore preview --model meta-llama/Llama-3.1-8B --data d.jsonl  what will be learned?
   slothcore train --model meta-llama/Llama-3.1-8B --data d.jsonl --output-dir run
   slothcore chat --model run                                        talk with the result
+  slothcore serve --model run                                       let other programs ask it
   slothcore export --model run --format merged --output-dir merged  take it elsewhere
 
 slothcore COMMAND --help explains a command and shows examples.
@@ -52,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     status = FAILURE
     try:
         status = _run(sys.argv[1:] if argv is None else list(argv))
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as `>&-` leaves it
+            sys.stdout.flush()
         return status
     except BrokenPipeError:
         # As in `slothcore generate ... | head -1`. Whatever is left to flush at exit goes nowhere.
@@ -105,7 +108,8 @@ def _run(argv: list[str]) -> int:
     command = COMMANDS[values.pop("command")]
     options = [_option_name(word) for word in unknown if word.startswith("-")]
     try:
-        check_names(options, command.known_names(values), source="the flags")
+        others = OTHER_NAMES if command.takes_config else {**OTHER_NAMES, **OTHER_FLAGS}
+        check_names(options, command.known_names(values), source="the flags", others=others)
     except ValueError as error:
         raise UsageError(str(error)) from error
     if unknown:

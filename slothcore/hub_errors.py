@@ -75,7 +75,7 @@ def explain(
         )
     if isinstance(error, PermissionError):
         return f"the download cache {cache} may not be written into; choose another with cache_dir= or HF_HOME"
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = _reason(error)
     return (
         f"downloading {name}{at_revision} from the Hugging Face Hub failed: {reason}; start again: files "
         "that have arrived whole are not fetched twice"
@@ -109,7 +109,7 @@ def explain_upload(error: Exception, name: str) -> str:
             f"the Hugging Face Hub answered with status {status} to the upload to {name}, where nothing has changed; "
             "try again later"
         )
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = _reason(error)
     return f"uploading to {name} on the Hugging Face Hub failed: {reason}; nothing has changed there, so start again"
 
 
@@ -120,6 +120,12 @@ def without_network(local_files_only: bool) -> str | None:
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set; unset it once to download"
     return None
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in one line; of a token that is no header's value the HTTP library says all."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub("Bearer .*", "the token is no text that can be sent", text)
 
 
 def _status(error: BaseException | None) -> int | None:

@@ -59,6 +59,10 @@ class PseudoTerminal:
 
     def send(self, text: str) -> None:
         """Type it."""
+        if text == CTRL_C:
+            # What was typed before may have been echoed and readline not yet be waiting for more; it notices a signal
+            # that comes in between with the next key only. A person is not as fast.
+            time.sleep(0.3)
         os.write(self._master, text.encode())
 
     def expect(self, text: str) -> str:

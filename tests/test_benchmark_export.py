@@ -42,6 +42,24 @@ def test_a_bare_write_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("megabytes", [16, 200])
+def test_the_peak_of_memory_is_that_of_the_call(megabytes: int) -> None:
+    """Though as much was in use before, small and large, and has been freed."""
+
+    def fill() -> int:
+        return sum(len(piece) for piece in [bytearray(b"x") * 2**16 for _ in range(megabytes * 16)])
+
+    kept = bytearray(b"x") * (50 * 2**20)
+    fill()
+    found, seconds, peak = export.measured(fill)
+    assert found == megabytes * 2**20
+    assert seconds > 0
+    # The system counts in steps of some pages a thread.
+    assert -(2**20) < peak - found < 8 * 2**20
+    assert export.measured(lambda: None)[2] < 2**20
+    del kept
+
+
 def test_cases_are_formats(capsys: pytest.CaptureFixture[str]) -> None:
     assert {case.partition(":")[0] for case in export.CASES} <= FORMATS.keys()
     with pytest.raises(SystemExit):

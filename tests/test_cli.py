@@ -1,5 +1,6 @@
 """The command: help that teaches, flags that reach the call, and a round from training to an answer."""
 
+import argparse
 import json
 import re
 import shlex
@@ -18,6 +19,7 @@ from slothcore.cli import COMMANDS, build_parser, main
 from slothcore.commands.command import config_of
 from slothcore.data.formats import alpaca_prompt
 from slothcore.training.config import TrainConfig, field_types
+from slothcore.training.other_names import OTHER_FLAGS
 from slothcore.training.report import read_log
 from slothcore.version import __version__
 from tests.training.tiny import write_model, write_records
@@ -382,6 +384,35 @@ def test_a_models_own_config_yaml_is_no_runs(folder, tmp_path, capsys) -> None:
     (tmp_path / "model" / "config.yaml").write_text("trainer: somebody else's\n")
     argv = ["generate", "--model", str(tmp_path / "model"), "--device", "cpu", "--prompt", "a"]
     assert main([*argv, "--max-new-tokens", "2"]) == 0
+
+
+def test_names_of_other_programs_lead_to_the_option_here(capsys) -> None:
+    for command, other, here in (
+        ("serve", "max-model-len", "max_length"),
+        ("serve", "lora-modules", "adapter"),
+        ("generate", "max-length", "max_new_tokens"),
+        ("export", "quantization-method", "dtype"),
+        ("export", "push-to-hub", "push"),
+    ):
+        assert (
+            main([command, "--model", "./absent", *(["--format", "gguf"] * (command == "export")), f"--{other}", "x"])
+            == 2
+        )
+        assert f"did you mean '{here}'?" in capsys.readouterr().err, other
+    assert main(["train", "--push-to-hub", "x"]) == 2
+    assert "slothcore has nothing like it" in capsys.readouterr().err
+    options = set()
+    for command in COMMANDS.values():
+        if not command.takes_config:
+            parser = argparse.ArgumentParser()
+            command.add_options(parser)
+            options |= {action.dest for action in parser._actions}
+    assert set(OTHER_FLAGS.values()) <= options
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "slothcore", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"slothcore {__version__}\n")
 
 
 def test_version(capsys) -> None:

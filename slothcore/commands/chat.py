@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from slothcore.commands.command import Command, UsageError, add_model_options, model_options
+from slothcore.commands.command import Command, UsageError, add_model_options, add_template_option, model_options
 from slothcore.commands.sampling import add_sampling_options, sampling_of
 
 EXAMPLES = """\
@@ -24,16 +24,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     talk = parser.add_argument_group("conversation")
     talk.add_argument("--system", metavar="TEXT", help="the system message that the conversation begins with")
-    talk.add_argument(
-        "--chat-template", metavar="NAME", help="a built-in template or a .jinja file; default: the model's own"
-    )
-    add_sampling_options(parser, max_new_tokens=512)
+    add_template_option(talk)
+    add_sampling_options(parser, max_new_tokens=None, where_none="512, or half of what the model takes if that is less")
 
 
 def run(values: dict[str, Any]) -> int:
     sampling = sampling_of(values)
     if values["system"] == "":
         raise UsageError("--system is empty; write a message, or leave it out")
+    if sys.stdin is None:
+        raise UsageError(
+            "standard input is closed, so there is nobody to talk with; pipe questions in, one on each line"
+        )
     from slothcore.commands.terminal import Terminal
     from slothcore.data.templates import template_source
     from slothcore.inference.chat import Chat
@@ -99,6 +101,10 @@ class Conversation:
         stopped = self.terminal.show(self.chat.ask(text))
         if stopped:
             self.terminal.note("stopped; what was said so far counts as the answer")
+        elif self.chat.is_full:
+            self.terminal.note(
+                "cut short, for the conversation is as long as the model can read; /reset begins a new one"
+            )
         elif self.chat.cut_short:
             self.terminal.note(
                 f"cut short after {self.chat.max_new_tokens} tokens; --max-new-tokens allows longer answers"
@@ -107,11 +113,11 @@ class Conversation:
 
     def _help(self, _: str) -> None:
         for name, (_act, argument, what) in self.commands.items():
-            self.terminal.note(f"{f'/{name} {argument}':<20} {what}")
-        self.terminal.note(
+            self.terminal.tell(f"{f'/{name} {argument}':<20} {what}")
+        self.terminal.tell(
             f"{chr(34) * 3:<20} begins and ends a message of several lines; so does \\ at the end of each"
         )
-        self.terminal.note(f"{'Ctrl-C':<20} stops an answer, or drops what is being written")
+        self.terminal.tell(f"{'Ctrl-C':<20} stops an answer, or drops what is being written")
 
     def _reset(self, _: str) -> None:
         self.chat.reset(self.chat.system)

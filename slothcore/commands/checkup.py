@@ -22,6 +22,7 @@ Status = Literal["ok", "warning", "problem"]
 OPTIONAL = {
     "matplotlib": "loss.png",
     "pyarrow": "Parquet files",
+    "gguf": "GGUF files",
     "starlette": "slothcore serve",
     "uvicorn": "slothcore serve",
 }

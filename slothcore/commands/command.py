@@ -121,6 +121,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="TEXT", help="cpu, cuda or cuda:N; default: a GPU if there is one")
 
 
+def add_template_option(group: argparse._ActionsContainer) -> None:
+    """How a conversation is written."""
+    group.add_argument(
+        "--chat-template", metavar="NAME", help="a built-in template or a .jinja file; default: the model's own"
+    )
+
+
 def model_options(values: dict[str, Any]) -> dict[str, Any]:
     """The values of `add_model_options` but for the model, as `open_result` takes them."""
     return {name: values[name] for name in ("bits", "device", "revision", "token", "local_files_only")}

@@ -4,32 +4,47 @@ import argparse
 import sys
 from typing import Any
 
-from slothcore.commands.command import Command, UsageError, add_model_options, model_options
+from slothcore.commands.command import Command, UsageError, add_model_options, add_template_option, model_options
 from slothcore.export.formats import FORMATS, format_named
 
 EXAMPLES = """\
   slothcore export --model runs/alpaca --format merged --output-dir merged
   slothcore export --model runs/alpaca/checkpoint-500 --format merged --output-dir merged-500 --dtype float16
   slothcore export --model runs/alpaca --format merged-4bit --base original --output-dir small
+  slothcore export --model runs/alpaca --format gguf --dtype q4_k_m --output-dir gguf
+  slothcore export --model runs/alpaca --format ollama --chat-template alpaca --output-dir ollama
   slothcore export --model runs/alpaca --format adapter --push me/alpaca-lora
 """
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
-    parser.add_argument("--format", required=True, choices=tuple(FORMATS), help="what to write; see above")
-    add_target_options(parser)
-
-
-def add_target_options(parser: argparse.ArgumentParser) -> None:
-    """Where to, in which numbers, and into which base."""
-    parser.add_argument("--output-dir", metavar="DIR", help="a new folder; with --push one is not needed")
-    dtypes = dict.fromkeys(dtype for format in FORMATS.values() for dtype in format.dtypes)
     parser.add_argument(
-        "--dtype",
-        choices=tuple(dtypes),
-        help="of the numbers; default: bfloat16, q8_0 for GGUF, and for an adapter as they are",
+        "--format", required=True, type=format_word, choices=tuple(FORMATS), help="what to write; see above"
     )
+    add_target_options(
+        parser, formats=tuple(FORMATS), defaults="bfloat16, q8_0 for GGUF, and for an adapter as they are"
+    )
+
+
+def format_word(text: str) -> str:
+    """A format as it was written. Raises: ArgumentTypeError if it is what the numbers of a GGUF file can be."""
+    word = text.lower()
+    if word in FORMATS["gguf"].dtypes:
+        raise argparse.ArgumentTypeError(f"{text} is a dtype of a GGUF file; give --format gguf --dtype {word}")
+    return word.replace("_", "-")
+
+
+def add_target_options(parser: argparse.ArgumentParser, *, formats: tuple[str, ...], defaults: str) -> None:
+    """Where to, in which numbers, and into which base.
+
+    Args:
+        formats: the dtypes of these can be chosen.
+        defaults: which dtype is taken where none is.
+    """
+    parser.add_argument("--output-dir", metavar="DIR", help="a new folder; with --push one is not needed")
+    dtypes = dict.fromkeys(dtype for name in formats for dtype in FORMATS[name].dtypes)
+    parser.add_argument("--dtype", type=str.lower, choices=tuple(dtypes), help=f"of the numbers; default: {defaults}")
     parser.add_argument(
         "--base",
         choices=("loaded", "original"),
@@ -37,6 +52,7 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
         help="what the adapter is folded into: the weights as they were trained beside, those in 4 bits as they "
         "decode (default); or as the model's folder holds them, before anything was quantised",
     )
+    add_template_option(parser)
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload to this repository of the Hugging Face Hub")
     parser.add_argument("--public", action="store_true", help="let everybody read it; default: a private repository")
 
@@ -48,18 +64,21 @@ def run(values: dict[str, Any]) -> int:
         raise UsageError("nothing says where to write; give --output-dir DIR, or --push OWNER/NAME for the Hub")
     if values["public"] and not values["push"]:
         raise UsageError("--public is of no use without --push OWNER/NAME; give both or neither")
-    from pathlib import Path
-
+    from slothcore.data.templates import template_source
     from slothcore.export.export import export_model
     from slothcore.export.hub_upload import push_to_hub
-    from slothcore.export.new_folder import require_new
+    from slothcore.export.new_folder import place_of, require_new
     from slothcore.run import open_result
     from slothcore.training.run_folder import run_behind
 
-    target = Path(values["output_dir"]).expanduser() if values["output_dir"] else None
+    if values["chat_template"] is not None:
+        template_source(values["chat_template"])  # a wrong name is said before a model is loaded
+    target = place_of(values["output_dir"]) if values["output_dir"] else None
     if target is not None:
         require_new(target)
     model, tokenizer = open_result(values["model"], **model_options(values))
+    if values["chat_template"] is not None:
+        tokenizer.use_chat_template(values["chat_template"])
     options = {"format": name, "dtype": values["dtype"], "base": values["base"], "give_up_model": True}
     if values["push"]:
         token, trained_in = values["token"], run_behind(values["model"])

@@ -1,21 +1,28 @@
 """`slothcore generate`."""
 
 import argparse
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from slothcore.commands.command import Command, UsageError, add_model_options, model_options
+from slothcore.commands.command import Command, UsageError, add_model_options, add_template_option, model_options
 from slothcore.commands.sampling import add_sampling_options, sampling_of
+
+if TYPE_CHECKING:
+    from slothcore.data.tokenizer import Tokenizer
+    from slothcore.models.decoder import Decoder
 
 EXAMPLES = """\
   slothcore generate --model runs/alpaca --instruction "Name three rivers in Europe."
   slothcore generate --model runs/chat --chat --prompt "Who are you?" --temperature 0.7 --top-p 0.9
   slothcore generate --model meta-llama/Llama-3.2-1B --prompt "The capital of France is" --max-new-tokens 8
+  slothcore generate --model runs/alpaca --prompts-file questions.txt --chat --chat-template alpaca
   slothcore generate --model runs/chat --prompts-file prompts.jsonl --output answers.jsonl   again: the rest of them
 """
 # What has an effect only beside another option.
 NEEDED = {"input": "instruction", "system": "chat", "output": "prompts_file"}
 ROWS = ".jsonl"
+STANDARD_INPUT = "-"
 KINDS = ("prompt", "prompts_file", "instruction")
 ONE_KIND = "give one of --prompt, --prompts-file and --instruction"
 
@@ -25,7 +32,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     prompts = parser.add_argument_group("prompts (one kind)")
     prompts.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts to continue")
     prompts.add_argument(
-        "--prompts-file", metavar="FILE", help="the same, one on each line; or rows of a .jsonl file, with --output"
+        "--prompts-file",
+        metavar="FILE",
+        help="the same, one on each line (-: of standard input); or rows of a .jsonl file, with --output",
     )
     prompts.add_argument(
         "--output",
@@ -37,6 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     prompts.add_argument("--input", metavar="TEXT", default="", help="the input that goes with --instruction")
     prompts.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template")
     prompts.add_argument("--system", metavar="TEXT", help="the system message that goes with --chat")
+    add_template_option(prompts)
     add_sampling_options(parser, max_new_tokens=256)
 
 
@@ -45,19 +55,25 @@ def run(values: dict[str, Any]) -> int:
     if by_rows != (values["output"] is not None) and values["prompts_file"] is not None:
         raise UsageError(f"--output goes with a {ROWS} file of prompts; give both, or a file of another kind alone")
     prompts = [] if by_rows else prompts_of(values)
-    for name, needed in NEEDED.items():
+    # Rows with messages go through the template in any case.
+    for name, needed in {**NEEDED, **({} if by_rows else {"chat_template": "chat"})}.items():
         if values[name] and not values[needed]:
-            flag = needed.replace("_", "-")
-            raise UsageError(f"--{name} has no effect without --{flag}; add it, or leave --{name} out")
+            flag, other = name.replace("_", "-"), needed.replace("_", "-")
+            raise UsageError(f"--{flag} has no effect without --{other}; add it, or leave --{flag} out")
+    if values["chat"] and values["instruction"] is not None:
+        raise UsageError(
+            "--instruction has Alpaca's template and takes no --chat; give the text as --prompt, or drop one"
+        )
     sampling = sampling_of(values)
+    if values["chat_template"] is not None:
+        from slothcore.data.templates import template_source
+
+        template_source(values["chat_template"])  # a wrong name is said before a model is loaded
     if by_rows:
         return answer_file(values, sampling)
     from slothcore.inference.generate import generate
-    from slothcore.models.vocabulary import round_tables
-    from slothcore.run import open_result
 
-    model, tokenizer = open_result(values["model"], **model_options(values))
-    round_tables(model)
+    model, tokenizer = open_model(values)
     if values["chat"]:
         system = [{"role": "system", "content": values["system"]}] if values["system"] else []
         prompts = [
@@ -84,20 +100,36 @@ def answer_file(values: dict[str, Any], sampling: dict[str, Any]) -> int:
     source, output = Path(values["prompts_file"]), Path(values["output"])
     if not source.is_file():
         raise FileNotFoundError(f"the prompts file {source} does not exist")
+    if output.exists() and output.samefile(source):
+        raise UsageError(f"--output {output} is the file of prompts; give it another name")
+    if not output.parent.is_dir():
+        raise ValueError(
+            f"--output {output} would lie in {output.parent}, which is no folder; make it, or name another"
+        )
     from slothcore.inference.endings import Endings
     from slothcore.inference.prompt_files import answer_rows, read_prompts
     from slothcore.models.sampling import Sampling
+
+    model, tokenizer = open_model(values)
+    rows = read_prompts(source, tokenizer, chat=values["chat"], system=values["system"])
+    options = {name: sampling.pop(name) for name in ("max_new_tokens", "seed")}
+    endings = Endings.of(model, tokenizer, sampling.pop("stop_strings"))
+    before = answer_rows(model, tokenizer, rows, output, sampling=Sampling(**sampling), endings=endings, **options)
+    hint = "; another --output has them answered anew" if before == len(rows) else ""
+    print(f"{output}: {len(rows)} row{'s' * (len(rows) > 1)}, {len(rows) - before} of them new{hint}")
+    return 0
+
+
+def open_model(values: dict[str, Any]) -> tuple["Decoder", "Tokenizer"]:
+    """The model, and its tokenizer with the template that was asked for."""
     from slothcore.models.vocabulary import round_tables
     from slothcore.run import open_result
 
     model, tokenizer = open_result(values["model"], **model_options(values))
     round_tables(model)
-    rows = read_prompts(source, tokenizer, chat=values["chat"], system=values["system"])
-    options = {name: sampling.pop(name) for name in ("max_new_tokens", "seed")}
-    endings = Endings.of(model, tokenizer, sampling.pop("stop_strings"))
-    before = answer_rows(model, tokenizer, rows, output, sampling=Sampling(**sampling), endings=endings, **options)
-    print(f"{output}: {len(rows)} rows, {len(rows) - before} of them new")
-    return 0
+    if values["chat_template"] is not None:
+        tokenizer.use_chat_template(values["chat_template"])
+    return model, tokenizer
 
 
 def prompts_of(values: dict[str, Any]) -> list[str]:
@@ -110,15 +142,26 @@ def prompts_of(values: dict[str, Any]) -> list[str]:
         return [alpaca_prompt(values["instruction"], values["input"])]
     if values["prompt"] is not None:
         return list(values["prompt"])
-    path = Path(values["prompts_file"])
-    if not path.is_file():
-        raise FileNotFoundError(f"the prompts file {path} does not exist")
+    name = f"the prompts file {values['prompts_file']}"
+    if values["prompts_file"] == STANDARD_INPUT:
+        name = "standard input"
+        content = b"" if sys.stdin is None else sys.stdin.buffer.read()
+    elif Path(values["prompts_file"]).is_dir():
+        raise ValueError(f"{name} is a folder; name a file in it")
+    else:
+        try:
+            # A pipe, such as a shell's <(command), is as good as a file.
+            content = Path(values["prompts_file"]).read_bytes()
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{name} does not exist") from error
     try:
-        prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # Other marks that Unicode takes for the end of a line belong to a prompt.
+        lines = [line.rstrip("\r") for line in content.decode("utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
-        raise ValueError(f"the prompts file {path} is not UTF-8; save it as UTF-8") from error
+        raise ValueError(f"{name} is not UTF-8; save it as UTF-8") from error
+    prompts = [line for line in lines if line.strip()]
     if not prompts:
-        raise ValueError(f"the prompts file {path} is empty; write one prompt on each line")
+        raise ValueError(f"{name} is empty; write one prompt on each line")
     return prompts
 
 

@@ -14,7 +14,7 @@ EXAMPLES = """\
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
-    export.add_target_options(parser)
+    export.add_target_options(parser, formats=("merged",), defaults="bfloat16")
 
 
 def run(values: dict[str, Any]) -> int:

@@ -11,15 +11,19 @@ PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
 NAMES = ("max_new_tokens", "temperature", *OF_DRAWING, *PENALTIES, "stop_strings", "seed")
 
 
-def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
-    """The names are those of transformers' generate."""
+def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int | None, where_none: str = "") -> None:
+    """The names are those of transformers' generate.
+
+    Args:
+        max_new_tokens: the default; None: it depends on the model, as `where_none` says.
+    """
     group = parser.add_argument_group("answers")
     group.add_argument(
         "--max-new-tokens",
         type=int,
         default=max_new_tokens,
         metavar="N",
-        help=f"most tokens of an answer; default: {max_new_tokens}",
+        help=f"most tokens of an answer; default: {max_new_tokens or where_none}",
     )
     group.add_argument(
         "--stop-strings", nargs="+", default=(), metavar="TEXT", help="end an answer before the first of these texts"
@@ -74,7 +78,7 @@ def sampling_of(values: dict[str, Any]) -> dict[str, Any]:
     names = ("temperature", *OF_DRAWING, *PENALTIES)
     try:
         Sampling(**{name: values[name] for name in names})
-        if values["max_new_tokens"] < 1:
+        if values["max_new_tokens"] is not None and values["max_new_tokens"] < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {values['max_new_tokens']}")
         if not 0 <= values["seed"] < 2**63:
             raise ValueError(f"seed must lie in 0..2**63 - 1, got {values['seed']}")

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slothcore.commands.command import Command, UsageError, add_model_options, model_options
+from slothcore.commands.command import Command, UsageError, add_model_options, add_template_option, model_options
 
 if TYPE_CHECKING:
     from slothcore.data.tokenizer import Tokenizer
@@ -22,6 +22,7 @@ EXAMPLES = """\
   slothcore serve --model runs/chat --host 0.0.0.0 --port 8080 --api-key "$KEY"   for other machines, too
 """
 PACKAGES = ("starlette", "uvicorn")
+NO_TEMPLATE = "conversations are refused; --chat-template alpaca, chatml or another one lets them be asked"
 KEY_VARIABLE = "SLOTHCORE_API_KEY"
 
 
@@ -39,9 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     names.add_argument(
         "--served-model-name", metavar="NAME", help="what requests call the model; default: as --model has it"
     )
-    names.add_argument(
-        "--chat-template", metavar="NAME", help="a built-in template or a .jinja file; default: the model's own"
-    )
+    add_template_option(names)
     door = parser.add_argument_group("who may ask")
     door.add_argument(
         "--host", default="127.0.0.1", metavar="NAME", help="where to listen; default: 127.0.0.1, this machine only"
@@ -69,6 +68,9 @@ def run(values: dict[str, Any]) -> int:
         raise UsageError(f"the model and an adapter are both called {name}; give one another name")
     if not 0 <= values["port"] <= 65535:
         raise UsageError(f"--port must lie in 0..65535, got {values['port']}")
+    for option in ("max_rows", "max_length", "cache_tokens"):
+        if values[option] is not None and values[option] < 1:
+            raise UsageError(f"--{option.replace('_', '-')} must be at least 1, got {values[option]}")
     key = values["api_key"] if values["api_key"] is not None else os.environ.get(KEY_VARIABLE)
     if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
         raise UsageError("the API key must be printable ASCII without spaces around it, as a header can carry it")
@@ -96,6 +98,9 @@ def run(values: dict[str, Any]) -> int:
         cache_tokens=values["cache_tokens"],
     )
     names = ", ".join(each.name for each in served)
+    silent = ", ".join(each.name for each in served if each.tokenizer.chat_template is None)
+    if silent:
+        print(f"slothcore: no chat template for {silent}: {NO_TEMPLATE}", file=sys.stderr, flush=True)
     try:
         server.run(ready=lambda: print(f"serving {names} at {port.url}; Ctrl-C ends", flush=True))
     except KeyboardInterrupt:

@@ -32,7 +32,11 @@ class Terminal:
     def note(self, text: str) -> None:
         """Something for a person, which is no part of the conversation."""
         if self.is_interactive:
-            self._say(f"{DIM}{text}{RESET}" if self.is_colored else text)
+            self.tell(text)
+
+    def tell(self, text: str) -> None:
+        """What somebody asked for, on standard error: a script's, too."""
+        self._say(f"{DIM}{text}{RESET}" if self.is_colored else text)
 
     def complain(self, text: str) -> None:
         """Something went wrong; at a terminal one goes on. Raises: ValueError elsewhere."""

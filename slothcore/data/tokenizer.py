@@ -196,8 +196,8 @@ class Tokenizer:
         if template is None:
             raise ValueError(
                 f"the tokenizer in {self._folder} has no chat template; set chat_template to a built-in one "
-                f"({', '.join(BUILTIN_TEMPLATES)}) or to a .jinja file, add a chat_template.jinja to that folder, or "
-                "write the data as prompt and completion"
+                f"({', '.join(BUILTIN_TEMPLATES)}) or to a .jinja file (--chat-template), add a chat_template.jinja "
+                "to that folder, or use plain prompts"
             )
         return template
 

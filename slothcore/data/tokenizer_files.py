@@ -33,7 +33,11 @@ def copy_files(
     """Copy what is there of a tokenizer's files into the folder `target`, each under its name once it is complete.
 
     `chat_template`, the source of another template, is written in place of all that the folder has.
+
+    Raises: ValueError if the source has no tokenizer any more.
     """
+    if not (source / "tokenizer.json").is_file():
+        raise ValueError(f"{source} has lost its tokenizer.json since the tokenizer was loaded; load it again")
     enlarged = _with_tokens(source, new_tokens) if new_tokens else {}
     replaced = chat_template is not None
     templates = [] if replaced else source.glob(f"{ADDITIONAL_TEMPLATES}/*.jinja")

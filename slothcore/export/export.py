@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from slothcore.data.tokenizer import Tokenizer
 from slothcore.export.formats import Writer, format_named
-from slothcore.export.new_folder import new_folder, require_new, require_room
+from slothcore.export.new_folder import new_folder, place_of, require_new, require_room
 from slothcore.lora.merge import Base
 from slothcore.models.decoder import Decoder
 
@@ -36,17 +38,24 @@ def export_model(
         give_up_model: the model is not needed any more, and its memory may be freed before that; it is of no use then.
     Returns: what the check found, in a few words.
     Raises: ValueError, before anything is written, for a format, dtype, model or path that do not go together, or too
-        little room; if what was written does not give the model's logits. OSError if the disk fails.
+        little room; if the GPU has none for a weight, or what was written does not give the model's logits. OSError if
+        the disk fails.
     """
-    target = Path(path).expanduser()
+    target = place_of(path)
     job = ExportJob.of(model, format, dtype, base)
     require_new(target)
     require_room(target, job.writer.size(model, job.dtype))
-    with new_folder(target) as building:
-        job.writer.write(model, tokenizer, building, job.dtype, **job.options)
-        if not check:
-            return "not read back"
-        return job.writer.check(model, building, job.dtype, give_up=give_up_model, **job.options)
+    try:
+        with new_folder(target) as building:
+            job.writer.write(model, tokenizer, building, job.dtype, **job.options)
+            if not check:
+                return "not read back"
+            return job.writer.check(model, building, job.dtype, give_up=give_up_model, **job.options)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"the GPU's memory is full, so {target} was not written; free some of it, or load the model with "
+            "--device cpu (device='cpu')"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,10 @@ class ExportJob:
                 f"base {base} is of no use to the format {format}, which does not fold the adapter into it; leave it "
                 "out"
             )
-        job = cls(chosen.writer(), dtype or chosen.default_dtype, {"base": base} if chosen.takes_base else {})
+        job = cls(
+            chosen.writer(),
+            dtype.lower() if dtype else chosen.default_dtype,
+            {"base": base} if chosen.takes_base else {},
+        )
         job.writer.require(model, job.dtype, **job.options)
         return job

@@ -104,9 +104,12 @@ FORMATS = {
 
 
 def format_named(name: str, dtype: str | None, *, say: Callable[[str], Exception] = ValueError) -> Format:
-    """The format of this name. Raises: `say`'s exception for another name, or a dtype that it does not have."""
+    """The format of this name; its dtype may be written in capitals, as in the names of GGUF files.
+
+    Raises: `say`'s exception for another name, or a dtype that it does not have.
+    """
     if name not in FORMATS:
         raise say(f"format must be one of {', '.join(FORMATS)}, got {name!r}")
-    if dtype is not None and dtype not in FORMATS[name].dtypes:
+    if dtype is not None and dtype.lower() not in FORMATS[name].dtypes:
         raise say(f"dtype must be one of {', '.join(FORMATS[name].dtypes)} for the format {name}, got {dtype!r}")
     return FORMATS[name]

@@ -25,6 +25,8 @@ from slothcore.models.decoder import Decoder
 # several times what usual weights lose, and far below what any mistake about names, rows or bytes does. Kinds that are
 # not here hold the number of their type that is nearest.
 LARGEST_ERROR: dict[Kind, float] = {"Q8_0": 0.03, "Q6_K": 0.08, "Q5_K": 0.15, "Q5_1": 0.2, "Q5_0": 0.2, "Q4_K": 0.2}
+# What a number may be off by besides: float16 factors as small as can be, times the integers that they belong to.
+SMALLEST_STEP = 2.0**-15
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18, "BF16": 32}  # llama_ftype
 QUANTIZATION_VERSION = 2
@@ -127,7 +129,7 @@ def mixture_of(dtype: str | None) -> Mixture:
 
 def model_name(model: Decoder, tokenizer: Tokenizer | None) -> str:
     """What people call the model: the last part of what it was loaded as."""
-    name = PHI3.sub("Phi 3", Path(model.name_or_path or "model").name)
+    name = PHI3.sub("Phi 3", Path(model.name_or_path or "").name or "model")
     return name if tokenizer is None or not gguf_tokenizer.has_phi3_tokens(tokenizer) else f"Phi-3 {name}"
 
 
@@ -138,7 +140,8 @@ def sampling_parameters(generation_config: Mapping[str, Any], names: Mapping[str
         names: what it is to be called -> `generation_config.json`'s name.
     """
     given = generation_config if generation_config.get("do_sample") else {}
-    return {name: given[theirs] for name, theirs in names.items() if given.get(theirs) is not None}
+    found = {name: given.get(theirs) for name, theirs in names.items()}
+    return {name: v for name, v in found.items() if isinstance(v, int | float) and not isinstance(v, bool)}
 
 
 class FilePlan:
@@ -198,7 +201,8 @@ def require_close(found: Tensor, expected: Tensor, kind: Kind, name: str) -> Non
     if kind in FLOATS:
         is_close = torch.equal(found, expected.to(FLOATS[kind]).float())
     else:
-        is_close = bool((found - expected).norm() <= LARGEST_ERROR[kind] * expected.norm())
+        allowed = LARGEST_ERROR[kind] * expected.norm() + SMALLEST_STEP * expected.numel() ** 0.5
+        is_close = bool((found - expected).norm() <= allowed)
     if not is_close:
         raise ValueError(
             f"{name} of the GGUF file is not what the model has (as {kind}), so the file was not kept; please report "

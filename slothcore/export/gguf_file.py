@@ -126,10 +126,12 @@ def _padded(size: int) -> int:
 
 
 def _add(writer: "GGUFWriter", key: str, value: Value) -> None:
-    """One key, in the type of the value; whole numbers are unsigned, 32 bits."""
+    """One key, in the type of the value; whole numbers have 32 bits, with a sign where they need one."""
     match value:
         case bool():
             writer.add_bool(key, value)
+        case int() if value < 0:
+            writer.add_int32(key, value)
         case int():
             writer.add_uint32(key, value)
         case float():

@@ -36,20 +36,33 @@ def quantize(weight: Tensor, kind: Kind) -> np.ndarray:
     packed = torch.empty(len(blocks), block_bytes, dtype=torch.uint8)
     at_once = (NUMBERS_ON_GPU if weight.is_cuda else NUMBERS_A_THREAD) // numbers
 
-    def pack(start: int) -> None:
-        part = slice(start, start + at_once)
+    def pack(part: slice) -> None:
         packed[part] = PACKS[kind](blocks[part].float())
 
-    starts = range(0, len(blocks), at_once)
     if weight.is_cuda:
-        for start in starts:
-            pack(start)
+        as_memory_allows(pack, len(blocks), at_once, least=NUMBERS_A_THREAD // numbers)
     else:
-        _on_all_threads(pack, starts)
+        _on_all_threads(pack, [slice(start, start + at_once) for start in range(0, len(blocks), at_once)])
     return packed.numpy().reshape(*weight.shape[:-1], size)
 
 
-def _on_all_threads(work: Callable[[int], None], items: Sequence[int]) -> None:
+def as_memory_allows(work: Callable[[slice], None], count: int, at_once: int, *, least: int) -> None:
+    """Do `work` to `count` things, so many at once; half as many from where the GPU's memory is full.
+
+    Raises: torch.OutOfMemoryError if not even `least` fit.
+    """
+    start = 0
+    while start < count:
+        try:
+            work(slice(start, start + at_once))
+            start += at_once
+        except torch.OutOfMemoryError:
+            if at_once <= least:
+                raise
+            at_once = max(least, at_once // 2)
+
+
+def _on_all_threads(work: Callable[[slice], None], items: Sequence[slice]) -> None:
     """Do `work` to each.
 
     Each thread's operations stay on that thread, even if there is but one: they are many and short, and where all

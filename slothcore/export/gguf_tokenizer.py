@@ -47,7 +47,7 @@ def metadata(tokenizer: Tokenizer | None, vocab_size: int, *, other_ends: tuple[
 
     Args:
         tokenizer: None: the file is for callers who give token ids themselves.
-        vocab_size: rows of the embedding; ids above the tokenizer's get names that no text has.
+        vocab_size: rows of the embedding; ids that the tokenizer has not get names that no token has.
         other_ends: tokens that end a text beside the tokenizer's own.
     Raises: ValueError if llama.cpp has no tokenizer that gives the same ids.
     """
@@ -56,20 +56,11 @@ def metadata(tokenizer: Tokenizer | None, vocab_size: int, *, other_ends: tuple[
     source = json.loads(tokenizer.to_json())
     model = source["model"]
     kind, pre = _kind(source)
-    texts = [f"[PAD{index}]" for index in range(vocab_size)]
-    types = [UNUSED] * vocab_size
-    for text, index in model["vocab"].items():
-        if index < vocab_size:
-            is_byte = kind == "llama" and BYTE_TOKEN.fullmatch(text)
-            texts[index], types[index] = text, BYTE if is_byte else NORMAL
-    for token in source["added_tokens"]:
-        if token["id"] < vocab_size:
-            texts[token["id"]] = token["content"]
-            types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
+    texts, types = _names(source, vocab_size, has_bytes=kind == "llama")
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     values: dict[str, Value] = {"model": kind, "pre": pre, "tokens": texts, "token_type": types}
     unknown = model["vocab"].get(model.get("unk_token"))
-    if unknown is not None:
+    if unknown is not None and unknown < vocab_size:
         types[unknown] = UNKNOWN
         values["unknown_token_id"] = unknown
     if kind == "llama":
@@ -85,7 +76,14 @@ def metadata(tokenizer: Tokenizer | None, vocab_size: int, *, other_ends: tuple[
     else:
         # It does not load a file without any, and these two are no pieces.
         values["merges"] = [" ".join(merge) for merge in merges or [("<none>", "<none>")]]
-    values |= _special_ids(tokenizer, other_ends)
+    greedy = [t["content"] for t in source["added_tokens"] if t["lstrip"] or t["rstrip"] or t["single_word"]]
+    if greedy and not has_phi3_tokens(tokenizer):
+        warnings.warn(
+            f"llama.cpp finds a token such as {greedy[0]!r} wherever it stands and leaves the spaces beside it, and "
+            "this tokenizer does not; ids there will differ",
+            stacklevel=2,
+        )
+    values |= _special_ids(tokenizer, vocab_size, other_ends)
     keys = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
     return keys | ({"tokenizer.chat_template": tokenizer.chat_template} if tokenizer.chat_template else {})
 
@@ -96,7 +94,24 @@ def has_phi3_tokens(tokenizer: Tokenizer) -> bool:
     return any(added.values()) and added.keys() >= {"<unk>", "<s>", "</s>", "<|endoftext|>"}
 
 
-def _special_ids(tokenizer: Tokenizer, other_ends: tuple[int, ...]) -> dict[str, Value]:
+def _names(source: Mapping[str, Any], vocab_size: int, *, has_bytes: bool) -> tuple[list[str], list[int]]:
+    """The text of each id, and its type."""
+    found: dict[int, tuple[str, int]] = {}
+    for text, index in source["model"]["vocab"].items():
+        found[index] = text, BYTE if has_bytes and BYTE_TOKEN.fullmatch(text) else NORMAL
+    for token in source["added_tokens"]:
+        found[token["id"]] = token["content"], CONTROL if token["special"] else USER_DEFINED
+    taken = {text for text, _ in found.values()}
+    for index in set(range(vocab_size)) - found.keys():
+        name = f"[PAD{index}]"
+        while name in taken:  # llama.cpp ends where two tokens have one text
+            name = f"[{name}]"
+        found[index] = name, UNUSED
+    texts, types = zip(*(found[index] for index in range(vocab_size)), strict=True)
+    return list(texts), list(types)
+
+
+def _special_ids(tokenizer: Tokenizer, vocab_size: int, other_ends: tuple[int, ...]) -> dict[str, Value]:
     sample = tokenizer.encode("a")
     values: dict[str, Value] = {
         "add_bos_token": tokenizer.bos_token_id is not None and sample[:1] == [tokenizer.bos_token_id],
@@ -107,7 +122,7 @@ def _special_ids(tokenizer: Tokenizer, other_ends: tuple[int, ...]) -> dict[str,
         ("eos_token_id", tokenizer.eos_token_id),
         ("padding_token_id", tokenizer.pad_token_id),
     ):
-        if token_id is not None:
+        if token_id is not None and token_id < vocab_size:
             values[name] = token_id
     # It ends a text at any of three tokens; the names say what for, and it treats them alike.
     end_of_turn = turn_end(tokenizer)

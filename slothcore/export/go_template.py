@@ -6,7 +6,6 @@ next words of the user. They are found by rendering marked words, and kept only 
 conversations as the template does.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -121,6 +120,23 @@ def _between(text: str, words: Sequence[str]) -> list[str]:
     return [*parts, text]
 
 
+def is_read(sign: str) -> bool:
+    """Whether Ollama takes a sign of a Modelfile as it is; it passes over those that nobody sees."""
+    return sign.isprintable() or sign in "\n\r\t"
+
+
 def _literal(text: str) -> str:
     """A text that Go and the Modelfile take as it is."""
-    return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if any(s in text for s in ("{{", "}}", '"""')) else text
+    # A brace at the end would be one with those of the action behind it.
+    if text.endswith("{") or any(s in text for s in ("{{", "}}", '"""')) or not all(map(is_read, text)):
+        return f'{{{{ "{"".join(map(_in_go, text))}" }}}}'
+    return text
+
+
+def _in_go(sign: str) -> str:
+    """A sign as it stands between quotes in Go."""
+    if sign in '"\\':
+        return f"\\{sign}"
+    if sign.isprintable():
+        return sign
+    return f"\\u{ord(sign):04x}" if ord(sign) < 2**16 else f"\\U{ord(sign):08x}"

@@ -12,7 +12,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from slothcore.data.tokenizer import Tokenizer
 from slothcore.export.export import ExportJob, export_model
 from slothcore.export.model_card import MARK, model_card
-from slothcore.export.new_folder import require_new
+from slothcore.export.new_folder import place_of, require_new
 from slothcore.hub_errors import HUB_NAME, explain_upload
 from slothcore.lora.attach import lora_config_of
 from slothcore.lora.merge import Base
@@ -23,7 +23,7 @@ from slothcore.version import __version__
 CARD_FILE = "README.md"
 # Of a model that lies in the repository already: what the new one does not replace by name. GGUF files stay, for one
 # repository often holds several.
-STALE = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
+STALE = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "generation_config.json"]
 T = TypeVar("T")
 
 
@@ -67,11 +67,12 @@ def push_to_hub(
     format = format or ("merged" if lora_config_of(model) is None else "adapter")
     if not HUB_NAME.fullmatch(repo_id):
         raise ValueError(f"a repository on the Hub is named owner/name, got {repo_id!r}")
-    api = HfApi(token=token, library_name="slothcore", library_version=__version__)
+    # What is read from a file often ends with its line.
+    api = HfApi(token=token.strip() if token else token, library_name="slothcore", library_version=__version__)
     # What is wrong on this side is found before anything is made on the other.
     ExportJob.of(model, format, dtype, base)
     if path is not None:
-        require_new(Path(path).expanduser())
+        require_new(place_of(path))
     card = model_card(model, format, repository=repo_id, run=run)
 
     def ask(call: Callable[..., T], *arguments: Any, **options: Any) -> T:
@@ -90,7 +91,7 @@ def push_to_hub(
     files = {sibling.rfilename for sibling in info.siblings or ()}
     _check_contents(files, format, repo_id)
     with tempfile.TemporaryDirectory(prefix="slothcore-upload-") as scratch:
-        folder = Path(scratch) / "export" if path is None else Path(path).expanduser()
+        folder = Path(scratch) / "export" if path is None else place_of(path)
         export_model(model, tokenizer, folder, format=format, dtype=dtype, base=base, give_up_model=give_up_model)
         (folder / CARD_FILE).unlink(missing_ok=True)
         if CARD_FILE not in files or MARK in ask(_card, api, repo_id, revision, Path(scratch)):

@@ -1,7 +1,6 @@
 """A model with its adapter folded in, as a complete Hugging Face folder of 16-bit or 32-bit weights, or in NF4."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from slothcore.data.tokenizer import Tokenizer
 from slothcore.export import nf4_state
-from slothcore.export.new_folder import require_room
+from slothcore.export.new_folder import flush, folder_beside, place_of, require_room
 from slothcore.export.self_check import (
     blockwise_logits,
     distance,
@@ -24,6 +23,7 @@ from slothcore.export.self_check import (
 from slothcore.lora.merge import Base, head_stays_tied, merged_outline, merged_state, require_base
 from slothcore.models.checkpoint import LARGEST_SHARD, save_pretrained
 from slothcore.models.decoder import Decoder
+from slothcore.models.hub import CONFIG_FILE
 from slothcore.models.load import DTYPES
 from slothcore.models.writing import Outline, nbytes_of
 
@@ -90,7 +90,7 @@ def save_merged(
     Args:
         model: with or without an adapter; NF4 weights are decoded. It is not changed.
         tokenizer: its original files are copied; None: no tokenizer files.
-        path: made if absent; a model that lies there is replaced.
+        path: made if absent; a model that lies there is replaced, unless it is the one that was loaded.
         dtype: of every weight; with bits=4 of those that are not quantised, and in which others compute.
         bits: 4, or None for dense weights.
         base: what the adapter is folded into: "loaded", the weights that it was trained beside, NF4 ones as they
@@ -98,30 +98,33 @@ def save_merged(
         max_shard_bytes: a shard holds at most this, or one weight.
         check: read back what was written, and compare logits.
     Returns: what the check found, in a few words.
-    Raises: ValueError if the dtype is none of bfloat16, float16 and float32, `path` is a file or holds an adapter, the
-        originals are not to be had, there is too little room, or what was written does not give the model's logits.
+    Raises: ValueError if the dtype is none of bfloat16, float16 and float32, `path` is a file, holds an adapter or
+        the model that was loaded, the originals are not to be had, there is too little room, or what was written does
+        not give the model's logits. OSError if the disk fails.
     """
     if dtype not in MERGED_DTYPES:
         raise ValueError(f"dtype must be torch.bfloat16, torch.float16 or torch.float32, got {dtype}")
     if bits not in (None, 4):
         raise ValueError(f"bits must be 4, or None for dense weights, whose dtype says how many they have; got {bits}")
     require_base(model, base)
-    folder = Path(path)
+    folder = place_of(path)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give a folder to write the model into")
+    if os.path.ismount(folder):
+        raise ValueError(f"{folder} is where a disk is mounted; give a folder in it to write the model into")
     if (folder / "adapter_config.json").exists():
         # Given both, transformers would load the adapter's base model and pass over the merged weights.
         raise ValueError(f"{folder} holds a LoRA adapter; give another folder to write the merged model into")
+    if model.folder is not None and folder.exists() and model.folder.exists() and folder.samefile(model.folder):
+        # The adapter would belong to a base that is gone, and be merged into it twice by whoever puts it on.
+        raise ValueError(f"{folder} holds the model that was loaded; give another folder to write the merged one into")
     written_as = MergedAs(dtype, bits, base)
     require_room(folder, nbytes_of(written_as.outline(model)))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
-    try:
+    with folder_beside(folder) as building:
         write_model(model, tokenizer, building, written_as, max_shard_bytes=max_shard_bytes)
         found = compare(model, building, written_as) if check else "not read back"
+        flush(building)
         _put_in_place(building, folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return found
 
 
@@ -159,6 +162,8 @@ def write_model(
     max_shard_bytes: int = LARGEST_SHARD,
 ) -> None:
     """Fill a folder."""
+    if tokenizer is not None:
+        tokenizer.save(folder)  # which needs its own files, so that a loss of those is noticed at once
     config = merged_config(model)
     if written_as.bits is not None:
         config["quantization_config"] = nf4_state.quantization_config(model, written_as.dtype)
@@ -171,8 +176,6 @@ def write_model(
         outline=written_as.outline(model),
         progress="merging",
     )
-    if tokenizer is not None:
-        tokenizer.save(folder)
 
 
 def compare(model: Decoder, folder: Path, written_as: MergedAs) -> str:
@@ -220,14 +223,13 @@ def merged_config(model: Decoder) -> dict[str, Any]:
 
 
 def _put_in_place(building: Path, folder: Path) -> None:
-    """Give the finished folder its name; in an existing folder, its files, then remove an older model's."""
+    """Give the finished folder its name; where a folder has it, its files take the place of an older model's there."""
     if not folder.exists():
         building.replace(folder)
         return
     names = {file.name for file in building.iterdir()}
-    # config.json last, after the weights that it describes.
-    for name in sorted(names, key=lambda name: name == "config.json"):
-        (building / name).replace(folder / name)
+    # Without it the folder is no model, whatever happens before the last file has moved.
+    (folder / CONFIG_FILE).unlink(missing_ok=True)
     model_files = (
         "model.safetensors",
         "model-*-of-*.safetensors",
@@ -238,3 +240,5 @@ def _put_in_place(building: Path, folder: Path) -> None:
         for file in folder.glob(pattern):
             if file.name not in names:
                 file.unlink()
+    for name in sorted(names, key=lambda name: name == CONFIG_FILE):
+        (building / name).replace(folder / name)

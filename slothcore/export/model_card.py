@@ -55,7 +55,12 @@ ALWAYS = (
     *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "packing", "seed"),
 )
 GROUPS = ("Model", "Data", "LoRA", "Optimization")
-NEVER = frozenset({"adapter", "data", "device", "eval_data", "local_files_only", "memory_budget", "model", "revision"})
+NEVER = frozenset(
+    {
+        *("adapter", "data", "device", "eval_data", "local_files_only", "logging_dir", "memory_budget", "model"),
+        *("output_dir", "report_to", "resume_from_checkpoint", "revision", "run_name", "sample_prompts", "token"),
+    }
+)
 
 
 def model_card(model: Decoder, format: str, *, repository: str = PLACEHOLDER, run: str | Path | None = None) -> str:
@@ -154,8 +159,9 @@ def _is_shown(option: dict[str, Any]) -> bool:
 
 def _value(value: Any) -> str:
     """An option as one reads it; a path without its folders."""
-    if isinstance(value, str) and (PurePath(value).is_absolute() or Path(value).is_file()):
-        value = PurePath(value).name
+    if isinstance(value, str) and (path := PurePath(value)).name:
+        is_path = path.is_absolute() or path.suffix == ".jinja" or Path(value).is_file()
+        value = path.name if is_path else value
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value)) or "none"
     if value is None or isinstance(value, bool):

@@ -13,12 +13,24 @@ SPARE_BYTES = 32 * 2**20
 GIB = 2**30
 
 
+def place_of(path: str | Path) -> Path:
+    """The folder that is meant: ~ is the user's own, and of a link it is where that leads."""
+    folder = Path(path).expanduser()
+    return folder.resolve() if folder.is_symlink() else folder
+
+
 def require_new(folder: Path) -> None:
-    """Raise ValueError unless `folder` is absent or empty, and can be made; nothing is written."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        what = "is a file" if not folder.is_dir() else "exists and is not empty"
-        raise ValueError(f"output_dir {folder} {what}; choose a new folder")
-    nearest = _nearest(folder)
+    """Raise ValueError unless `folder`, a `place_of`, is absent or empty, and can be made; nothing is written."""
+    if folder.exists():
+        if not folder.is_dir():
+            raise ValueError(f"output_dir {folder} is a file; choose a new folder")
+        if any(folder.iterdir()):
+            raise ValueError(f"output_dir {folder} exists and is not empty; choose a new folder")
+        is_mount = os.path.ismount(folder)
+        if is_mount or folder.samefile(Path.cwd()):
+            what = "where a disk is mounted" if is_mount else "the folder that you are in"
+            raise ValueError(f"output_dir {folder} is {what} and cannot be replaced; choose a new folder in it")
+    nearest = _nearest(folder.absolute().parent)
     if not nearest.is_dir():
         raise ValueError(f"output_dir {folder} would lie in {nearest}, which is a file; choose a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
@@ -30,7 +42,8 @@ def require_room(folder: Path, size: int) -> None:
 
     What an export that was killed has left counts as room: it is deleted first.
     """
-    free = shutil.disk_usage(_nearest(folder)).free
+    # It is filled beside its place, which may be another disk than one that is mounted there.
+    free = shutil.disk_usage(_nearest(folder.absolute().parent)).free
     partial = _partial(folder)
     if partial.is_dir():
         free += sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
@@ -49,21 +62,38 @@ def new_folder(target: Path) -> Iterator[Path]:
 
     Raises: OSError, naming `target`, for whatever the disk refuses.
     """
+    with folder_beside(target) as partial:
+        yield partial
+        flush(partial)
+        if target.exists():
+            target.rmdir()  # empty, or it was not one to write into
+        os.replace(partial, target)
+        _flush(target.parent)
+
+
+@contextmanager
+def folder_beside(target: Path) -> Iterator[Path]:
+    """A folder on the same disk as `target` for what is to go there, which is gone when the block ends.
+
+    What a process that was killed has left of it is deleted by the next.
+
+    Raises: OSError, naming `target`, for whatever the disk refuses.
+    """
     partial = _partial(target)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         yield partial
-        for file in (*partial.rglob("*"), partial):
-            _flush(file)
-        if target.exists():
-            target.rmdir()  # empty, or it was not one to write into
-        os.replace(partial, target)
-        _flush(target.parent)
     except (OSError, SafetensorError) as error:
         raise OSError(f"{target} cannot be written ({error}); make room, or check the disk") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def flush(folder: Path) -> None:
+    """All files in `folder` onto the disk: a rename survives a power cut, and what was renamed must, too."""
+    for path in (*folder.rglob("*"), folder):
+        _flush(path)
 
 
 def _partial(target: Path) -> Path:
@@ -71,11 +101,11 @@ def _partial(target: Path) -> Path:
 
 
 def _nearest(folder: Path) -> Path:
+    """Of a folder and those that it would lie in, the innermost that is there."""
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def _flush(path: Path) -> None:
-    """Onto the disk: a rename survives a power cut, and what was renamed must, too."""
     if path.is_dir() and os.name != "posix":
         return
     handle = os.open(path, os.O_RDONLY)

@@ -1,6 +1,5 @@
 """A GGUF file with the Modelfile from which `ollama create NAME -f Modelfile` makes a model."""
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from slothcore.data.chat_rows import turn_end
 from slothcore.data.tokenizer import Tokenizer
 from slothcore.export import gguf
 from slothcore.export.export import export_model
-from slothcore.export.go_template import ChatFormat
+from slothcore.export.go_template import ChatFormat, is_read
 from slothcore.lora.merge import Base
 from slothcore.models.decoder import Decoder
 
@@ -60,18 +59,27 @@ def write(
     chat = _chat_format(tokenizer)
     parameters = gguf.sampling_parameters(model.generation_config, PARAMETERS)
     text = modelfile(gguf.file_name(dtype), chat, stop_strings(model, tokenizer), parameters)
-    (folder / FILE).write_text(text, encoding="utf-8")
+    (folder / FILE).write_text(text, encoding="utf-8", newline="\n")
 
 
 def modelfile(file: str, chat: ChatFormat | None, stops: Sequence[str], parameters: Mapping[str, float]) -> str:
-    """The text of a Modelfile."""
+    """The text of a Modelfile, without stop strings that it cannot hold; the GGUF file names the same tokens."""
     lines = [f"FROM ./{file}"]
     if chat is not None:
         lines.append(f'TEMPLATE """{chat.go_template()}"""')
     lines += [f"PARAMETER {name} {value}" for name, value in parameters.items()]
-    # JSON's escapes are those of the quoted strings there.
-    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
+    lines += [f"PARAMETER stop {quoted(stop)}" for stop in stops if can_be_quoted(stop)]
     return "\n".join(lines) + "\n"
+
+
+def can_be_quoted(text: str) -> bool:
+    """Whether a Modelfile can hold a text: it knows no escapes, and passes over signs that nobody sees."""
+    return '"""' not in text and all(map(is_read, text))
+
+
+def quoted(text: str) -> str:
+    """A text as it stands in a Modelfile."""
+    return f'"""{text}"""' if '"' in text else f'"{text}"'
 
 
 def stop_strings(model: Decoder, tokenizer: Tokenizer) -> list[str]:

@@ -9,6 +9,9 @@ from slothcore.inference.text_pieces import TextPieces
 from slothcore.models.decoder import Decoder
 from slothcore.models.streaming import TextCache
 
+# Tokens of an answer that nobody bounds.
+LONGEST_ANSWER = 512
+
 
 class Chat:
     """Talks with a model, turn by turn, and keeps what was said.
@@ -23,13 +26,15 @@ class Chat:
 
     Args:
         system: what the conversation begins with.
-        max_new_tokens: most tokens of an answer.
+        max_new_tokens: most tokens of an answer; None: 512, or half of the model's positions if that is less, so that
+            an answer leaves room for the next question.
         stop_strings: an answer ends before the first of them, besides where the model and the template end it.
         seed: of the random draws; each answer draws numbers of its own.
         sampling: temperature, top_k, top_p, min_p and repetition_penalty, see `Sampling`.
     Attributes:
         messages: the conversation, as dicts with role and content; may be changed between turns.
-        cut_short: whether the last answer had to end before its end, at max_new_tokens.
+        cut_short: whether the last answer had to end before its end, at max_new_tokens or the model's last position.
+        is_full: whether it was at that position: nothing can be asked any more.
     Raises: ValueError for a system message that the template does not take, or where there is no template.
     """
 
@@ -39,16 +44,18 @@ class Chat:
         tokenizer: Tokenizer,
         *,
         system: str | None = None,
-        max_new_tokens: int = 512,
+        max_new_tokens: int | None = None,
         stop_strings: str | Sequence[str] = (),
         seed: int | None = None,
         **sampling: Any,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
+        if max_new_tokens is None:
+            max_new_tokens = min(LONGEST_ANSWER, max(1, model.config.longest_document // 2))
         self.max_new_tokens, self.seed, self.sampling = max_new_tokens, seed, sampling
         self.endings = Endings.of(model, tokenizer, stop_strings)
         self.cache = TextCache(model)
-        self.cut_short = False
+        self.cut_short = self.is_full = False
         self.messages: list[dict[str, Any]] = []
         self.reset(system)
 
@@ -73,7 +80,7 @@ class Chat:
                     "such as alpaca or chatml, or leave the system message out"
                 )
             self._encode([*messages, {"role": "user", "content": "Hello"}])
-        self.messages, self.cut_short = messages, False
+        self.messages, self.cut_short, self.is_full = messages, False, False
 
     def ask(self, text: str) -> Iterator[str]:
         """The answer to `text`, piece by piece; see `slothcore.stream`.
@@ -95,21 +102,23 @@ class Chat:
                 "begin a new one, or ask something shorter"
             )
         turn = sum(message["role"] == "user" for message in self.messages)
+        room = limit - len(ids)
         tokens = self.model.stream(
             ids,
-            max_new_tokens=min(self.max_new_tokens, limit - len(ids)),
+            max_new_tokens=min(self.max_new_tokens, room),
             eos_token_id=sorted(self.endings.eos_ids),
             seed=None if self.seed is None else self.seed + turn,
             cache=self.cache,
             **self.sampling,
         )
-        return self._answer(question, tokens)
+        return self._answer(question, tokens, fills=room <= self.max_new_tokens)
 
-    def _answer(self, question: dict[str, Any], tokens: Iterator[int]) -> Iterator[str]:
+    def _answer(self, question: dict[str, Any], tokens: Iterator[int], *, fills: bool) -> Iterator[str]:
         pieces = TextPieces(self.tokenizer, self.endings)
         try:
             yield from pieces.take(tokens)
             self.cut_short = not pieces.ended
+            self.is_full = self.cut_short and fills
         except (GeneratorExit, KeyboardInterrupt):
             if pieces.text:
                 self._note(question, pieces.text)

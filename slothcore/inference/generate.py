@@ -101,6 +101,10 @@ def stream(
 
 
 def _prompt_ids(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    if not isinstance(text, str):
+        raise ValueError(
+            f"a prompt is a text, got {type(text).__name__}; tokenizer.apply_chat_template makes one of a conversation"
+        )
     ids = tokenizer.encode_prompt(text, add_special_tokens=add_special_tokens)
     if not ids:
         raise ValueError(f"the prompt {text!r} has no token; give it some text")

@@ -151,7 +151,8 @@ def _lines_done(file: IO[bytes], rows: Sequence[PromptRow], output: Path) -> int
         except ValueError:
             held = None
         row = rows[done].record if done < len(rows) else None
-        if row is None or not isinstance(held, dict) or {k: v for k, v in held.items() if k in row} != row:
+        is_answer = isinstance(held, dict) and TEXT in held
+        if row is None or not is_answer or {k: v for k, v in held.items() if k in row} != row:
             raise ValueError(
                 f"{output}, line {done + 1} is no answer to that row of the prompts; move it away, or name another file"
             )

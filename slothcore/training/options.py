@@ -28,15 +28,21 @@ def option(default: Any, text: str, *, group: str, shown: bool = True) -> Any:
     return field(default=default, metadata={"help": text, "group": group}, repr=shown)
 
 
-def check_names(given: Iterable[str], known: Iterable[str], *, source: str) -> None:
-    """Raise ValueError for the first name in `given` that is not in `known`, naming the nearest known one."""
+def check_names(
+    given: Iterable[str], known: Iterable[str], *, source: str, others: Mapping[str, str] = OTHER_NAMES
+) -> None:
+    """Raise ValueError for the first name in `given` that is not in `known`, naming the nearest known one.
+
+    Args:
+        others: names that other programs have, and which one here is meant by each.
+    """
     known = list(known)
     for name in given:
         if name in known:
             continue
-        if name in WITHOUT_COUNTERPART:
+        meant = others.get(str(name))
+        if meant not in known and name in WITHOUT_COUNTERPART:
             raise ValueError(f"unknown option {name!r} in {source}; slothcore has nothing like it: leave it out")
-        meant = OTHER_NAMES.get(str(name))
         near = [meant] if meant in known else difflib.get_close_matches(str(name), known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "--help lists the options"
         if not near and (far := difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)):

@@ -84,6 +84,38 @@ OTHER_NAMES = {
     "evals_per_epoch": "eval_steps",
     "plot_loss": "plot",
 }
+# The same of the commands that use a result, such as generate, serve and export (vLLM, llama.cpp, Ollama, Unsloth).
+OTHER_FLAGS = {
+    "max_tokens": "max_new_tokens",
+    "n_predict": "max_new_tokens",
+    "num_predict": "max_new_tokens",
+    "max_length": "max_new_tokens",
+    "temp": "temperature",
+    "repeat_penalty": "repetition_penalty",
+    "stop": "stop_strings",
+    "system_prompt": "system",
+    "output_file": "output",
+    "input_file": "prompts_file",
+    "file": "prompts_file",
+    "lora": "adapter",
+    "lora_modules": "adapter",
+    "adapters": "adapter",
+    "alias": "served_model_name",
+    "max_model_len": "max_length",
+    "max_seq_length": "max_length",
+    "ctx_size": "max_length",
+    "max_num_seqs": "max_rows",
+    "parallel": "max_rows",
+    "quantization": "dtype",
+    "quantization_method": "dtype",
+    "quantize": "dtype",
+    "outtype": "dtype",
+    "outfile": "output_dir",
+    "save_directory": "output_dir",
+    "save_method": "format",
+    "repo_id": "push",
+    "push_to_hub": "push",
+}
 # The same of the values of an option.
 OTHER_VALUES = {
     "optim": {

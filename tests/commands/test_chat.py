@@ -52,12 +52,25 @@ def as_lines(texts: list[str]) -> str:
 
 def test_piped_questions_give_the_answers_alone(piped, model: Path) -> None:
     expected = as_lines(answers(model, ["one", "two\nlines", "three\nmore  ", "/four", "five"]))
-    script = 'one\n\n"""two\nlines"""\n  """\nthree\nmore  \n"""\n//four\n/help\nfive'
+    script = 'one\n\n"""two\nlines"""\n  """\nthree\nmore  \n"""\n//four\n\nfive'
     assert piped(script) == (0, expected, "")
     windows = "\ufeffone\r\n"
     assert piped(windows) == (0, as_lines(answers(model, ["one"])), "")
     assert piped("three\\\nmore  \n")[1] == as_lines(answers(model, ["three\nmore  "]))
     assert piped("") == (0, "", "")
+
+
+def test_piped_help_is_given_beside_the_answers(piped, model: Path) -> None:
+    status, output, errors = piped("/help\none\n")
+    assert (status, output) == (0, as_lines(answers(model, ["one"])))
+    names = [line.split()[0] for line in errors.splitlines()]
+    assert names == ["/help", "/reset", "/system", "/save", "/quit", '"""', "Ctrl-C"]
+
+
+def test_a_closed_input_is_a_wrong_call(model: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["chat", "--model", str(model)]) == 2
+    assert capsys.readouterr().err.startswith("slothcore: error: standard input is closed")
 
 
 def test_sampling_and_system_flags_reach_the_answers(piped, model: Path) -> None:

@@ -84,7 +84,9 @@ def _range(of: str, body: Node, scope: Scope, dot: Any) -> str:
 
 def _value(text: str, scope: Scope, dot: Any) -> Any:
     if text.startswith('"'):
-        return json.loads(text)
+        # Beyond JSON's escapes, Go has \U and eight digits for one sign, and no pairs of \u.
+        assert not re.search(r"\\u[dD][89a-fA-F]", text)
+        return json.loads(re.sub(r"\\U([0-9a-f]{8})", lambda match: chr(int(match[1], 16)), text))
     if text in ("true", "false"):
         return text == "true"
     if text.startswith("$"):

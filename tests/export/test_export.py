@@ -55,9 +55,7 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*belong to no text model", "ignore:the adapter names", "ignore:.*no tokenizer.json"
-)
+@pytest.mark.filterwarnings("ignore:.*belong to no text model", "ignore:.*adapter", "ignore:.*no tokenizer.json")
 @pytest.mark.parametrize("variant", ZOO, ids=str)
 @pytest.mark.parametrize("bits", [32, 4])
 def test_every_family_is_written_and_read_back(variant: Variant, bits: int, tmp_path: Path) -> None:
@@ -247,6 +245,20 @@ def test_a_merge_into_the_originals(run: Path, base: Path, tmp_path: Path, capsy
     assert "base original is of no use to the format adapter" in capsys.readouterr().err
 
 
+def test_an_export_takes_a_template_for_a_run_that_has_none(run: Path, tmp_path: Path, capsys) -> None:
+    words = f"--model {run} --device cpu --chat-template alpaca --output-dir {tmp_path}"
+    assert main(f"merge {words}/merged".split()) == 0
+    assert main(f"export --format ollama {words}/ollama".split()) == 0
+    assert "Ollama gives the model texts as they are" not in capsys.readouterr().err
+    assert "### Response:" in (tmp_path / "ollama" / "Modelfile").read_text()
+    asked = f"generate --model {tmp_path}/merged --device cpu --max-new-tokens 6".split()
+    answers = []
+    for flags in ([], ["--chat-template", "alpaca"], ["--chat-template", "chatml"]):
+        assert main([*asked, "--chat", "--prompt", "Add 1", *flags]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != answers[2]
+
+
 def test_an_exported_adapter_answers_as_the_run(run: Path, tmp_path: Path, capsys) -> None:
     target = tmp_path / "adapter"
     assert main(f"export --model {run} --format adapter --output-dir {target} --device cpu".split()) == 0
@@ -262,9 +274,12 @@ def test_an_exported_adapter_answers_as_the_run(run: Path, tmp_path: Path, capsy
     ("words", "status", "message"),
     [
         ("--format gif --output-dir out", 2, "argument --format: invalid choice: 'gif'"),
+        ("--format Q4_K_M --output-dir out", 2, "is a dtype of a GGUF file; give --format gguf --dtype q4_k_m"),
+        ("--format merged --dtype Q4_K_M --output-dir out", 2, "dtype must be one of bfloat16, float16, float32"),
         ("--output-dir out", 2, "the following arguments are required: --format"),
         ("--format merged --output-dir file", 1, "output_dir file is a file; choose a new folder"),
         ("--format merged --output-dir file/out", 1, "would lie in file, which is a file; choose a folder"),
+        ("--format merged --chat-template alpacka --output-dir out", 1, "(did you mean alpaca?)"),
         ("--format adapter --output-dir out", 1, "has no LoRA adapter; export it with the format merged"),
     ],
 )
@@ -289,5 +304,9 @@ def test_formats_are_checked_by_name(base: Path, tmp_path: Path) -> None:
         export_model(model, None, tmp_path / "out", format="gif")
     with pytest.raises(ValueError, match="dtype must be one of bfloat16, float16, float32 for the format merged, got"):
         export_model(model, None, tmp_path / "out", dtype="int8")
+    said = [export_model(model, None, tmp_path / name, dtype=name) for name in ("float16", "FLOAT16")]
+    assert said[0] == said[1]
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("float16", "FLOAT16")]
+    assert files[0] == files[1]
     assert slothcore.export_model is export_model
     assert merged.require(model, "bfloat16") is None

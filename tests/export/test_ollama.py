@@ -15,10 +15,11 @@ from slothcore.data.tokenizer import Tokenizer
 from slothcore.export.export import export_model
 from slothcore.export.gguf import sampling_parameters
 from slothcore.export.go_template import ChatFormat
-from slothcore.export.ollama import PARAMETERS
+from slothcore.export.ollama import PARAMETERS, modelfile
 from tests.data.tiny_tokenizers import CHATML, CHATML_WITH_BEGIN, CHATML_WITH_CLOSING
 from tests.export.gguf_models import FAMILIES, byte_level_tokenizer, load_case
 from tests.export.go_text_template import execute
+from tests.export.modelfile import read
 
 WORDS = ("What is new?", "Not much.", "And {{ old }}?", 'A "quoted" answer.\n\nIn two parts.', "Thanks")
 BRIEF = {"role": "system", "content": "Be brief: one line."}
@@ -38,12 +39,15 @@ def conversations(*, system: bool) -> list[list[dict[str, str]]]:
 
 
 def assert_alike(tokenizer: Tokenizer, chat: ChatFormat) -> None:
+    """What Ollama makes of the Modelfile writes every conversation as the chat template does."""
+    commands = dict(read(modelfile("model.gguf", chat, [], {})))
+    template = commands["TEMPLATE"]
     begin = tokenizer.token_text(tokenizer.bos_token_id) if tokenizer.bos_token_id is not None else ""
     adds_begin = tokenizer.encode("a")[0] == tokenizer.bos_token_id
     for system in (False, True) if chat.system else (False,):
         for messages in conversations(system=system):
             expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-            found = go_text(chat.go_template(), messages)
+            found = go_text(template, messages)
             # The program adds the begin token to every text.
             assert found == (expected.removeprefix(begin or "") if adds_begin else expected)
 
@@ -111,6 +115,40 @@ def test_signs_that_mean_something_to_go_and_to_a_modelfile(tmp_path: Path) -> N
     assert_alike(tokenizer, chat)
 
 
+@pytest.mark.parametrize(
+    "mark",
+    ["\xa0", "\u200b", "\u2028", "\U000e0041", "\x07", "\t ", "a\r\nb", "{", "{{", "}", "\\", '"', "\u2581\U0001f9a5"],
+    ids=ascii,
+)
+def test_signs_that_ollama_does_not_see(mark: str, tmp_path: Path) -> None:
+    """Around the words, where a template's own texts end."""
+    turn = "{{ '<' + mark }}{{ m.content }}{{ mark + '>' + mark }}"
+    (tmp_path / "own.jinja").write_text(
+        f"{{% set mark = {mark!a} %}}{{% for m in messages %}}{turn}{{% endfor %}}"
+        "{% if add_generation_prompt %}{{ '<' + mark }}{% endif %}"
+    )
+    tokenizer = byte_level_tokenizer(tmp_path / "tokenizer")
+    tokenizer.use_chat_template(str(tmp_path / "own.jinja"))
+    chat = ChatFormat.of(tokenizer)
+    assert chat is not None
+    assert f">{mark}<{mark}" in chat.question
+    # A brace is never beside those of an action.
+    assert "{{{" not in chat.go_template()
+    assert_alike(tokenizer, chat)
+
+
+@pytest.mark.parametrize("stop", ["<|end|>", "two words ", "\nUser:", 'say "no"', '"', "C:\\new", "a\n\nb\t", "\u65e5"])
+def test_a_stop_string_is_read_as_it_is(stop: str) -> None:
+    """Its quotes have no escapes, so that a newline and a backslash stand for themselves."""
+    text = modelfile("model.gguf", None, [stop, "next"], {"top_k": -1})
+    assert read(text) == [("FROM", "./model.gguf"), ("top_k", "-1"), ("stop", stop), ("stop", "next")]
+
+
+@pytest.mark.parametrize("stop", ["\u200bend", "\xa0", 'a"""\nb'])
+def test_a_stop_string_that_a_modelfile_cannot_hold_is_left_out(stop: str) -> None:
+    assert read(modelfile("model.gguf", None, [stop, "next"], {})) == [("FROM", "./model.gguf"), ("stop", "next")]
+
+
 def test_the_whole_modelfile(tmp_path: Path) -> None:
     model = load_case(FAMILIES["llama"], tmp_path / "base")
     model.generation_config = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 4]}
@@ -134,6 +172,7 @@ def test_the_whole_modelfile(tmp_path: Path) -> None:
         ({}, {}),
         ({"temperature": 0.6}, {}),
         ({"do_sample": False, "temperature": 0.6}, {}),
+        ({"do_sample": True, "top_k": -1, "top_p": None, "temperature": "hot"}, {"top_k": -1}),
         ({"do_sample": True, "top_k": 20, "repetition_penalty": 1.1}, {"top_k": 20, "repeat_penalty": 1.1}),
     ],
 )

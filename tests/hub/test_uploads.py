@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 
 from slothcore.export.formats import FORMATS
-from slothcore.export.model_card import KINDS, MARK
+from slothcore.export.model_card import KINDS, MARK, model_card
+from slothcore.models.load import from_config
 from slothcore.run import train_from_config
 from slothcore.training.config import TrainConfig
 from tests.hub.client import Client
 from tests.hub.repositories import MEMBER, STRANGER
 from tests.hub.server import HubServer, Repository
-from tests.training.tiny import QUIET, write_records
+from tests.training.tiny import CONFIG, QUIET, write_records
 
 TOKEN = {"HF_TOKEN": MEMBER}
 
@@ -104,16 +105,46 @@ def test_the_card_tells_of_the_run(run: Path, client: Client, server: HubServer)
     assert MEMBER not in card
 
 
+@pytest.mark.parametrize("notes", ["run.json", "none"])
+def test_the_card_of_a_run_whose_folders_are_gone(notes: str, tmp_path: Path, monkeypatch) -> None:
+    """Where it lay on this machine, relative or not, is nobody's business, and neither is a token in its options."""
+    monkeypatch.chdir(tmp_path)
+    values = {
+        "output_dir": "secret/run",
+        "chat_template": "secret/own.jinja",
+        "sample_prompts": "secret/prompts.txt",
+        "resume_from_checkpoint": "secret/run/checkpoint-4",
+        "logging_dir": "secret/logs",
+        "run_name": "secret",
+        "token": "hf_secret",
+        "learning_rate": 0.5,
+        "prompt_template": "Yes/No: {instruction}",
+    }
+    (tmp_path / "run").mkdir()
+    if notes == "run.json":
+        options = [{"name": name, "value": value, "default": None, "group": "Model"} for name, value in values.items()]
+        (tmp_path / "run" / "run.json").write_text(json.dumps({"options": options}))
+    (tmp_path / "run" / "config.yaml").write_text(json.dumps(values))
+    (tmp_path / "run" / "log.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0}) + "\n")
+    card = model_card(from_config(CONFIG, device="cpu"), "merged", run=tmp_path / "run")
+    assert "secret" not in card
+    assert "| `chat_template` | own.jinja |" in card
+    assert "| `learning_rate` | 0.5 |" in card
+    assert "| `prompt_template` | Yes/No: {instruction} |" in card
+
+
 def test_pushing_again(client: Client, server: HubServer, folders: Path, tmp_path: Path) -> None:
     """Shards of an earlier model go, other files stay; so does a card that somebody has taken over."""
     name = "me/again"
     earlier = {"model-00001-of-00002.safetensors": b"1", "model.safetensors.index.json": b"{}", "model-Q8_0.gguf": b"2"}
+    earlier["generation_config.json"] = b'{"temperature": 9}'
     server.repositories[name] = Repository.of({**earlier, "README.md": f"old\n{MARK}\n".encode()})
     server.repositories[name].private = True
     options = {"format": "merged", "environment": TOKEN}
     client.result("push", folders / "adapter", name, path=tmp_path / "kept", **options)
     files = files_of(server, name)
     assert not files.keys() & {"model-00001-of-00002.safetensors", "model.safetensors.index.json"}
+    assert files.get("generation_config.json") != earlier["generation_config.json"]
     assert files["model-Q8_0.gguf"] == b"2"
     assert files["model.safetensors"] == (tmp_path / "kept" / "model.safetensors").read_bytes()
     assert b"A fine-tune of" in files["README.md"]
@@ -131,6 +162,22 @@ def test_a_branch_and_a_name_without_owner(client: Client, server: HubServer, fo
     client.result("push", folders / "adapter", "short", dtype="bfloat16", revision="next", environment=TOKEN)
     assert files_of(server, "me/short") == before
     assert files_of(server, "me/short", "next")["adapter_model.safetensors"] != before["adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize("token", ["hf_hidden\n", "hf_hid\x01den", "hf_hid\nden", "hf_hidd\u00e9n"], ids=ascii)
+def test_no_error_tells_a_token(token: str, client: Client, folders: Path, tmp_path: Path) -> None:
+    """HTTP libraries quote what cannot be sent."""
+    for said in (
+        client.refused("push", folders / "adapter", "me/new", token=token),
+        client.refused("load", "me/private", token=token, cache_dir=tmp_path),
+    ):
+        assert "hf_" not in said
+        assert "hid" not in said
+
+
+def test_a_token_read_with_the_end_of_its_line(client: Client, server: HubServer, folders: Path) -> None:
+    client.result("push", folders / "adapter", "me/line", token=f"{MEMBER}\n")
+    assert "adapter_model.safetensors" in files_of(server, "me/line")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import slothcore
 from slothcore.data.tokenizer import Tokenizer
 from slothcore.inference.chat import Chat
+from slothcore.inference.endings import Endings
 from slothcore.inference.generate import generate, stream
 from slothcore.models.decoder import Decoder
 from slothcore.models.load import from_config
@@ -198,11 +199,31 @@ def test_without_a_template_the_text_goes_on(make) -> None:
     assert len(chat.messages) == 4
 
 
+@pytest.mark.parametrize(("positions", "longest"), [(64, 32), (1023, 511), (1024, 512), (4096, 512)])
+def test_an_answer_that_nobody_bounds_leaves_room(make, positions: int, longest: int) -> None:
+    assert Chat(*make(max_position_embeddings=positions)).max_new_tokens == longest
+    assert Chat(*make(max_position_embeddings=positions), max_new_tokens=700).max_new_tokens == 700
+
+
+def test_a_full_conversation_says_so(make) -> None:
+    model, tokenizer = make(max_position_embeddings=64)
+    chat = Chat(model, tokenizer, max_new_tokens=3)
+    chat.endings = Endings(frozenset(), ())
+    list(chat.ask("the"))
+    assert (chat.cut_short, chat.is_full) == (True, False)
+    chat.max_new_tokens = 500
+    list(chat.ask("cat"))
+    assert (chat.cut_short, chat.is_full) == (True, True)
+    chat.reset()
+    assert (chat.cut_short, chat.is_full) == (False, False)
+
+
 def test_a_conversation_ends_at_the_models_positions(make) -> None:
     model, tokenizer = make(max_position_embeddings=64)
     chat = Chat(model, tokenizer, max_new_tokens=500)
     list(chat.ask("the"))
     assert len(chat.cache.ids) <= 64, "no answer goes beyond them"
+    assert chat.cut_short == chat.is_full
     before = list(chat.messages)
     with pytest.raises(ValueError, match=r"has \d+ tokens now, and the model was made for 64 with its answer"):
         chat.ask("x" * 64)

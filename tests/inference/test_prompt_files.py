@@ -1,12 +1,15 @@
 """Files of prompts: each row is answered as alone, in order, and what was cut short goes on where it was."""
 
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import slothcore
 from slothcore.cli import main
 from slothcore.data.formats import alpaca_prompt
 from slothcore.data.tokenizer import Tokenizer
@@ -133,7 +136,7 @@ def test_wrong_rows(pair, tmp_path: Path, records: list[Any], message: str) -> N
 
 def test_answers_of_other_prompts_are_left_alone(pair, tmp_path: Path) -> None:
     source, output = write(tmp_path / "in.jsonl", RECORDS[:2]), tmp_path / "out.jsonl"
-    for content in (b'{"prompt": "another"}\n', b"no JSON\n", b'{"id": "first", "prompt": "the cat"}\n[]\n'):
+    for content in (b'{"prompt": "another"}\n', b"no JSON\n", b'{"id": "first", "prompt": "the cat"}\n'):
         output.write_bytes(content)
         with pytest.raises(ValueError, match=r"out\.jsonl, line \d is no answer to that row of the prompts"):
             answered(pair, source, output)
@@ -149,12 +152,64 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main([*flags, *both]) == 0
     assert capsys.readouterr().out == f"{output}: 2 rows, 2 of them new\n"
     assert main([*flags, *both]) == 0
-    assert capsys.readouterr().out == f"{output}: 2 rows, 0 of them new\n"
+    assert capsys.readouterr().out == f"{output}: 2 rows, 0 of them new; another --output has them answered anew\n"
     assert [line["generated_tokens"] for line in lines_of(output)] == [4, 4]
     for words, message in (
         (both[:2], "--output goes with a .jsonl file of prompts"),
         (["--prompt", "a", *both[2:]], "--output has no effect without --prompts-file"),
         (["--prompt", "a", *both], "give one of --prompt"),
+        ([*both[:3], str(source)], "is the file of prompts; give it another name"),
+        (["--prompt", "a", "--chat-template", "alpaca"], "--chat-template has no effect without --chat"),
+        (["--instruction", "a", "--chat"], "--instruction has Alpaca's template and takes no --chat"),
     ):
         assert main([*flags, *words]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_rows_and_prompts_take_a_template_that_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_model(tmp_path / "model")
+    flags = ["generate", "--model", str(tmp_path / "model"), "--device", "cpu", "--max-new-tokens", "4"]
+    model, tokenizer = slothcore.load(tmp_path / "model", device="cpu")
+    tokenizer.use_chat_template("alpaca")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "Add 1"}], add_generation_prompt=True)
+    expected = generate(model, tokenizer, text, max_new_tokens=4, add_special_tokens=False)[0] + "\n"
+    assert main([*flags, "--prompt", "Add 1", "--chat", "--chat-template", "alpaca"]) == 0
+    assert capsys.readouterr().out == expected
+    source = write(tmp_path / "in.jsonl", [{"messages": [{"role": "user", "content": "Add 1"}]}])
+    both = ["--prompts-file", str(source), "--output", str(tmp_path / "out.jsonl")]
+    assert main([*flags, *both]) == 1
+    assert "has no chat template; set chat_template" in capsys.readouterr().err
+    assert main([*flags, *both, "--chat-template", "alpaca"]) == 0
+    assert [line["generated"] + "\n" for line in lines_of(tmp_path / "out.jsonl")] == [expected]
+    assert main([*flags, *both, "--chat-template", "alpacka"]) == 1
+    assert "(did you mean alpaca?)" in capsys.readouterr().err
+
+
+def test_prompts_may_come_from_standard_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_model(tmp_path / "model")
+    flags = ["generate", "--model", str(tmp_path / "model"), "--device", "cpu", "--max-new-tokens", "4"]
+    assert main([*flags, "--prompt", "Add\u20281", "Add 2"]) == 0
+    expected = capsys.readouterr().out
+
+    def piped(content: bytes) -> int:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        return main([*flags, "--prompts-file", "-"])
+
+    assert piped("\ufeffAdd\u20281\r\n\n  \nAdd 2".encode()) == 0
+    assert capsys.readouterr().out == expected
+    for content, message in ((b"\n", "standard input is empty"), (b"a\n\xff", "standard input is not UTF-8")):
+        assert piped(content) == 1
+        assert message in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main([*flags, "--prompts-file", "-"]) == 1
+    assert "standard input is empty" in capsys.readouterr().err
+    rows = write(tmp_path / "in.jsonl", [{"prompt": "Add 1"}])
+    both = ["--prompts-file", str(rows), "--output", str(tmp_path / "absent" / "out.jsonl")]
+    assert main(["generate", "--model", "./absent", *both]) == 1
+    assert "absent, which is no folder; make it" in capsys.readouterr().err
+    assert main([*flags, *both[:3], str(tmp_path / "out.jsonl")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'out.jsonl'}: 1 row, 1 of them new\n"
+    assert main([*flags, "--prompts-file", str(tmp_path)]) == 1
+    assert "is a folder; name a file in it" in capsys.readouterr().err
