@@ -40,9 +40,9 @@ LANE_ROWS = 4
 LONGEST_RANK_STEP = 64
 PROGRAM_ROWS = 16
 
-# Four programs for each multiprocessor of an H100. Up to there eight warps read a row's columns; above, two. Microseconds
-# with u = x A^T at 1 row, by 2, 4 and 8 warps: 4096x4096 14.2, 10.6, 10.0; 4096x14336 42.2, 31.3, 23.9; q, k, v 17.5,
-# 13.7, 14.8; gate, up and SwiGLU 39.6, 41.0, 51.1.
+# Four programs for each multiprocessor of an H100. Up to there eight warps read a row's columns; above, two.
+# Microseconds with u = x A^T at 1 row, by 2, 4 and 8 warps: 4096x4096 14.2, 10.6, 10.0; 4096x14336 42.2, 31.3, 23.9; q,
+# k, v 17.5, 13.7, 14.8; gate, up and SwiGLU 39.6, 41.0, 51.1.
 FEW_PROGRAMS = 528
 
 # What a program of `lora_input` reads at once. All of a row, if it can be: its time is that of a few reads.

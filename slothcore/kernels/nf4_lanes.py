@@ -58,8 +58,8 @@ MULTIPLY_FLOAT16 = tl.constexpr(multiply_ptx("f16"))
 MULTIPLY_REGISTERS = tl.constexpr(_registers("f" * 8, "f" * 8 + "r" * 22))
 EIGHT_FLOAT32 = tl.constexpr((tl.float32,) * 8)
 
-# A weight is read once, so it leaves the second-level cache before x, the factors and the keys do. The words are for the
-# next step: behind a barrier of the warp ptxas cannot move the loads down to where they are needed.
+# A weight is read once, so it leaves the second-level cache before x, the factors and the keys do. The words are for
+# the next step: behind a barrier of the warp ptxas cannot move the loads down to where they are needed.
 LOAD_BLOCK = tl.constexpr("""{
 .reg .b64 once;
 createpolicy.fractional.L2::evict_first.b64 once, 1.0;
