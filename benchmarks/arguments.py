@@ -2,11 +2,8 @@
 
 import argparse
 import time
-from pathlib import Path
 
-import torch
-
-from benchmarks import checkpoint, harness, shapes
+from benchmarks import random_model, shapes
 from benchmarks.peers import MODULES, installed
 from benchmarks.plan import OWN, parse_spec, parse_ways
 
@@ -30,8 +27,6 @@ def parse_arguments(argv: list[str] | None, description: str | None = None) -> a
         "step at a time; with @BITS, other weights than --bits; with :WAY+WAY, other ways than --recompute. "
         "Default: %(default)s",
     )
-    parser.add_argument("--bits", type=int, default=4, choices=(4, 16, 32))
-    parser.add_argument("--lora-r", type=int, default=16, metavar="R")
     parser.add_argument(
         "--recompute",
         nargs="?",
@@ -52,9 +47,6 @@ def parse_arguments(argv: list[str] | None, description: str | None = None) -> a
     parser.add_argument(
         "--compare", action="store_true", help="print the change of each figure since it last landed on this GPU"
     )
-    parser.add_argument("--layers", type=int, help="fewer layers than the model has (32; tiny: 2)")
-    parser.add_argument("--tiny", action="store_true", help="a very small model, to try the machinery")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--warmup", type=int, default=4, help="steps before the timed ones (transformers: at most 2)")
     parser.add_argument("--steps", type=int, default=8, help="timed steps")
     parser.add_argument(
@@ -63,13 +55,7 @@ def parse_arguments(argv: list[str] | None, description: str | None = None) -> a
     parser.add_argument("--rounds", type=int, default=1, help="how often each system runs; the best round counts")
     parser.add_argument("--time-limit", type=float, default=240, metavar="SECONDS", help="of one system's process")
     parser.add_argument("--deadline", type=float, metavar="SECONDS", help="begin nothing that would outlast it")
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="where the random checkpoint is kept")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="folder of the CSV and the chart; default: benchmarks/results on a GPU, none on a CPU",
-    )
+    random_model.add_options(parser, out="folder of the CSV and the chart")
     args = parser.parse_args(argv)
     args.begun = time.monotonic()
     args.series = shapes.growth_cases(16 if args.tiny else 1024) if args.growth else ()
@@ -90,10 +76,5 @@ def parse_arguments(argv: list[str] | None, description: str | None = None) -> a
         parser.error(f"unknown system {', '.join(sorted(unknown))}; there are {', '.join(MODULES)}")
     if args.steps < 1 or args.rounds < 1 or args.warmup < 0:
         parser.error("--steps and --rounds must be at least 1 and --warmup at least 0")
-    args.config = dict(shapes.TINY if args.tiny else shapes.LLAMA_3_1_8B)
-    if args.layers is not None:
-        args.config["num_hidden_layers"] = args.layers
-    args.checkpoint = args.checkpoint or checkpoint.default_folder(args.config)
-    if args.out is None and args.device == "cuda":
-        args.out = harness.RESULTS
+    random_model.complete(args)
     return args

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks import checkpoint, harness, shapes
+from benchmarks import checkpoint, harness, random_model
 from benchmarks.peers import PACKAGES, Settings
 from benchmarks.processes import run_module
 from benchmarks.worker import OUT_OF_MEMORY
@@ -54,19 +54,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--budget", type=float, default=6, metavar="SECONDS", help="of the timed runs of a case: slow ones take fewer"
     )
-    parser.add_argument("--bits", type=int, default=4, choices=(4, 16, 32))
-    parser.add_argument("--lora-r", type=int, default=16, metavar="R")
     parser.add_argument("--no-graphs", action="store_true", help="slothcore launches every kernel itself")
     parser.add_argument("--no-floor", action="store_true", help="leave the floor of long prompts out")
-    parser.add_argument("--layers", type=int, help="fewer layers than the model has (32; tiny: 2)")
-    parser.add_argument("--tiny", action="store_true", help="a very small model, to try the machinery")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--time-limit", type=float, default=120, metavar="SECONDS", help="of one system's process")
     parser.add_argument("--deadline", type=float, metavar="SECONDS", help="begin nothing that would outlast it")
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="where the random checkpoint is kept")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder of the CSV; default: benchmarks/results on a GPU, none on a CPU"
-    )
+    random_model.add_options(parser)
     args = parser.parse_args(argv)
     args.begun = time.monotonic()
     installed = [name for name in MODULES if all(find_spec(package) for package in PACKAGES[name])]
@@ -82,12 +74,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         ]
     except ValueError as error:
         parser.error(str(error))
-    args.config = dict(shapes.TINY if args.tiny else shapes.LLAMA_3_1_8B)
-    if args.layers is not None:
-        args.config["num_hidden_layers"] = args.layers
-    args.checkpoint = args.checkpoint or checkpoint.default_folder(args.config)
-    if args.out is None and args.device == "cuda":
-        args.out = harness.RESULTS
+    random_model.complete(args)
     return args
 
 

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import checkpoint, harness, shapes
+from benchmarks import checkpoint, harness, random_model
 from slothcore.data.tokenizer import Tokenizer
 from slothcore.inference.engine import Engine, Request
 from slothcore.lora.config import LoraConfig
@@ -58,24 +58,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=256, metavar="N", help="of each answer; default: 256")
     parser.add_argument("--adapters", type=int, default=1, metavar="N", help="that clients ask for in turn; default: 1")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds; the median counts")
-    parser.add_argument("--bits", type=int, default=4, choices=(4, 16, 32))
-    parser.add_argument("--lora-r", type=int, default=16, metavar="R")
-    parser.add_argument("--layers", type=int, help="fewer layers than the model has (32; tiny: 2)")
-    parser.add_argument("--tiny", action="store_true", help="a very small model, to try the machinery")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="where the random checkpoint is kept")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder of the CSV; default: benchmarks/results on a GPU, none on a CPU"
-    )
+    random_model.add_options(parser)
     args = parser.parse_args(argv)
     if min(args.clients, args.prompt, args.new_tokens, args.adapters, args.rounds) < 1:
         parser.error("--clients, --prompt, --new-tokens, --adapters and --rounds must be at least 1")
-    args.config = dict(shapes.TINY if args.tiny else shapes.LLAMA_3_1_8B)
-    if args.layers is not None:
-        args.config["num_hidden_layers"] = args.layers
-    args.checkpoint = args.checkpoint or checkpoint.default_folder(args.config)
-    if args.out is None and args.device == "cuda":
-        args.out = harness.RESULTS
+    random_model.complete(args)
     return args
 
 

@@ -1,6 +1,7 @@
 """transformers + PEFT + bitsandbytes, set up as their documentation says."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
@@ -13,8 +14,9 @@ from benchmarks.peers import Settings
 from benchmarks.shapes import LORA_TARGETS
 
 
-def load(settings: Settings) -> nn.Module:
-    options = {}
+def load_base(settings: Settings) -> nn.Module:
+    """The model without an adapter."""
+    options: dict[str, Any] = {}
     if settings.bits == 4:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -24,17 +26,24 @@ def load(settings: Settings) -> nn.Module:
         )
     if settings.device == "cuda":
         options["device_map"] = {"": 0}
-    model = AutoModelForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         settings.folder, dtype=settings.dtype, attn_implementation="sdpa", **options
     )
+
+
+def lora_config(settings: Settings) -> LoraConfig:
+    rank = settings.lora_r
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS, bias="none", task_type="CAUSAL_LM")
+
+
+def load(settings: Settings) -> nn.Module:
+    model = load_base(settings)
     if settings.bits == 4:
         # Recomputation is for `configure`, which does the same as this function would.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     # As transformers' Trainer does; the model would otherwise copy every key and value into a cache.
     model.config.use_cache = False
-    rank = settings.lora_r
-    lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS, bias="none", task_type="CAUSAL_LM")
-    model = get_peft_model(model, lora).train()
+    model = get_peft_model(model, lora_config(settings)).train()
     configure(model, settings)
     return model
 

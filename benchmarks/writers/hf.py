@@ -3,36 +3,21 @@
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from benchmarks.checkpoint import SPECIAL_TOKENS
 from benchmarks.peers import Settings
-from benchmarks.shapes import LORA_TARGETS
+from benchmarks.peers.hf import load_base, lora_config
 
 PADDING = SPECIAL_TOKENS.index("<pad>")
 
 
 def load(settings: Settings) -> nn.Module:
-    options: dict[str, Any] = {}
-    if settings.bits == 4:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-    if settings.device == "cuda":
-        options["device_map"] = {"": 0}
-    model = AutoModelForCausalLM.from_pretrained(
-        settings.folder, dtype=settings.dtype, attn_implementation="sdpa", **options
-    )
+    model = load_base(settings)
     model.requires_grad_(False)
-    rank = settings.lora_r
-    lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS, bias="none", task_type="CAUSAL_LM")
     # In the compute dtype: PEFT's float32 would cost two conversions a layer.
-    return get_peft_model(model, lora, autocast_adapter_dtype=False)
+    return get_peft_model(model, lora_config(settings), autocast_adapter_dtype=False)
 
 
 def prepare(model: nn.Module, settings: Settings, *, rows: int, tokens: int) -> nn.Module:
