@@ -13,8 +13,6 @@ from slothcore.lora.adapter_io import WEIGHTS_FILE, adapter_state, load_adapter,
 from slothcore.lora.attach import lora_config_of
 from slothcore.models.checkpoint import save_tensors
 from slothcore.models.decoder import Decoder
-from slothcore.models.hf_config import read_json
-from slothcore.models.hub import CONFIG_FILE
 from slothcore.models.load import DTYPES, load_model
 
 # The same numbers on the same base; what is beyond rounding was written wrongly.
@@ -34,7 +32,7 @@ def size(model: Decoder, dtype: str | None) -> int:
 
 
 def write(model: Decoder, tokenizer: Tokenizer | None, folder: Path, dtype: str | None) -> None:
-    """Fill the folder. Warns if the base is named by a folder of this machine, or PEFT would find no place for it."""
+    """Fill the folder. Warns if the base is named by a folder of this machine."""
     save_adapter(model, folder)
     if dtype is not None:
         _cast(folder / WEIGHTS_FILE, DTYPES[dtype])
@@ -46,12 +44,6 @@ def write(model: Decoder, tokenizer: Tokenizer | None, folder: Path, dtype: str 
         warnings.warn(
             f"the adapter names its base as {config.base_model_name_or_path!r}, which no other machine finds; before "
             "you upload it, write the name on the Hub into base_model_name_or_path of adapter_config.json",
-            stacklevel=2,
-        )
-    if _is_part(model):
-        warnings.warn(
-            "this adapter is for the text part of a model that reads pictures, too: slothcore finds its place there, "
-            "but PEFT looks for it in the whole model and leaves it out; for other programs export the format merged",
             stacklevel=2,
         )
     (folder / "README.md").write_text(model_card(model, "adapter"), encoding="utf-8")
@@ -76,12 +68,6 @@ def check(model: Decoder, folder: Path, dtype: str | None, *, give_up: bool) -> 
             "kept; please report this"
         )
     return "read back on its base: the same logits" + ("" if found == 0 else f" (distance {found:.1g})")
-
-
-def _is_part(model: Decoder) -> bool:
-    """Whether the model is the text part of what its folder holds."""
-    config = None if model.folder is None else model.folder / CONFIG_FILE
-    return config is not None and config.is_file() and "text_config" in read_json(config)
 
 
 def _cast(file: Path, dtype: torch.dtype) -> None:

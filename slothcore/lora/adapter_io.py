@@ -6,6 +6,7 @@ expert of a stack is a module; a module of `modules_to_save` has its own names; 
 """
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,11 +21,13 @@ from slothcore.lora.attach import (
     resolve_lora_dtype,
 )
 from slothcore.lora.base_change import initial_factors, take_out
+from slothcore.lora.dense_beside_experts import as_parameters
 from slothcore.lora.init_factors import Factors
 from slothcore.lora.init_names import REPEATABLE
 from slothcore.lora.plan import AdapterPlan
 from slothcore.lora.recorded import doubled, recorded
 from slothcore.lora.stored_adapter import MAGNITUDE, OUR_ROUTER, PREFIX, THEIR_ROUTER, WEIGHTS_FILE, StoredAdapter
+from slothcore.lora.whole_model import config_in_whole, is_text_part, name_in_whole
 from slothcore.models.checkpoint import save_tensors
 from slothcore.models.decoder import Decoder
 from slothcore.models.hub import model_folder
@@ -38,7 +41,9 @@ def save_adapter(model: Decoder, path: str | Path) -> None:
 
     Both files get their final names once they are complete; an earlier adapter there is replaced. Where the adapter
     began with a part of the base weights, the files hold an ordinary one of twice the rank for the unchanged base, and
-    what `load_adapter` makes the changed one from: see `recorded.py`.
+    what `load_adapter` makes the changed one from: see `recorded.py`. Beside experts PEFT is told of dense layers as of
+    parameters, and of no dropout: see `dense_beside_experts.py`. The text part of a model that reads pictures has the
+    names that it has there: see `whole_model.py`.
 
     Raises: ValueError if the model has no adapter.
     """
@@ -50,18 +55,29 @@ def save_adapter(model: Decoder, path: str | Path) -> None:
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     plan = AdapterPlan.of(model, config)
-    metadata = recorded(config, is_doubled=bool(model.taken_out))
+    trained = config
     if any(target.is_stack for target in plan.targets.values()):
         # PEFT fuses gate and up into one adapter of twice the rank and alpha: it keeps alpha / r, not alpha / sqrt(r).
         config = config.without_rslora()
     state = adapter_state(model)
     if model.taken_out:
         config, state = doubled(config, state, _factors_by_name(plan, model.taken_out))
+    told = as_parameters(config, plan, model)
+    if told.target_parameters and told.use_dora:
+        warnings.warn(
+            f"PEFT has no DoRA for {told.target_parameters[0]}, which it can only take as a parameter beside experts, "
+            "and refuses this adapter; slothcore reads it, and for other programs export the format merged",
+            stacklevel=2,
+        )
+    if is_text_part(model):
+        told = config_in_whole(told, plan)
+        state = {PREFIX + name_in_whole(name.removeprefix(PREFIX)): tensor for name, tensor in state.items()}
+    metadata = recorded(trained, is_doubled=bool(model.taken_out), told_otherwise=told != config)
     state = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
     partial = {name: folder / f".{name}.{os.getpid()}.tmp" for name in (WEIGHTS_FILE, CONFIG_FILE)}
     try:
         save_tensors(state, partial[WEIGHTS_FILE], metadata=metadata)
-        partial[CONFIG_FILE].write_text(config.to_json(), encoding="utf-8")
+        partial[CONFIG_FILE].write_text(told.to_json(), encoding="utf-8")
         for name, file in partial.items():
             file.replace(folder / name)
     finally:

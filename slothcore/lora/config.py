@@ -213,7 +213,8 @@ class LoraConfig:
         values["modules_to_save"] = values["modules_to_save"] or None
         if self.init_lora_weights not in ALONE:
             values["init_lora_weights"] = True  # or PEFT would decompose the base before it loads these factors
-        return json.dumps(values, indent=2, sort_keys=True)
+        # Not sort_keys: of the patterns in a dictionary, the first that matches counts.
+        return json.dumps(dict(sorted(values.items())), indent=2)
 
     @classmethod
     def from_json(cls, text: str, source: str = "adapter_config.json") -> "LoraConfig":

@@ -19,6 +19,7 @@ from torch import Tensor
 from slothcore.layers.linear import Linear
 from slothcore.layers.moe import Experts
 from slothcore.lora.config import LoraConfig
+from slothcore.lora.dense_beside_experts import as_modules
 from slothcore.lora.module_names import by_pattern
 from slothcore.lora.plan import lora_layers
 from slothcore.models.decoder import Decoder
@@ -34,7 +35,7 @@ ADAPTED = re.compile(
 def split_fused_adapter(
     config: LoraConfig, tensors: Mapping[str, Tensor], model: Decoder, source: str
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """The same adapter, its experts under names of their own.
+    """The same adapter, its experts under names of their own, and linear layers among its modules.
 
     Args:
         config: with `target_parameters`.
@@ -42,6 +43,9 @@ def split_fused_adapter(
         source: the file, for messages.
     Raises: ValueError if it adapts other parameters than experts, not alike in every layer, or does not fit the model.
     """
+    config = as_modules(config, model)
+    if not config.target_parameters:
+        return config, dict(tensors)
     stacks = {path: module for path, module in model.named_modules() if isinstance(module, Experts)}
     layers = {re.sub(r"\.[^.]+\.experts$", "", path): path for path in stacks}
     adapted = _adapted_parameters(config, list(layers), source)

@@ -38,3 +38,10 @@ def by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
         if re.match(rf"(.*\.)?({pattern})$", path):
             return value
     return default
+
+
+def by_new_names(patterns: Mapping[str, Any], default: Any, renamed: Mapping[str, str]) -> dict[str, Any]:
+    """The patterns, and before them one for each new name that they would give another value than its old one."""
+    values = {new: by_pattern(patterns, old, default) for old, new in renamed.items()}
+    own = {re.escape(new): value for new, value in values.items() if by_pattern(patterns, new, default) != value}
+    return {**own, **patterns}

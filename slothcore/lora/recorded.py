@@ -123,11 +123,11 @@ def as_trained(
     return trained, file.trained_tensors(), file.taken_tensors()
 
 
-def recorded(config: LoraConfig, *, is_doubled: bool) -> dict[str, str]:
-    """The metadata of the file of an adapter that began with base weights; empty for any other."""
-    if not uses_weights(config.init_lora_weights):
+def recorded(config: LoraConfig, *, is_doubled: bool, told_otherwise: bool = False) -> dict[str, str]:
+    """The metadata of the file of an adapter that began with base weights, or is told otherwise; else empty."""
+    if not uses_weights(config.init_lora_weights) and not told_otherwise:
         return {}
-    return {KEY: json.dumps({"config": asdict(config), "doubled": is_doubled}, sort_keys=True)}
+    return {KEY: json.dumps({"config": asdict(config), "doubled": is_doubled})}
 
 
 def doubled(

@@ -14,6 +14,7 @@ from slothcore.lora.fused_experts import split_fused_adapter
 from slothcore.lora.init_factors import Factors
 from slothcore.lora.plan import AdapterPlan
 from slothcore.lora.recorded import AdapterFile, as_trained
+from slothcore.lora.whole_model import config_in_part, name_in_part
 from slothcore.models.decoder import Decoder
 from slothcore.models.vocabulary import EMBEDDING, TABLES
 
@@ -54,7 +55,7 @@ class StoredAdapter:
         Raises: ValueError, in one sentence, if files are missing or damaged, the adapter uses what slothcore does not
             implement, or names or shapes show that it belongs to another base model.
         """
-        config = LoraConfig.from_folder(folder)
+        config = told = LoraConfig.from_folder(folder)
         weights = adapter_weights(folder)
         file = AdapterFile.read(weights)
         if keep_base and file.is_doubled:
@@ -67,6 +68,8 @@ class StoredAdapter:
                 )
         else:
             config, stored, taken_out = as_trained(file, config, model)
+        if config is told:
+            config = config_in_part(config, model, (name.removeprefix(PREFIX) for name in stored))
         if config.target_parameters:
             config, stored = split_fused_adapter(config, stored, model, str(weights))
         plan = AdapterPlan.of(model, config)
@@ -138,7 +141,7 @@ def _plain_name(name: str, model: Decoder) -> str:
         name = name.replace(inserted, ".")
     if model.config.moe is not None and model.config.moe.block_name == "block_sparse_moe":
         name = name.replace(THEIR_ROUTER, OUR_ROUTER)
-    return name.removeprefix(PREFIX)
+    return name_in_part(name.removeprefix(PREFIX))
 
 
 def _expected_shapes(

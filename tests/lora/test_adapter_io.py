@@ -156,6 +156,18 @@ def test_the_files_are_laid_out_as_pefts(base: Path, tmp_path: Path) -> None:
     assert len(names) == 2 * 7 * 2 + 1
 
 
+@pytest.mark.parametrize("init", [True, "pissa"])
+def test_patterns_keep_their_order(base: Path, tmp_path: Path, init: bool | str) -> None:
+    """Of those that match, the first counts."""
+    patterns = {"v_proj": 2, "o_proj": 6, "[qkvo]_proj": 3}
+    model = adapted(base, rank_pattern=patterns, init_lora_weights=init)
+    save_adapter(model, tmp_path / "adapter")
+    again = load_adapter(load_model(base, bits=32, device="cpu"), tmp_path / "adapter")
+    assert again.lora_config is not None
+    assert list(again.lora_config.rank_pattern.items()) == list(patterns.items())
+    assert again.model.layers[0].self_attn.v_proj.lora_A.shape[0] == 2
+
+
 def test_a_failed_save_leaves_the_earlier_adapter(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(base, r=4)
     save_adapter(model, tmp_path / "adapter")

@@ -285,6 +285,67 @@ def test_we_read_what_peft_made_of_ours(family: str, options: dict[str, Any], tm
     assert gate.lora_A.shape[1] == 8
 
 
+DENSE = {
+    "all linears": {},
+    "rank-stabilised": {"use_rslora": True},
+    "no experts": {"target_modules": ["q_proj", "layers.{dense}.mlp.gate_proj", "layers.{dense}.mlp.down_proj"]},
+    "nothing else": {"target_modules": ["layers.{dense}.mlp.up_proj"]},
+    "an expression": {"target_modules": r".*\.(o_proj|(gate|up|down)_proj)"},
+    "ranks of their own": {
+        "rank_pattern": {r"layers\.{dense}\.mlp\.gate_proj": 2, r"layers\.{dense}\.mlp\.up_proj": 7, "o_proj": 3},
+        "alpha_pattern": {r"layers\.{dense}\.mlp\.up_proj": 5},
+    },
+    "dropout": {"lora_dropout": 0.3},
+    "of base weights": {"init_lora_weights": "pissa"},
+}
+
+
+@pytest.mark.parametrize("options", DENSE.values(), ids=DENSE.keys())
+@pytest.mark.parametrize("mixed", FAMILIES_TINY["qwen3_moe"], ids=str)
+def test_peft_reads_ours_with_dense_layers(mixed: Variant, options: dict[str, Any], tmp_path: Path) -> None:
+    """PEFT would take their projections, called as those of experts, for these; also what it saves then."""
+    sparse = base(mixed, tmp_path / "base").config.moe.layers
+    options = json.loads(json.dumps(options).replace("{dense}", str(sparse.index(False))))
+    ours = adapted(mixed, tmp_path / "base", **options)
+    save_adapter(ours, tmp_path / "adapter")
+    reference = tiny_model(mixed)
+    alone = logits_of(reference)
+    theirs = PeftModel.from_pretrained(reference, tmp_path / "adapter").eval()
+    assert_same_logits(ours, theirs)
+    assert (logits_of(ours) - alone).abs().max() > 100 * TOLERANCE
+    again = load_adapter(load_model(tmp_path / "base", bits=32, device="cpu"), tmp_path / "adapter")
+    assert again.lora_config == ours.lora_config
+    assert (logits_of(again) - logits_of(ours)).abs().max() < TOLERANCE
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = load_adapter(load_model(tmp_path / "base", bits=32, device="cpu"), tmp_path / "theirs")
+    assert (logits_of(back) - logits_of(ours)).abs().max() < TOLERANCE
+    save_adapter(back, tmp_path / "once more")
+    last = PeftModel.from_pretrained(tiny_model(mixed), tmp_path / "once more").eval()
+    assert_same_logits(ours, last)
+
+
+def test_dora_of_dense_layers_beside_experts_warns(tmp_path: Path) -> None:
+    """PEFT has none for parameters; the adapter is ours to read."""
+    mixed = FAMILIES_TINY["qwen3_moe"][0]
+    ours = adapted(mixed, tmp_path / "base", use_dora=True, target_modules=["q_proj", "layers.1.mlp.gate_proj"])
+    with pytest.warns(UserWarning, match=r"PEFT has no DoRA for model\.layers\.1\.mlp\.gate_proj\.weight"):
+        save_adapter(ours, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="does not work with use_dora"):
+        PeftModel.from_pretrained(tiny_model(mixed), tmp_path / "adapter")
+    again = load_adapter(load_model(tmp_path / "base", bits=32, device="cpu"), tmp_path / "adapter")
+    assert torch.equal(logits_of(again), logits_of(ours))
+
+
+def test_dropout_of_experts_does_not_keep_peft_from_reading(tmp_path: Path) -> None:
+    """PEFT refuses dropout of parameters, and without training there is none; here it stays."""
+    variant = VARIANTS[0]
+    ours = adapted(variant, tmp_path / "base", lora_dropout=0.3)
+    save_adapter(ours, tmp_path / "adapter")
+    assert_same_logits(ours, PeftModel.from_pretrained(tiny_model(variant), tmp_path / "adapter").eval())
+    again = load_adapter(load_model(tmp_path / "base", bits=32, device="cpu"), tmp_path / "adapter")
+    assert again.lora_config == ours.lora_config
+
+
 FUSED = {
     "both": {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
     "gate and up": {"target_parameters": ["experts.gate_up_proj"]},
