@@ -10,7 +10,8 @@ that are on the disk under their final name; then the check is timed alone, on t
 is that of the export, and of the check, beyond what the process held before it; a GGUF file is mapped to be checked,
 and its own pages, which the system may take back, count there. A bare write is one thread that writes as many bytes
 from one small buffer, in pieces as large as the export's, and waits for the disk; it runs behind each case, on the room
-that this one has left. What ends in `:original` needs the 16-bit files, which are written first.
+that this one has left. One runs before the first case as well, and is not counted: whoever touches memory or blocks
+first pays for it. What ends in `:original` needs the 16-bit files, which are written first.
 """
 
 import argparse
@@ -89,6 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     rows: list[Row] = []
     failed: list[str] = []
     try:
+        timed_write(scratch / "bare", int(args.gigabytes * 1e9))
         for case in args.formats:
             if case.endswith(":original") and not (originals / "config.json").exists():
                 write_checkpoint(originals, args.gigabytes, 5 * 10**9, device=args.device)

@@ -145,26 +145,26 @@ def row_products(a, b):
 
 
 @triton.jit
-def dot_rows(a, b):
-    """a b^T of two blocks of rows in pieces: each row of `a` with each of `b`."""
-    product = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
-    if len(a) == 2:
-        product = tl.dot(a[1], tl.trans(b[1]), product, input_precision="ieee")
-    return product
-
-
-@triton.jit
 def _add_product(sums, weights, rows):
     """sums + weights rows.
 
-    Products of float32 are summed one after another, sums first: along a whole document, that is a chain so long that
-    its rounding shows. So each block has a sum of its own. It is added by an fma, because the compiler turns the
-    addition of a product into a product that starts from the other summand.
+    Products of float32 are summed one after another, sums first: along a whole document, or a head of 256 numbers, that
+    is a chain so long that its rounding shows. So each block has a sum of its own. It is added by an fma, because the
+    compiler turns the addition of a product into a product that starts from the other summand.
     """
     if weights.dtype == tl.float32:
         return tl.fma(tl.dot(weights, rows, input_precision="ieee"), 1.0, sums)
     else:
         return tl.dot(weights, rows, sums, input_precision="ieee")
+
+
+@triton.jit
+def dot_rows(a, b):
+    """a b^T of two blocks of rows in pieces: each row of `a` with each of `b`."""
+    product = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
+    if len(a) == 2:
+        product = _add_product(product, a[1], tl.trans(b[1]))
+    return product
 
 
 @triton.jit
