@@ -21,7 +21,7 @@ from slothcore.training.config import TrainConfig
 from slothcore.training.new_tokens import add_tokens
 from slothcore.training.optimizer_kinds import check_optimizer
 from slothcore.training.preparation import check_evaluation, shows_progress
-from slothcore.training.report import say
+from slothcore.training.progress import say
 from slothcore.training.run_folder import check_output_dir, find_source
 from slothcore.training.run_state import find_checkpoint
 from slothcore.training.sample_prompts import check_prompt_files

@@ -12,7 +12,8 @@ import pytest
 
 from slothcore.cli import main
 from slothcore.report.page import REPORT_FILE
-from slothcore.training.report import LOG_FILE, read_log
+from slothcore.report.saved_run import LOG_FILE
+from slothcore.training.report import read_log
 
 # What the run says of each file, and how many records are too long to teach a model of 256 tokens anything.
 DATASETS = {

@@ -6,18 +6,15 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Literal
 
+from slothcore.commands.findings import GIB, Finding
 from slothcore.version import __version__
 
 OLDEST_PYTHON = (3, 10)
-GIB = 2**30
 # Less than this does not take a 7B model in 16 bits and what a run saves.
 LITTLE_DISK = 20 * GIB
-Status = Literal["ok", "warning", "problem"]
 # Packages that nothing needs, and what each is for.
 OPTIONAL = {
     "matplotlib": "loss.png",
@@ -27,20 +24,6 @@ OPTIONAL = {
     "uvicorn": "slothcore serve",
 }
 REQUIREMENT = re.compile(r"([\w-]+)(?:>=([\d.]+))?")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the examination.
-
-    Attributes:
-        remedy: what to do, most often a command; empty if nothing has to be done.
-    """
-
-    name: str
-    status: Status
-    text: str
-    remedy: str = ""
 
 
 def examine() -> Iterator[Finding]:

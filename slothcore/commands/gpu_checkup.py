@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from slothcore.commands.checkup import GIB, Finding
+from slothcore.commands.findings import GIB, Finding
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 DEVICE_FILES = ("/dev/nvidia0", "/dev/dxg")  # the second is that of Windows' subsystem for Linux

@@ -14,42 +14,15 @@ import numpy as np
 from tqdm import tqdm
 
 from slothcore.data.columns import ColumnTemplates
-from slothcore.data.formats import (
-    ChatExample,
-    Example,
-    Record,
-    TextExample,
-    check_format_name,
-    detect_format,
-    format_example,
-)
+from slothcore.data.formats import ChatExample, Example, Record, check_format_name, detect_format
 from slothcore.data.preferences import VERDICTS
 from slothcore.data.row_checks import RowCounts, check_example, check_size
+from slothcore.data.row_reading import Reading
 from slothcore.data.sources import MemorySource, Source, find_sources, is_records
 
 OnBadRow = Literal["error", "skip"]
 # A bar for what is done before it is drawn would only flicker.
 BAR_DELAY = 2.0
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How the records of a source are read.
-
-    Attributes:
-        format: a name of `formats.LAYOUTS`, or "auto": each record by itself.
-        columns: templates that make prompt and completion, in place of a format.
-    """
-
-    format: str = "auto"
-    text_field: str = "text"
-    columns: ColumnTemplates | None = None
-
-    def example(self, record: Record, where: str) -> Example:
-        """What a record says. Raises ValueError with `where` if it does not fit."""
-        if self.columns is None:
-            return format_example(record, format=self.format, text_field=self.text_field, where=where)
-        return TextExample(*self.columns.fill(record, where))
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,16 +2,14 @@
 
 from array import array
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from slothcore.data.conversations import check_turns, is_blank
 from slothcore.data.formats import Example, TextExample, detect_format
 from slothcore.data.preferences import verdict
 from slothcore.data.readers import LONGEST_ROW
+from slothcore.data.row_reading import Reading
 from slothcore.data.values import counted
-
-if TYPE_CHECKING:
-    from slothcore.data.dataset import Reading
 
 # How many of the rows that were left out are named.
 NAMED = 3
@@ -84,7 +82,7 @@ class RowCounts:
         if len(self._errors) < NAMED:
             self._errors.append(str(error))
 
-    def take(self, record: Any, where: str, reading: "Reading") -> None:
+    def take(self, record: Any, where: str, reading: Reading) -> None:
         """The row is used."""
         self.repeats.append(1)
         name = reading.format
@@ -113,7 +111,7 @@ class RowCounts:
             raise ValueError(f"{self.name}: all answers are judged bad; give some with label true")
         raise ValueError(f"{self.name}: all answers are empty (first {self._empty[0]}); fill them in")
 
-    def notes(self, reading: "Reading") -> list[str]:
+    def notes(self, reading: Reading) -> list[str]:
         """A line about the format, and one about each kind of row that is left out."""
         used = sum(self.formats.values())
         if reading.columns is not None:

@@ -1,17 +1,11 @@
-"""What a model said as it was trained: samples.jsonl, and its parts of the page."""
+"""What a model said as it was trained: its parts of the page."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-from slothcore.report.growing_file import GrowingFile
 from slothcore.report.html import Html, element, together
-from slothcore.report.run_log import read_record
+from slothcore.report.saved_run import SavedRun
 from slothcore.report.words import NOTHING, count
-
-if TYPE_CHECKING:
-    from slothcore.report.saved_run import SavedRun
 
 # The first, the best and the newest are shown; all stand in the file.
 MOST_COLUMNS = 4
@@ -25,41 +19,7 @@ class Column:
     label: str
 
 
-@dataclass
-class SampleLog:
-    """The answers of samples.jsonl.
-
-    Attributes:
-        outputs: step -> prompt -> what was said.
-        expected: prompt -> the answer that stood beside it.
-    """
-
-    path: Path
-    outputs: dict[int, dict[str, str]] = field(default_factory=dict)
-    expected: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._file = GrowingFile(self.path)
-
-    def update(self) -> None:
-        """Read what was written since the last call; a line that is no sample is left out."""
-        is_whole, lines = self._file.read()
-        if is_whole:
-            self.outputs, self.expected = {}, {}
-        for record in filter(None, map(read_record, lines)):
-            prompt, output, expected = record.get("prompt"), record.get("output"), record.get("expected")
-            if isinstance(prompt, str) and isinstance(output, str):
-                self.outputs.setdefault(record["step"], {})[prompt] = output
-                if isinstance(expected, str):
-                    self.expected[prompt] = expected
-
-    @property
-    def prompts(self) -> list[str]:
-        """Each prompt once, in the order in which they were asked."""
-        return list(dict.fromkeys(prompt for said in self.outputs.values() for prompt in said))
-
-
-def samples(run: "SavedRun") -> Html | None:
+def samples(run: SavedRun) -> Html | None:
     """Prompts as rows and steps as columns."""
     log = run.samples
     if not log.outputs:
@@ -73,7 +33,7 @@ def samples(run: "SavedRun") -> Html | None:
     return _section(note, columns, rows, log.expected)
 
 
-def compared_samples(runs: "Sequence[SavedRun]", swatches: Sequence[Html]) -> Html | None:
+def compared_samples(runs: Sequence[SavedRun], swatches: Sequence[Html]) -> Html | None:
     """Prompts as rows and runs as columns: what each said with the weights that it saved, or at last.
 
     Args:
@@ -97,12 +57,12 @@ def _step_column(step: int, *, is_best: bool) -> Column:
     return Column(together(name, " ", element("span", "best", class_="badge")), f"{name}, the best")
 
 
-def _run_column(run: "SavedRun", swatch: Html) -> Column:
+def _run_column(run: SavedRun, swatch: Html) -> Column:
     step = f"step {count(_result_step(run))}"
     return Column(together(swatch, run.name, element("small", step)), f"{run.name}, {step}")
 
 
-def _result_step(run: "SavedRun") -> int:
+def _result_step(run: SavedRun) -> int:
     """The step of the newest samples, or of those of the weights that were saved."""
     saved = run.best_step if run.notes.get("best_is_saved") is True else None
     return saved if saved in run.samples.outputs and saved is not None else max(run.samples.outputs)

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from slothcore.report.run_log import RunLog
-from slothcore.report.samples import SampleLog
+from slothcore.report.sample_log import SampleLog
 
 LOG_FILE = "log.jsonl"
 NOTES_FILE = "run.json"

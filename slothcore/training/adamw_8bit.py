@@ -22,6 +22,7 @@ from bitsandbytes.optim import AdamW8bit as BitsandbytesAdamW8bit
 from torch import Tensor, nn
 
 from slothcore.training.optimizer_kinds import LARGEST_BATCH
+from slothcore.training.versions import note_update
 
 BLOCK = 256
 
@@ -62,6 +63,7 @@ class AdamW8bit(BitsandbytesAdamW8bit):
                     self.update_step(group, parameter, group_index, index)
             for batch in self._batches_of(group_index, together):
                 batch.update(group)
+        note_update(self)
         return loss
 
     def _batches_of(self, group_index: int, parameters: list[nn.Parameter]) -> "list[Batch]":

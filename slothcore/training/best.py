@@ -7,17 +7,15 @@ lowest until then by more than the threshold. The lowest itself follows every lo
 import math
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from slothcore.data.values import counted
+from slothcore.models.decoder import Decoder
+from slothcore.training.batches import RowSet
 from slothcore.training.config import TrainConfig
 from slothcore.training.evaluation import EvalResult
-from slothcore.training.report import say
+from slothcore.training.progress import say
 from slothcore.training.run_state import RunState, checkpoint_of, checkpoints, write_folder
 from slothcore.training.weights import load_weights
-
-if TYPE_CHECKING:
-    from slothcore.training.trainer import SFTTrainer
 
 
 def count_evaluation(state: RunState, loss: float, *, threshold: float) -> bool:
@@ -60,21 +58,20 @@ def best_checkpoint(state: RunState, config: TrainConfig) -> Path | None:
     return checkpoint_of(Path(config.output_dir), state.best_step)
 
 
-def load_best(trainer: "SFTTrainer", state: RunState) -> EvalResult | None:
+def load_best(model: Decoder, eval_rows: RowSet, state: RunState, config: TrainConfig) -> EvalResult | None:
     """Put the weights of the best evaluation into the model; says which they are, and gives what it found.
 
     None, with a note, if their checkpoint is gone; the model is then left as it is.
     """
-    folder = best_checkpoint(state, trainer.config)
+    folder = best_checkpoint(state, config)
     if folder is None or folder not in checkpoints(folder.parent):
         say(f"note: the checkpoint of the best evaluation is gone; the result is that of step {state.step}")
         return None
     if state.best_step != state.step:
-        load_weights(trainer.model, folder)
+        load_weights(model, folder)
     say(f"the result is that of step {state.best_step}, whose evaluation loss {state.best_eval_loss:.4g} is the lowest")
     assert state.best_eval_loss is not None
-    assert trainer.eval_rows is not None
-    return EvalResult(state.best_eval_loss, sum(trainer.eval_rows.row_targets))
+    return EvalResult(state.best_eval_loss, sum(eval_rows.row_targets))
 
 
 def bring_best_along(state: RunState, config: TrainConfig, source: Path) -> None:

@@ -12,11 +12,13 @@ from typing import Any, get_type_hints
 
 import yaml
 
+from slothcore.data.columns import ColumnTemplates
+from slothcore.data.formats import check_format_name
 from slothcore.data.new_tokens import check_new_tokens
 from slothcore.lora.config import LoraConfig
 from slothcore.lora.init_names import check_init
 from slothcore.training.option_groups import DataOptions, LoraOptions, ModelOptions, OptimizationOptions, RunOptions
-from slothcore.training.options import WORDS_FOR_NONE, check_names, coerce, read_yaml
+from slothcore.training.options import WORDS_FOR_NONE, check_device_name, check_names, coerce, read_yaml
 from slothcore.training.schedule import checked_kwargs
 
 # At least 1 where they are given.
@@ -44,7 +46,7 @@ POSITIVE = (
 NOT_EMPTY = (
     *("model", "data", "eval_data", "output_dir", "revision", "token", "rope_scaling"),
     *("chat_template", "prompt_template", "completion_template", "data_weights"),
-    *("sample_prompts", "run_name", "logging_dir", "adapter"),
+    *("sample_prompts", "run_name", "logging_dir", "adapter", "text_field"),
 )
 
 # Names in one word, q_proj,v_proj; a regular expression may have commas of its own.
@@ -52,6 +54,8 @@ NAMES = re.compile(r"[\w.-]+(\s*,\s*[\w.-]+)+")
 
 # What report_to may name.
 TRACKERS = ("tensorboard", "wandb")
+
+BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
 
 # Never written into a file, and not shown.
 SECRETS = ("token",)
@@ -101,6 +105,16 @@ class TrainConfig(RunOptions, OptimizationOptions, LoraOptions, DataOptions, Mod
             _require(value is None or value > 0, f"{name} must be greater than 0, got {value}")
         for name in "eval_fraction lora_dropout adam_beta1 adam_beta2".split():
             _require(0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        length = self.max_seq_length
+        _require(
+            length is None or length > 1,
+            f"max_seq_length must be at least 2, got {length}: nothing predicts the first token",
+        )
+        for layer in self.layers_to_transform or ():
+            _require(layer >= 0, f"layers_to_transform counts layers from 0, got {layer}")
+        if self.device is not None:
+            check_device_name(self.device)
+        check_format_name(self.format)
         check_new_tokens(self.new_tokens)
         for weight in self.data_weights or ():
             _require(0 < weight < math.inf, f"each of data_weights must be greater than 0, got {weight}")
@@ -117,6 +131,10 @@ class TrainConfig(RunOptions, OptimizationOptions, LoraOptions, DataOptions, Mod
         )
 
     def _check_combinations(self) -> None:
+        _require(
+            self.bits == 4 or self.dtype is None or BITS[self.dtype] == self.bits,
+            f"dtype {self.dtype} does not go with bits={self.bits}",
+        )
         _require(
             not (self.full_finetuning and self.bits == 4),
             "full_finetuning trains dense weights, and bits is 4; set bits to 16 or 32, or train a LoRA adapter",
@@ -152,6 +170,8 @@ class TrainConfig(RunOptions, OptimizationOptions, LoraOptions, DataOptions, Mod
             self.prompt_template is None or self.completion_template is not None,
             "prompt_template is set without completion_template, and nothing would be learned; give both",
         )
+        if self.completion_template is not None:
+            ColumnTemplates(self.completion_template, self.prompt_template or "")
         if self.data_weights is not None:
             files = [self.data] if isinstance(self.data, str) else self.data or ()
             _require(

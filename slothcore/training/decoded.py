@@ -18,7 +18,7 @@ from slothcore.models.decoder import Decoder
 from slothcore.training.memory_layers import maps_of
 from slothcore.training.memory_plan import MemoryPlan
 from slothcore.training.micro_batches import GIB, PassSample
-from slothcore.training.report import say
+from slothcore.training.progress import say
 
 LARGEST_MEAN = 4096
 """Tokens of a pass, on average, beyond which copies bring little: 10 ms are below 5% of such a pass."""

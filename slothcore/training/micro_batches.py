@@ -11,7 +11,7 @@ import torch
 
 from slothcore.training.batches import RowSet, StepSchedule
 from slothcore.training.memory_plan import MemoryPlan
-from slothcore.training.report import say
+from slothcore.training.progress import say
 
 GIB = 2**30
 # Share of a GPU that `auto` leaves to the CUDA context, to gaps between tensors and to errors of the prediction.

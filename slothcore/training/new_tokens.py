@@ -6,7 +6,7 @@ from slothcore.data.tokenizer import Tokenizer
 from slothcore.data.values import counted
 from slothcore.models.decoder import Decoder
 from slothcore.models.vocabulary import start_rows
-from slothcore.training.report import say
+from slothcore.training.progress import say
 
 # A vocabulary of thousands would bury the log.
 MOST_NAMED = 12

@@ -10,6 +10,7 @@ from slothcore.training.adafactor import Adafactor
 from slothcore.training.config import TrainConfig
 from slothcore.training.optimizer_kinds import KINDS, check_optimizer
 from slothcore.training.parameter_groups import parameter_groups
+from slothcore.training.versions import note_update
 
 # What bitsandbytes keeps in pages where it is large.
 PAGED_ENTRIES = ("state1", "state2")
@@ -24,13 +25,17 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
     groups = parameter_groups(model, config)
     check_optimizer(config.optim, groups[0]["params"][0].device)
     rate, betas = config.learning_rate, (config.adam_beta1, config.adam_beta2)
+    optimizer: torch.optim.Optimizer
     if config.optim == "adamw":
-        return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=config.adam_epsilon, fused=True)
-    if config.optim == "sgd":
-        return torch.optim.SGD(groups, lr=rate, fused=True)
-    if config.optim == "adafactor":
-        return Adafactor(groups, lr=rate)
-    return _of_bitsandbytes(groups, config, lr=rate, betas=betas)
+        optimizer = torch.optim.AdamW(groups, lr=rate, betas=betas, eps=config.adam_epsilon, fused=True)
+    elif config.optim == "sgd":
+        optimizer = torch.optim.SGD(groups, lr=rate, fused=True)
+    elif config.optim == "adafactor":
+        optimizer = Adafactor(groups, lr=rate)
+    else:
+        optimizer = _of_bitsandbytes(groups, config, lr=rate, betas=betas)
+    optimizer.register_step_post_hook(note_update)
+    return optimizer
 
 
 def _of_bitsandbytes(groups: list[dict[str, Any]], config: TrainConfig, **options: Any) -> torch.optim.Optimizer:

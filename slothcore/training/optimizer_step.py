@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from slothcore.models.decoder import Decoder
 from slothcore.models.flat_factors import FlatFactors
 from slothcore.training.batches import StepPlan
 from slothcore.training.config import TrainConfig
 from slothcore.training.decoded import keep_decoded_layers
+from slothcore.training.learner import Learner
 from slothcore.training.out_of_memory import DoesNotFit, remedy, update_remedy
-from slothcore.training.report import say
+from slothcore.training.progress import say
 from slothcore.training.run_state import generator_states, restore_generators
 from slothcore.training.step_feed import PreparedStep, StepFeed
 
@@ -39,20 +39,13 @@ class OptimizerStep:
     """
 
     def __init__(
-        self,
-        model: Decoder,
-        parameters: dict[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
-        config: TrainConfig,
-        *,
-        flat: FlatFactors | None = None,
-        decoded_layers: int = 0,
+        self, learner: Learner, config: TrainConfig, *, flat: FlatFactors | None = None, decoded_layers: int = 0
     ) -> None:
-        self.model, self.parameters, self.optimizer, self.scaler = model, parameters, optimizer, scaler
+        self.model, self.parameters = learner.model, learner.parameters
+        self.optimizer, self.scaler = learner.optimizer, learner.scaler
         self.config, self.flat = config, flat
         laid = {id(parameter) for parameter in (flat.parameters if flat is not None else ())}
-        self._others = [parameter for parameter in parameters.values() if id(parameter) not in laid]
+        self._others = [parameter for parameter in self.parameters.values() if id(parameter) not in laid]
         self.decoded_layers = decoded_layers
         self.skipped: Tensor | None = None
         self.most_tokens = self.most_passes = 0

@@ -4,6 +4,7 @@ A wrong key or value is refused here with one sentence; silently ignoring it wou
 """
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,7 @@ import yaml
 from slothcore.training.other_names import OTHER_NAMES, OTHER_VALUES, WITHOUT_COUNTERPART
 
 WORDS_FOR_NONE = {"none", "null", "~"}
+DEVICE = re.compile(r"(cpu|cuda)(:\d+)?")
 WORDS_FOR_BOOL = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -48,6 +50,12 @@ def check_names(
         if not near and (far := difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)):
             hint += f", of which {far[0]!r} is spelled most like it"
         raise ValueError(f"unknown option {name!r} in {source}; {hint}")
+
+
+def check_device_name(name: str) -> None:
+    """Raise ValueError unless this is what a CPU or a GPU is called, whether there is one or not."""
+    if DEVICE.fullmatch(name) is None:
+        raise ValueError(f"device {name!r} does not exist; use 'cpu' or 'cuda'")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from torch import nn
 
 from slothcore.models.flat_factors import factors_apart, is_factor_b
 from slothcore.training.config import TrainConfig
-from slothcore.training.report import say
+from slothcore.training.progress import say
 
 EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
 

@@ -18,7 +18,7 @@ from slothcore.models.decoder import Decoder
 from slothcore.training.batches import RowSet
 from slothcore.training.config import TrainConfig
 from slothcore.training.new_tokens import say_what_tables_learn
-from slothcore.training.report import say
+from slothcore.training.progress import say
 
 DEFAULT_MAX_SEQ_LENGTH = 2048
 # For tokenizers without a template: it needs no tokens of its own, and ends a turn with the end-of-sequence token.

@@ -1,4 +1,4 @@
-"""The moving line of a run in a terminal: how far it is, what it has come to, how long it will take."""
+"""What a run says: lines, and below them in a terminal one that moves: how far it is, what it has come to, how long."""
 
 import os
 import sys
@@ -13,6 +13,12 @@ from tqdm.std import Bar  # type: ignore[attr-defined]
 SHORTEST_BAR, LONGEST_BAR = 8, 32
 # What the line does without first where the terminal is narrow.
 LEAST_WANTED = ("bar", "memory", "skipped", "speed", "percent", "left", "loss")
+
+
+def say(text: str) -> None:
+    """One line to the user, above the progress bar if there is one."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
 
 
 def is_terminal() -> bool:

@@ -1,4 +1,4 @@
-"""What a run says: the progress bar, the JSONL log, the drawing of the loss."""
+"""Progress and log of a run: what is shown and written of each line, the log read back, the drawing of the loss."""
 
 import importlib
 import json
@@ -6,26 +6,17 @@ import os
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from slothcore.training.progress import ProgressLine, figures_of, in_words, is_terminal
+from slothcore.report.saved_run import LOG_FILE
+from slothcore.training.progress import ProgressLine, figures_of, in_words, is_terminal, say
+from slothcore.training.run_folder import PLOT_FILE
+from slothcore.training.run_record import RunRecord
 
-if TYPE_CHECKING:
-    from slothcore.training.run_record import RunRecord
-
-LOG_FILE = "log.jsonl"
 # Windows has no such module.
 resource = importlib.import_module("resource") if os.name == "posix" else None
-PLOT_FILE = "loss.png"
-
-
-def say(text: str) -> None:
-    """One line to the user, above the progress bar if there is one."""
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
 
 
 def most_memory(device: torch.device) -> dict[str, float]:
@@ -51,7 +42,7 @@ class Report:
 
     def __init__(
         self,
-        run: "RunRecord | Path",
+        run: RunRecord | Path,
         *,
         step: int,
         total_steps: int,

@@ -1,15 +1,18 @@
-"""From a trainer to a checkpoint and back, to the last bit."""
+"""From a run to a checkpoint and back, to the last bit."""
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from slothcore.report.saved_run import SAMPLES_FILE
+from slothcore.report.saved_run import LOG_FILE, SAMPLES_FILE
 from slothcore.training.best import best_checkpoint, bring_best_along
+from slothcore.training.config import TrainConfig
+from slothcore.training.learner import Learner
 from slothcore.training.meter import Meter
 from slothcore.training.optimizer import load_optimizer_state, optimizer_state
-from slothcore.training.report import LOG_FILE, rewind_log, say
-from slothcore.training.run_folder import check_output_dir, claim_output_dir
+from slothcore.training.progress import say
+from slothcore.training.report import rewind_log
+from slothcore.training.run_folder import CONFIG_FILE, check_output_dir, claim_output_dir
 from slothcore.training.run_state import (
     OPTIMIZER_FILE,
     RNG_FILE,
@@ -24,9 +27,6 @@ from slothcore.training.run_state import (
     save_checkpoint,
 )
 from slothcore.training.weights import load_weights, save_weights
-
-if TYPE_CHECKING:
-    from slothcore.training.trainer import SFTTrainer
 
 # Options that leave the course of training as it is: where it writes, how often it speaks, where it computes.
 WITHOUT_INFLUENCE = {
@@ -58,38 +58,47 @@ WITHOUT_INFLUENCE = {
 }
 
 
-def write_checkpoint(trainer: "SFTTrainer", state: RunState, meter: Meter) -> Path:
+def write_checkpoint(
+    learner: Learner, config: TrainConfig, state: RunState, meter: Meter, *, steps_per_epoch: int
+) -> Path:
     """Save everything that the next step depends on, and delete the checkpoints beyond the limit."""
-    tensors, values = optimizer_state(trainer.optimizer, trainer.parameters)
-    state.epoch, state.position = divmod(state.step, trainer.schedule.steps_per_epoch)
+    tensors, values = optimizer_state(learner.optimizer, learner.parameters)
+    state.epoch, state.position = divmod(state.step, steps_per_epoch)
     state.window_loss, state.window_steps = meter.read_loss(), meter.steps
     state.window_skipped = meter.read_skipped()
     state.elapsed = meter.elapsed()
-    state.optimizer_values, state.scaler = values, trainer.scaler.state_dict()
-    output_dir = Path(trainer.config.output_dir)
+    state.optimizer_values, state.scaler = values, learner.scaler.state_dict()
+    output_dir = Path(config.output_dir)
     path = save_checkpoint(
         output_dir,
         state,
         optimizer_tensors=tensors,
-        device=trainer.model.device,
-        save_weights=lambda folder: save_weights(trainer.model, trainer.tokenizer, folder),
+        device=learner.model.device,
+        save_weights=lambda folder: save_weights(learner.model, learner.tokenizer, folder),
     )
-    keep_newest(output_dir, trainer.config.save_total_limit, best=best_checkpoint(state, trainer.config))
+    keep_newest(output_dir, config.save_total_limit, best=best_checkpoint(state, config))
     return path
 
 
-def restore(trainer: "SFTTrainer", fresh: RunState) -> RunState:
-    """Put the trainer into the state of the checkpoint that its configuration names.
+def how_to_go_on(config: TrainConfig) -> str:
+    """The sentence for the user of a run that was interrupted."""
+    if config.source is None:
+        return "Go on with TrainConfig(resume_from_checkpoint='latest', ...)"
+    file = shlex.quote(str(Path(config.output_dir) / CONFIG_FILE))
+    return f"Go on with: slothcore train --config {file} --resume-from-checkpoint latest"
+
+
+def restore(learner: Learner, config: TrainConfig, fresh: RunState, *, total_steps: int) -> RunState:
+    """Put what learns into the state of the checkpoint that the configuration names, and give the run's own.
 
     Steps are cut into passes as before, so that they round alike, unless `memory_budget` is another now.
     The log is cut at the checkpoint's step and later checkpoints are deleted: the run is rewound, not forked.
 
     Args:
-        fresh: the state that a new run of this trainer would begin with.
+        fresh: the state that a new run would begin with.
     Raises: FileNotFoundError if there is no checkpoint; ValueError if it is of another model, of other data or
         damaged. Neither changes a file.
     """
-    config = trainer.config
     assert isinstance(config.resume_from_checkpoint, str)
     output_dir = Path(config.output_dir)
     checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir)
@@ -97,14 +106,14 @@ def restore(trainer: "SFTTrainer", fresh: RunState) -> RunState:
         # Going on in a folder of its own is fine, but not over a third run.
         check_output_dir(replace(config, resume_from_checkpoint=None))
     saved = read_state(checkpoint)
-    _check_same_run(trainer, fresh, saved, checkpoint)
+    _check_same_run(fresh, saved, checkpoint, total_steps=total_steps)
     optimizer_tensors = read_safetensors(checkpoint / OPTIMIZER_FILE)
     generators = read_safetensors(checkpoint / RNG_FILE)
-    load_weights(trainer.model, checkpoint)
-    load_optimizer_state(trainer.optimizer, trainer.parameters, optimizer_tensors, saved.optimizer_values)
+    load_weights(learner.model, checkpoint)
+    load_optimizer_state(learner.optimizer, learner.parameters, optimizer_tensors, saved.optimizer_values)
     if saved.scaler:
-        trainer.scaler.load_state_dict(saved.scaler)
-    restore_generators(generators, trainer.model.device)
+        learner.scaler.load_state_dict(saved.scaler)
+    restore_generators(generators, learner.model.device)
 
     claim_output_dir(config)
     for log in (LOG_FILE, SAMPLES_FILE):
@@ -118,7 +127,7 @@ def restore(trainer: "SFTTrainer", fresh: RunState) -> RunState:
     bring_best_along(saved, config, checkpoint.parent)
     if checkpoint.parent.resolve() != output_dir.resolve():
         saved.wandb_id = None  # a run of its own, from here on
-    say(f"resumed from {checkpoint}: step {saved.step} of {trainer.total_steps}")
+    say(f"resumed from {checkpoint}: step {saved.step} of {total_steps}")
     if saved.config.get("memory_budget") != fresh.config["memory_budget"]:
         saved.token_budget = saved.decoded_layers = None
         saved.graphs_given_up = False
@@ -136,7 +145,7 @@ def _forget_other_evaluations(saved: RunState, fresh: RunState) -> None:
     saved.eval_fingerprint = fresh.eval_fingerprint
 
 
-def _check_same_run(trainer: "SFTTrainer", fresh: RunState, saved: RunState, checkpoint: Path) -> None:
+def _check_same_run(fresh: RunState, saved: RunState, checkpoint: Path, *, total_steps: int) -> None:
     """Raise ValueError unless going on from `checkpoint` continues the same training; say what differs in options."""
     if saved.model_fingerprint != fresh.model_fingerprint:
         raise ValueError(
@@ -153,11 +162,9 @@ def _check_same_run(trainer: "SFTTrainer", fresh: RunState, saved: RunState, che
             f"{checkpoint} holds the state of optim {saved.config['optim']}, "
             f"and optim is {fresh.config['optim']}; set it back, or start a new run"
         )
-    if saved.step >= trainer.total_steps:
-        length = "max_steps" if trainer.config.max_steps > 0 else "num_train_epochs"
-        raise ValueError(
-            f"{checkpoint} has already done {saved.step} of {trainer.total_steps} steps; raise {length} to go on"
-        )
+    if saved.step >= total_steps:
+        length = "max_steps" if fresh.config["max_steps"] > 0 else "num_train_epochs"
+        raise ValueError(f"{checkpoint} has already done {saved.step} of {total_steps} steps; raise {length} to go on")
     for name, value in fresh.config.items():
         if name not in WITHOUT_INFLUENCE and saved.config.get(name) != value:
             say(f"note: {name} is {value}, and was {saved.config.get(name)} until this checkpoint")

@@ -19,12 +19,12 @@ from pathlib import Path
 
 from slothcore.models.hub import ADAPTER_CONFIG_FILE
 from slothcore.report.page import REPORT_FILE
-from slothcore.report.saved_run import NOTES_FILE, SAMPLES_FILE
+from slothcore.report.saved_run import LOG_FILE, NOTES_FILE, SAMPLES_FILE
 from slothcore.training.config import TrainConfig
-from slothcore.training.report import LOG_FILE, PLOT_FILE
 from slothcore.training.run_state import checkpoints, remove_folder, remove_partial
 
 CONFIG_FILE = "config.yaml"
+PLOT_FILE = "loss.png"
 ADAPTER_FOLDER = "adapter"
 MODEL_FOLDER = "model"
 

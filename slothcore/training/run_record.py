@@ -7,15 +7,17 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from slothcore.models.decoder import Decoder
 from slothcore.report.page import LivePage, replace_text
 from slothcore.report.saved_run import NOTES_FILE
+from slothcore.training.batches import RowSet, StepSchedule
 from slothcore.training.best import early_end
 from slothcore.training.config import TrainConfig
 from slothcore.training.memory_plan import MemoryPlan
-from slothcore.training.micro_batches import compare, sample_passes
-from slothcore.training.report import say
+from slothcore.training.micro_batches import StepCut, compare, sample_passes
+from slothcore.training.progress import say
 from slothcore.training.run_facts import (
     file_facts,
     machine_facts,
@@ -27,9 +29,6 @@ from slothcore.training.run_facts import (
 )
 from slothcore.training.run_state import RunState
 from slothcore.training.trackers import Trackers
-
-if TYPE_CHECKING:
-    from slothcore.training.trainer import SFTTrainer
 
 Status = Literal["running", "finished", "interrupted", "failed"]
 
@@ -50,26 +49,36 @@ class RunRecord:
         self._given_up = False
 
     @classmethod
-    def begin(cls, trainer: "SFTTrainer", state: RunState) -> "RunRecord":
+    def begin(
+        cls,
+        model: Decoder,
+        config: TrainConfig,
+        state: RunState,
+        *,
+        schedule: StepSchedule,
+        cut: StepCut,
+        memory: MemoryPlan,
+        eval_rows: RowSet | None,
+    ) -> "RunRecord":
         """Note what the run is made of; its first step is `state.step`."""
-        config, folder = trainer.config, Path(trainer.config.output_dir)
-        rows = {"training": trainer.train_rows, "evaluation": trainer.eval_rows}
+        folder = Path(config.output_dir)
+        rows = {"training": schedule.rows, "evaluation": eval_rows}
         notes: dict[str, Any] = {
             "status": "running",
             "started": time.time(),
             "first_step": state.step,
-            "total_steps": trainer.total_steps,
-            "model": model_facts(trainer.model, config.source),
-            "machine": machine_facts(trainer.model.device),
+            "total_steps": schedule.total_steps,
+            "model": model_facts(model, config.source),
+            "machine": machine_facts(model.device),
             "versions": version_facts(),
             "files": file_facts(config),
             "rows": {use: row_facts(some) for use, some in rows.items() if some is not None},
             "data_fingerprint": state.data_fingerprint,
             "options": option_facts(config),
         }
-        if trainer.model.device.type == "cuda":
-            sample = sample_passes(trainer.cut, trainer.schedule, first_step=state.step)
-            notes["memory"] = memory_facts(trainer.memory, tokens=sample.most_tokens, passes=sample.most)
+        if model.device.type == "cuda":
+            sample = sample_passes(cut, schedule, first_step=state.step)
+            notes["memory"] = memory_facts(memory, tokens=sample.most_tokens, passes=sample.most)
         page = LivePage(folder) if config.report else None
         record = cls(folder, notes, page=page, trackers=Trackers(config, state))
         record._write()

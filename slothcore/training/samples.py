@@ -9,19 +9,19 @@ so is every number that follows.
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from slothcore.data.tokenizer import Tokenizer
 from slothcore.data.values import counted
 from slothcore.inference.generate import generate
+from slothcore.models.decoder import Decoder
 from slothcore.report.saved_run import SAMPLES_FILE
-from slothcore.training.report import say
+from slothcore.training.config import TrainConfig
+from slothcore.training.progress import say
 from slothcore.training.run_state import generator_states, restore_generators
 from slothcore.training.sample_prompts import Question, read_questions
-
-if TYPE_CHECKING:
-    from slothcore.training.trainer import SFTTrainer
 
 # Said at each sampling, and how much of a text; all of it stands in the file.
 MOST_SAID = 4
@@ -36,16 +36,18 @@ class Samples:
     Raises: ValueError or FileNotFoundError for a prompt that cannot be asked, before anything is written.
     """
 
-    def __init__(self, trainer: "SFTTrainer", train_dataset: Iterable[Any]) -> None:
-        self.model, config = trainer.model, trainer.config
+    def __init__(
+        self, model: Decoder, tokenizer: Tokenizer | None, train_dataset: Iterable[Any], config: TrainConfig
+    ) -> None:
+        self.model = model
         self.file = Path(config.output_dir) / SAMPLES_FILE
         self.max_new_tokens = config.sample_max_new_tokens
         self.questions: list[Question] = []
         if config.sample_prompts is None:
             return
-        if trainer.tokenizer is None:
+        if tokenizer is None:
             raise ValueError("sample_prompts is set, and there is no tokenizer to read them; give one, or leave it out")
-        self.tokenizer = trainer.tokenizer
+        self.tokenizer = tokenizer
         self.questions = read_questions(config, self.tokenizer, next(iter(train_dataset), None))
         room = self.model.max_seq_length - self.max_new_tokens
         for question in self.questions:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from slothcore.training.config import TrainConfig
-from slothcore.training.report import say
+from slothcore.training.progress import say
 from slothcore.training.run_state import RunState
 
 WANDB_PROJECT = "slothcore"

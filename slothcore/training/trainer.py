@@ -4,7 +4,6 @@ The loss of an optimizer step is the sum over all its target tokens divided by t
 micro-batches, so gradient accumulation changes memory and time but not the result.
 """
 
-import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,11 +20,13 @@ from slothcore.training.config import TrainConfig
 from slothcore.training.decoded import keep_decoded_layers
 from slothcore.training.evaluation import EvalResult, evaluate
 from slothcore.training.interruption import Interruption
+from slothcore.training.learner import Learner
 from slothcore.training.memory import memory_of
 from slothcore.training.meter import Meter
 from slothcore.training.micro_batches import StepCut
 from slothcore.training.milestones import Milestones
 from slothcore.training.optimizer import create_optimizer, create_scaler, trainable_parameters
+from slothcore.training.optimizer_step import OptimizerStep
 from slothcore.training.preparation import (
     allows_graphs,
     check_evaluation,
@@ -33,10 +34,11 @@ from slothcore.training.preparation import (
     prepare_rows,
     resolve_max_seq_length,
 )
+from slothcore.training.progress import say
 from slothcore.training.readiness import make_ready
-from slothcore.training.report import Report, draw_loss, say
-from slothcore.training.resume import restore, write_checkpoint
-from slothcore.training.run_folder import CONFIG_FILE, check_output_dir, claim_output_dir
+from slothcore.training.report import Report, draw_loss
+from slothcore.training.resume import how_to_go_on, restore, write_checkpoint
+from slothcore.training.run_folder import check_output_dir, claim_output_dir
 from slothcore.training.run_record import RunRecord
 from slothcore.training.run_state import RunState, model_fingerprint
 from slothcore.training.samples import Samples
@@ -103,7 +105,7 @@ class SFTTrainer:
         self.eval_rows: RowSet | None = None
         if eval_dataset is not None:
             self.eval_rows = prepare_rows(eval_dataset, tokenizer, config, what="evaluation")
-        self.samples = Samples(self, train_dataset)
+        self.samples = Samples(model, tokenizer, train_dataset, config)
         self.schedule = StepSchedule(
             self.train_rows,
             step_rows=config.step_rows,
@@ -141,10 +143,18 @@ class SFTTrainer:
             self._give_back()
 
     def _train(self, state: RunState) -> TrainResult:
-        config = self.config
-        steps = make_ready(self, state)
+        config, learner, steps_per_epoch = self.config, self._learner(), self.schedule.steps_per_epoch
+        steps = self._make_ready(state)
         output_dir = Path(config.output_dir)
-        record = RunRecord.begin(self, state)
+        record = RunRecord.begin(
+            self.model,
+            config,
+            state,
+            schedule=self.schedule,
+            cut=self.cut,
+            memory=self.memory,
+            eval_rows=self.eval_rows,
+        )
         meter = Meter(
             self.model.device,
             window_loss=state.window_loss,
@@ -153,8 +163,10 @@ class SFTTrainer:
             elapsed=state.elapsed,
         )
         report = Report(record, step=state.step, total_steps=self.total_steps, disable_tqdm=config.disable_tqdm)
-        log = TrainingLog(report, meter, state, steps_per_epoch=self.schedule.steps_per_epoch)
-        milestones = Milestones(self, state, report, log)
+        log = TrainingLog(report, meter, state, steps_per_epoch=steps_per_epoch)
+        milestones = Milestones(
+            config, state, log, evaluate=self.evaluate if self.eval_rows is not None else None, samples=self.samples
+        )
         checkpoint: Path | None = None
         finished, interrupted = milestones.stopped_early, False
         self.model.train()
@@ -184,17 +196,18 @@ class SFTTrainer:
                 interrupted = interruption.requested and not finished
                 if interrupted or milestones.needs_checkpoint(finished=finished):
                     with log.paused():
-                        checkpoint = write_checkpoint(self, state, meter)
+                        checkpoint = write_checkpoint(learner, config, state, meter, steps_per_epoch=steps_per_epoch)
         self.cut, self.memory = feed.cut, self.memory.keeping_decoded(steps.decoded_layers)
         seconds = meter.elapsed()
         evaluated = milestones.evaluated
         if interrupted:
             assert checkpoint is not None
-            say(f"interrupted after step {state.step}; saved {checkpoint}. {self._how_to_go_on()}")
+            say(f"interrupted after step {state.step}; saved {checkpoint}. {how_to_go_on(config)}")
             path = checkpoint
         else:
             if config.load_best_model_at_end:
-                evaluated = load_best(self, state) or evaluated
+                assert self.eval_rows is not None
+                evaluated = load_best(self.model, self.eval_rows, state, config) or evaluated
             path = save_result(self.model, self.tokenizer, output_dir)
             say(f"saved {path}")
         if self.model.device.type == "cuda" and steps.most_passes:
@@ -236,7 +249,7 @@ class SFTTrainer:
         )
         torch.manual_seed(self.config.seed)
         if self.config.resume_from_checkpoint:
-            return restore(self, state)
+            return restore(self._learner(), self.config, state, total_steps=self.total_steps)
         claim_output_dir(self.config)
         say(
             f"training {sum(p.numel() for p in self.parameters.values()):,} weights for "
@@ -245,6 +258,23 @@ class SFTTrainer:
             f"{counted(self.schedule.steps_per_epoch, 'step')}"
         )
         return state
+
+    def _make_ready(self, state: RunState) -> OptimizerStep:
+        """What runs the steps, with passes and memory as they were chosen for it."""
+        ready = make_ready(
+            self._learner(),
+            self.config,
+            state,
+            schedule=self.schedule,
+            cut=self.cut,
+            memory=self.memory,
+            replays_graphs=self.replays_graphs,
+        )
+        self.cut, self.memory, self.foreign_bytes = ready.cut, ready.memory, ready.foreign_bytes
+        return ready.steps
+
+    def _learner(self) -> Learner:
+        return Learner(self.model, self.tokenizer, self.parameters, self.optimizer, self.scaler)
 
     def _give_back(self) -> None:
         """Free what only training needs: what comes next, such as a merge, may need the memory."""
@@ -263,9 +293,3 @@ class SFTTrainer:
             learning_rate=self.config.learning_rate,
             kwargs=self.config.lr_scheduler_kwargs,
         )
-
-    def _how_to_go_on(self) -> str:
-        if self.config.source is None:
-            return "Go on with TrainConfig(resume_from_checkpoint='latest', ...)"
-        config = shlex.quote(str(Path(self.config.output_dir) / CONFIG_FILE))
-        return f"Go on with: slothcore train --config {config} --resume-from-checkpoint latest"

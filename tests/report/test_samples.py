@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from slothcore.report import write_report
-from slothcore.report.samples import MOST_COLUMNS, SampleLog
+from slothcore.report.sample_log import SampleLog
+from slothcore.report.samples import MOST_COLUMNS
 from slothcore.report.saved_run import SavedRun
 from tests.report.made_up import add_lines, add_samples, write_run
 from tests.report.test_page import page_of

@@ -255,6 +255,24 @@ def test_groups_with_rates_of_their_own_take_a_launch_each(device: str, monkeypa
                 assert torch.equal(state[key], value) if isinstance(value, torch.Tensor) else state[key] == value
 
 
+@pytest.mark.parametrize("laid", [False, True], ids=["scattered", "end to end"])
+def test_autograd_knows_that_the_weights_are_others(device: str, laid: bool) -> None:
+    """Also of parameters that are a vector for the kernel, and of those that bitsandbytes updates alone."""
+    run = Run(AdamW8bit, device)
+    if laid:
+        FlatFactors(run.parameters)
+    for number in range(2):
+        before = [parameter._version for parameter in run.parameters]
+        run.step(number, without=(1,))
+        changed = [parameter._version > version for parameter, version in zip(run.parameters, before, strict=True)]
+        assert changed == [index != 1 for index in range(len(SHAPES))]
+    weight, x = run.parameters[0], torch.ones(256, requires_grad=True, device=device)
+    y = weight @ x
+    run.step(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 def test_a_vector_ends_with_the_memory_of_its_tensors() -> None:
     whole = torch.arange(24.0)
     a, b, c = whole[:4], whole[4:16].view(3, 4), whole[16:]

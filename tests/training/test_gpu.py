@@ -14,7 +14,6 @@ from slothcore.training import trainer as trainer_module
 from slothcore.training.config import TrainConfig
 from slothcore.training.meter import Meter
 from slothcore.training.optimizer_kinds import KINDS
-from slothcore.training.readiness import make_ready
 from slothcore.training.report import read_log
 from slothcore.training.step_feed import StepFeed
 from slothcore.training.trainer import SFTTrainer
@@ -204,7 +203,7 @@ def test_a_step_does_not_wait_for_the_gpu(tmp_path, cuda_graphs, optim) -> None:
     """Not even the one whose line of the log is due."""
     run = trainer(tmp_path, rows=EQUAL_ROWS, max_grad_norm=0.5, cuda_graphs=cuda_graphs, optim=optim, max_steps=20)
     state = run._begin()
-    steps = make_ready(run, state)
+    steps = run._make_ready(state)
     run.model.train()
     meter = Meter(run.model.device, window_loss=0.0, window_steps=0, elapsed=0.0)
     with StepFeed(run.schedule, run.cut) as feed:
@@ -227,7 +226,7 @@ def test_a_step_does_not_wait_for_the_gpu(tmp_path, cuda_graphs, optim) -> None:
 
 def take_a_step_without_waiting(run: SFTTrainer) -> None:
     """The third step of a run; waiting for the GPU in it is an error."""
-    steps = make_ready(run, run._begin())
+    steps = run._make_ready(run._begin())
     run.model.train()
     with StepFeed(run.schedule, run.cut) as feed:
         for _ in range(2):

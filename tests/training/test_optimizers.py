@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.optimization import Adafactor as TransformersAdafactor
 
 from slothcore.cli import main
+from slothcore.models.streaming import TextCache
 from slothcore.run import train_from_config
 from slothcore.training import optimizer as optimizer_module
 from slothcore.training.adafactor import Adafactor
@@ -115,6 +116,37 @@ def test_each_name_is_the_optimizer_that_it_says(on_cpu: None, optim: str) -> No
     for mine, other, start in zip(ours.parameters(), theirs.parameters(), Model().parameters(), strict=True):
         assert torch.equal(mine, other)
         assert not torch.equal(mine, start)
+
+
+@pytest.mark.parametrize("optim", KINDS)
+def test_a_step_is_counted_in_the_versions_of_what_it_changed(on_cpu: None, optim: str) -> None:
+    model = Model()
+    optimizer = create_optimizer(model, TrainConfig(optim=optim))
+    for number in range(2):
+        versions = [parameter._version for parameter in model.parameters()]
+        model.step(optimizer, number)
+        assert all(p._version > version for p, version in zip(model.parameters(), versions, strict=True))
+
+
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit", "lion"])
+def test_a_conversation_knows_that_the_model_has_learned(on_cpu: None, tmp_path: Path, optim: str) -> None:
+    """Keys that it kept from before the run are those of other weights."""
+    model = tiny_model().eval()
+    cache, prompt = TextCache(model), list(range(1, 30))
+
+    def read() -> tuple[list[int], int]:
+        before = cache.tokens_read
+        tokens = list(model.stream(prompt, max_new_tokens=4, eos_token_id=(), cache=cache))
+        return tokens, cache.tokens_read - before
+
+    first = read()
+    assert read() == (first[0], 4)
+    train(tmp_path, random_rows(8), model, max_steps=2, optim=optim, learning_rate=0.05)
+    model.eval()
+    after, whole = read(), model.generate(torch.tensor(prompt), max_new_tokens=4, eos_token_id=())
+    assert after == (whole[0, len(prompt) :].tolist(), len(prompt) + 3)
+    assert after[0] != first[0]
+    assert read() == (after[0], 4)
 
 
 @pytest.mark.parametrize("optim", KINDS)
