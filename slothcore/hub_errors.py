@@ -20,6 +20,12 @@ HUB_ADDRESS = re.compile(r"https?://[^/]+/([^/]+/[^/]+)")
 SIGN_IN = "run `hf auth login`, set HF_TOKEN or pass token="
 
 
+def check_repository_name(name: str) -> None:
+    """Raises: ValueError unless a repository on the Hub can be called so."""
+    if HUB_NAME.fullmatch(name) is None:
+        raise ValueError(f"a repository on the Hub is named owner/name, got {name!r}")
+
+
 def explain(
     error: Exception,
     name: str,

@@ -115,7 +115,7 @@ def test_the_status_tells_a_wrong_call_from_a_failure(words, status, tmp_path, m
 def test_an_unknown_chat_template_is_found_before_the_model(folder, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["--model", "./absent", "--data", str(folder / "data.jsonl"), "--chat-template", "chatlm"]
-    assert main(["train", *words]) == 1
+    assert main(["train", *words]) == 2
     assert "unknown chat template 'chatlm' (did you mean chatml?)" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -154,7 +154,8 @@ def test_a_flag_that_is_a_kind_or_yes_or_no(words, expected, monkeypatch) -> Non
         raise ValueError("enough")
 
     monkeypatch.setattr("slothcore.run.train_from_config", train_from_config)
-    assert main(["train", "--model", "a", *words.split(), "--cuda-graphs", "false", "--memory-budget", "null"]) == 1
+    further = ["--data", "b", *words.split(), "--cuda-graphs", "false", "--memory-budget", "null"]
+    assert main(["train", "--model", "a", *further]) == 1
     (config,) = given
     assert config.gradient_checkpointing == expected
     assert (config.cuda_graphs, config.memory_budget) == (False, None)

@@ -6,7 +6,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from slothcore.commands.command import Command, UsageError, add_model_options, add_template_option, model_options
+from slothcore.commands.command import (
+    Command,
+    UsageError,
+    add_model_options,
+    add_template_option,
+    check_model_options,
+    model_options,
+)
 from slothcore.commands.sampling import add_sampling_options, sampling_of
 
 EXAMPLES = """\
@@ -36,14 +43,12 @@ def run(values: dict[str, Any]) -> int:
         raise UsageError(
             "standard input is closed, so there is nobody to talk with; pipe questions in, one on each line"
         )
+    check_model_options(values)
     from slothcore.commands.terminal import Terminal
-    from slothcore.data.templates import template_source
     from slothcore.inference.chat import Chat
     from slothcore.models.vocabulary import round_tables
     from slothcore.run import open_result
 
-    if values["chat_template"] is not None:
-        template_source(values["chat_template"])  # a wrong name is said before a model is loaded
     model, tokenizer = open_result(values["model"], **model_options(values))
     round_tables(model)
     if values["chat_template"] is not None:

@@ -2,13 +2,15 @@
 
 import argparse
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from slothcore.data.templates import builtin_template, names_template_file, template_source
 from slothcore.training.config import TrainConfig, field_types
-from slothcore.training.options import coerce, describe, takes_bool
+from slothcore.training.options import check_device_name, coerce, describe, takes_bool
 
 WIDEST_HELP = 110
 # Choices beside a flag; more are listed in its help.
@@ -100,9 +102,31 @@ def config_of(values: dict[str, Any]) -> TrainConfig:
     if path is not None and (Path(path) / CONFIG_IN_RUN).is_file():
         path = Path(path) / CONFIG_IN_RUN
     types = field_types()
-    try:
+    with wrong_call():
         flags = {name: _from_words(name, value, types[name]) for name, value in values.items() if name in types}
-        return TrainConfig.from_sources(path, flags)
+        config = TrainConfig.from_sources(path, flags)
+        if config.chat_template is not None and not names_template_file(config.chat_template):
+            builtin_template(config.chat_template)
+        if config.rope_scaling is not None:
+            from slothcore.models.rope_scaling import checked_scaling
+
+            checked_scaling(config.rope_scaling)
+    return config
+
+
+def require_set(config: TrainConfig, *needed: str) -> None:
+    """Raises: UsageError if an option of a run that a command needs is not set; one of them is "model"."""
+    for name in needed:
+        if (config.source if name == "model" else getattr(config, name)) is None:
+            value = "NAME_OR_FOLDER" if name == "model" else "FILE"
+            raise UsageError(f"{name} is not set; give --{name} {value}, or {name}: in the configuration file")
+
+
+@contextmanager
+def wrong_call() -> Iterator[None]:
+    """Around checks of what was asked for, by itself: a ValueError of theirs is a UsageError."""
+    try:
+        yield
     except ValueError as error:
         raise UsageError(str(error)) from error
 
@@ -126,6 +150,24 @@ def add_template_option(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--chat-template", metavar="NAME", help="a built-in template or a .jinja file; default: the model's own"
     )
+
+
+def check_model_options(values: dict[str, Any]) -> None:
+    """Say what is wrong with the values of `add_model_options` and `add_template_option` before a model is loaded.
+
+    Raises: UsageError for what can be no name; ValueError for a template in a file that cannot be read.
+    """
+    for name in ("model", "revision", "token", "device", "chat_template"):
+        if values[name] == "":  # as an unset variable of a shell script gives it
+            raise UsageError(f"--{name.replace('_', '-')} is empty; give a value, or leave it out")
+    chosen = values["chat_template"]
+    with wrong_call():
+        if values["device"] is not None:
+            check_device_name(values["device"])
+        if chosen is not None and not names_template_file(chosen):
+            builtin_template(chosen)
+    if chosen is not None:
+        template_source(chosen)
 
 
 def model_options(values: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,15 @@ import argparse
 import sys
 from typing import Any
 
-from slothcore.commands.command import Command, UsageError, add_model_options, add_template_option, model_options
+from slothcore.commands.command import (
+    Command,
+    UsageError,
+    add_model_options,
+    add_template_option,
+    check_model_options,
+    model_options,
+    wrong_call,
+)
 from slothcore.export.formats import FORMATS, format_named
 
 EXAMPLES = """\
@@ -59,20 +67,23 @@ def add_target_options(parser: argparse.ArgumentParser, *, formats: tuple[str, .
 
 def run(values: dict[str, Any]) -> int:
     name = values["format"]
-    format_named(name, values["dtype"], say=UsageError)
+    check_model_options(values)
+    with wrong_call():
+        format_named(name, values["dtype"], base=values["base"])
+        if values["push"]:
+            from slothcore.hub_errors import check_repository_name
+
+            check_repository_name(values["push"])
     if not values["output_dir"] and not values["push"]:
         raise UsageError("nothing says where to write; give --output-dir DIR, or --push OWNER/NAME for the Hub")
     if values["public"] and not values["push"]:
         raise UsageError("--public is of no use without --push OWNER/NAME; give both or neither")
-    from slothcore.data.templates import template_source
     from slothcore.export.export import export_model
     from slothcore.export.hub_upload import push_to_hub
     from slothcore.export.new_folder import place_of, require_new
     from slothcore.run import open_result
     from slothcore.training.run_folder import run_behind
 
-    if values["chat_template"] is not None:
-        template_source(values["chat_template"])  # a wrong name is said before a model is loaded
     target = place_of(values["output_dir"]) if values["output_dir"] else None
     if target is not None:
         require_new(target)

@@ -5,7 +5,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slothcore.commands.command import Command, UsageError, add_model_options, add_template_option, model_options
+from slothcore.commands.command import (
+    Command,
+    UsageError,
+    add_model_options,
+    add_template_option,
+    check_model_options,
+    model_options,
+)
 from slothcore.commands.sampling import add_sampling_options, sampling_of
 
 if TYPE_CHECKING:
@@ -65,10 +72,7 @@ def run(values: dict[str, Any]) -> int:
             "--instruction has Alpaca's template and takes no --chat; give the text as --prompt, or drop one"
         )
     sampling = sampling_of(values)
-    if values["chat_template"] is not None:
-        from slothcore.data.templates import template_source
-
-        template_source(values["chat_template"])  # a wrong name is said before a model is loaded
+    check_model_options(values)
     if by_rows:
         return answer_file(values, sampling)
     from slothcore.inference.generate import generate

@@ -2,9 +2,10 @@
 
 import argparse
 import json
+import math
 from typing import Any
 
-from slothcore.commands.command import Command, UsageError, add_run_options, config_of
+from slothcore.commands.command import Command, UsageError, add_run_options, config_of, require_set
 
 EXAMPLES = """\
   slothcore plan --model meta-llama/Llama-3.1-8B --gpu 24
@@ -27,10 +28,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(values: dict[str, Any]) -> int:
     config = config_of(values)
-    if config.source is None:
-        raise UsageError("model is not set; give --model NAME_OR_FOLDER, or model: in the configuration file")
-    if values["gpu"] is not None and values["gpu"] <= 0:
-        raise UsageError(f"--gpu must be greater than 0 GiB, got {values['gpu']}")
+    require_set(config, "model")
+    if values["gpu"] is not None and not 0 < values["gpu"] < math.inf:
+        raise UsageError(f"--gpu must be a number of GiB greater than 0, got {values['gpu']}")
     from slothcore.commands.memory_table import as_json, as_text
     from slothcore.commands.planning import plans_of
 

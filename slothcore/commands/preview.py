@@ -6,7 +6,7 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from slothcore.commands.command import Command, UsageError, add_run_options, config_of
+from slothcore.commands.command import Command, UsageError, add_run_options, config_of, require_set
 from slothcore.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -35,9 +35,7 @@ def run(values: dict[str, Any]) -> int:
     if count < 0:
         raise UsageError(f"--rows must not be negative, got {count}")
     config = config_of(values)
-    if config.source is None or config.data is None:
-        missing = "model" if config.source is None else "data"
-        raise UsageError(f"{missing} is not set; give --{missing}, or {missing}: in the configuration file")
+    require_set(config, "model", "data")
     from slothcore.commands.row_lengths import describe_lengths
     from slothcore.commands.rows import Ink, show_rows
 

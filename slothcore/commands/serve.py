@@ -8,7 +8,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slothcore.commands.command import Command, UsageError, add_model_options, add_template_option, model_options
+from slothcore.commands.command import (
+    Command,
+    UsageError,
+    add_model_options,
+    add_template_option,
+    check_model_options,
+    model_options,
+)
 
 if TYPE_CHECKING:
     from slothcore.data.tokenizer import Tokenizer
@@ -62,10 +69,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(values: dict[str, Any]) -> int:
+    check_model_options(values)
     adapters = adapters_of(values["adapter"])
     name = values["served_model_name"] or values["model"]
     if name in adapters:
         raise UsageError(f"the model and an adapter are both called {name}; give one another name")
+    if not values["host"]:
+        raise UsageError("--host is empty; give the name or address where to listen, or leave it out")
     if not 0 <= values["port"] <= 65535:
         raise UsageError(f"--port must lie in 0..65535, got {values['port']}")
     for option in ("max_rows", "max_length", "cache_tokens"):
@@ -77,13 +87,10 @@ def run(values: dict[str, Any]) -> int:
     lacking = [package for package in PACKAGES if find_spec(package) is None]
     if lacking:
         raise ValueError(f"slothcore serve needs {' and '.join(lacking)}: pip install 'slothcore[serve]'")
-    from slothcore.data.templates import template_source
     from slothcore.serve.port import Port
     from slothcore.serve.server import Server
 
-    if values["chat_template"] is not None:
-        template_source(values["chat_template"])  # a wrong name is said before a model is loaded
-    port = Port(values["host"], values["port"])  # and so is one that is taken
+    port = Port(values["host"], values["port"])  # one that is taken is said before a model is loaded
     if key is None and not port.is_loopback:
         print(f"slothcore: anyone who reaches {port.url} may ask; --api-key asks for a key", file=sys.stderr)
     model, several, served = open_models(values, name, adapters)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from slothcore.commands.command import Command, add_run_options, config_of
+from slothcore.commands.command import Command, add_run_options, config_of, require_set, wrong_call
 
 # What a shell reports for a command that Ctrl-C ended.
 INTERRUPTED = 130
@@ -17,8 +17,12 @@ EXAMPLES = """\
 
 def run(values: dict[str, Any]) -> int:
     config = config_of(values)
+    require_set(config, "model", "data")
     from slothcore.run import train_from_config
+    from slothcore.training.preparation import check_evaluation
 
+    with wrong_call():
+        check_evaluation(config, has_data=bool(config.eval_data or config.eval_fraction))
     result = train_from_config(config)
     return INTERRUPTED if result.interrupted else 0
 

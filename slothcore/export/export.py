@@ -75,12 +75,7 @@ class ExportJob:
     @classmethod
     def of(cls, model: Decoder, format: str, dtype: str | None, base: Base) -> "ExportJob":
         """Raises: ValueError for a format, dtype, base or model that do not go together."""
-        chosen = format_named(format, dtype)
-        if base != "loaded" and not chosen.takes_base:
-            raise ValueError(
-                f"base {base} is of no use to the format {format}, which does not fold the adapter into it; leave it "
-                "out"
-            )
+        chosen = format_named(format, dtype, base=base)
         job = cls(
             chosen.writer(),
             dtype.lower() if dtype else chosen.default_dtype,

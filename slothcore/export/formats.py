@@ -3,7 +3,6 @@
 A format is a row here and a module with the functions of `Writer`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -103,13 +102,22 @@ FORMATS = {
 }
 
 
-def format_named(name: str, dtype: str | None, *, say: Callable[[str], Exception] = ValueError) -> Format:
+def format_named(name: str, dtype: str | None, *, base: str = "loaded", option: str = "dtype") -> Format:
     """The format of this name; its dtype may be written in capitals, as in the names of GGUF files.
 
-    Raises: `say`'s exception for another name, or a dtype that it does not have.
+    Args:
+        base: what an adapter is folded into.
+        option: what the caller's dtype is called, for the message.
+    Raises: ValueError for another name, a dtype that it does not have, or a base that it does not take.
     """
     if name not in FORMATS:
-        raise say(f"format must be one of {', '.join(FORMATS)}, got {name!r}")
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {name!r}")
     if dtype is not None and dtype.lower() not in FORMATS[name].dtypes:
-        raise say(f"dtype must be one of {', '.join(FORMATS[name].dtypes)} for the format {name}, got {dtype!r}")
+        raise ValueError(
+            f"{option} must be one of {', '.join(FORMATS[name].dtypes)} for the format {name}, got {dtype!r}"
+        )
+    if base != "loaded" and not FORMATS[name].takes_base:
+        raise ValueError(
+            f"base {base} is of no use to the format {name}, which does not fold the adapter into it; leave it out"
+        )
     return FORMATS[name]

@@ -12,6 +12,7 @@ from torch import Tensor
 from slothcore.data.tokenizer import Tokenizer
 from slothcore.export import gguf_tokenizer
 from slothcore.export.export import export_model
+from slothcore.export.formats import format_named
 from slothcore.export.gguf_architecture import architecture, metadata
 from slothcore.export.gguf_file import Entry, Value, read_file, require_library, write_file
 from slothcore.export.gguf_quantize import quantize
@@ -62,6 +63,7 @@ def export_gguf(
     Raises: ValueError, before anything is written, for another quantization or a model that llama.cpp computes
         otherwise; for a tokenizer of which that is true. OSError if the disk fails.
     """
+    format_named("gguf", quantization, option="quantization")
     options: dict[str, Any] = {"base": base, "check": check, "give_up_model": give_up_model}
     return export_model(model, tokenizer, path, format="gguf", dtype=quantization, **options)
 

@@ -15,6 +15,7 @@ from typing import Any
 from slothcore.data.chat_rows import turn_end
 from slothcore.data.tokenizer import Tokenizer
 from slothcore.export.gguf_file import Value
+from slothcore.export.gguf_template import has_space_at_beginning_only, template_without_spaces
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
@@ -67,12 +68,6 @@ def metadata(tokenizer: Tokenizer | None, vocab_size: int, *, other_ends: tuple[
         ranks = _ranks(merges, model["vocab"].keys() - {token["content"] for token in source["added_tokens"]})
         values["scores"] = [-float(ranks.get(text, 0)) for text in texts]
         values["add_space_prefix"] = _puts_space_first(source)
-        if tokenizer.chat_template and (source["pre_tokenizer"] or {}).get("prepend_scheme") == "first":
-            warnings.warn(
-                "llama.cpp reads a text behind a special token as if one more space began it, and this tokenizer only "
-                "at the very beginning; in conversations some ids there will differ by that space",
-                stacklevel=2,
-            )
     else:
         # It does not load a file without any, and these two are no pieces.
         values["merges"] = [" ".join(merge) for merge in merges or [("<none>", "<none>")]]
@@ -85,7 +80,22 @@ def metadata(tokenizer: Tokenizer | None, vocab_size: int, *, other_ends: tuple[
         )
     values |= _special_ids(tokenizer, vocab_size, other_ends)
     keys = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
-    return keys | ({"tokenizer.chat_template": tokenizer.chat_template} if tokenizer.chat_template else {})
+    template = _chat_template(tokenizer)
+    return keys | ({"tokenizer.chat_template": template} if template else {})
+
+
+def _chat_template(tokenizer: Tokenizer) -> str | None:
+    """The one that makes llama.cpp read a conversation as the tokenizer does, as far as there is one."""
+    if not tokenizer.chat_template or not has_space_at_beginning_only(tokenizer):
+        return tokenizer.chat_template
+    template = template_without_spaces(tokenizer)
+    if template is None:
+        warnings.warn(
+            "llama.cpp reads a text behind a special token as if one more space began it, and this tokenizer only at "
+            "the very beginning; in conversations some ids there will differ by that space",
+            stacklevel=3,
+        )
+    return template or tokenizer.chat_template
 
 
 def has_phi3_tokens(tokenizer: Tokenizer) -> bool:

@@ -13,7 +13,7 @@ from slothcore.data.tokenizer import Tokenizer
 from slothcore.export.export import ExportJob, export_model
 from slothcore.export.model_card import MARK, model_card
 from slothcore.export.new_folder import place_of, require_new
-from slothcore.hub_errors import HUB_NAME, explain_upload
+from slothcore.hub_errors import check_repository_name, explain_upload
 from slothcore.lora.attach import lora_config_of
 from slothcore.lora.merge import Base
 from slothcore.models.decoder import Decoder
@@ -65,8 +65,7 @@ def push_to_hub(
         out of reach. OSError if the disk fails.
     """
     format = format or ("merged" if lora_config_of(model) is None else "adapter")
-    if not HUB_NAME.fullmatch(repo_id):
-        raise ValueError(f"a repository on the Hub is named owner/name, got {repo_id!r}")
+    check_repository_name(repo_id)
     # What is read from a file often ends with its line.
     api = HfApi(token=token.strip() if token else token, library_name="slothcore", library_version=__version__)
     # What is wrong on this side is found before anything is made on the other.

@@ -9,6 +9,8 @@ from slothcore.data.chat_rows import turn_end
 from slothcore.data.tokenizer import Tokenizer
 from slothcore.export import gguf
 from slothcore.export.export import export_model
+from slothcore.export.formats import format_named
+from slothcore.export.gguf_template import has_space_at_beginning_only
 from slothcore.export.go_template import ChatFormat, is_read
 from slothcore.lora.merge import Base
 from slothcore.models.decoder import Decoder
@@ -38,6 +40,7 @@ def export_ollama(
 
     The arguments, and what is returned and raised, are those of `export_gguf`.
     """
+    format_named("ollama", quantization, option="quantization")
     options: dict[str, Any] = {"base": base, "check": check, "give_up_model": give_up_model}
     return export_model(model, tokenizer, path, format="ollama", dtype=quantization, **options)
 
@@ -103,7 +106,14 @@ def _chat_format(tokenizer: Tokenizer) -> ChatFormat | None:
             "it yourself",
             stacklevel=3,
         )
-    elif chat.system is None:
+        return None
+    if has_space_at_beginning_only(tokenizer):
+        warnings.warn(
+            "llama.cpp, with which Ollama reads texts, puts a space behind a special token, and so does the template "
+            "of the Modelfile; in conversations some ids there will differ by that space",
+            stacklevel=3,
+        )
+    if chat.system is None:
         warnings.warn(
             "the chat template has no place for a system text, or another one than at the beginning, so the Modelfile "
             "has none",

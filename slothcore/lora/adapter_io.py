@@ -24,6 +24,7 @@ from slothcore.lora.base_change import initial_factors, take_out
 from slothcore.lora.dense_beside_experts import as_parameters
 from slothcore.lora.init_factors import Factors
 from slothcore.lora.init_names import REPEATABLE
+from slothcore.lora.peft_ranks import with_ranks_for_peft
 from slothcore.lora.plan import AdapterPlan
 from slothcore.lora.recorded import doubled, recorded
 from slothcore.lora.stored_adapter import MAGNITUDE, OUR_ROUTER, PREFIX, THEIR_ROUTER, WEIGHTS_FILE, StoredAdapter
@@ -42,8 +43,9 @@ def save_adapter(model: Decoder, path: str | Path) -> None:
     Both files get their final names once they are complete; an earlier adapter there is replaced. Where the adapter
     began with a part of the base weights, the files hold an ordinary one of twice the rank for the unchanged base, and
     what `load_adapter` makes the changed one from: see `recorded.py`. Beside experts PEFT is told of dense layers as of
-    parameters, and of no dropout: see `dense_beside_experts.py`. The text part of a model that reads pictures has the
-    names that it has there: see `whole_model.py`.
+    parameters, and of no dropout: see `dense_beside_experts.py`; of ranks and alphas under the names for which it asks:
+    see `peft_ranks.py`. The text part of a model that reads pictures has the names that it has there: see
+    `whole_model.py`.
 
     Raises: ValueError if the model has no adapter.
     """
@@ -56,13 +58,10 @@ def save_adapter(model: Decoder, path: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     plan = AdapterPlan.of(model, config)
     trained = config
-    if any(target.is_stack for target in plan.targets.values()):
-        # PEFT fuses gate and up into one adapter of twice the rank and alpha: it keeps alpha / r, not alpha / sqrt(r).
-        config = config.without_rslora()
     state = adapter_state(model)
     if model.taken_out:
         config, state = doubled(config, state, _factors_by_name(plan, model.taken_out))
-    told = as_parameters(config, plan, model)
+    told = with_ranks_for_peft(as_parameters(config, plan, model), config, plan, model)
     if told.target_parameters and told.use_dora:
         warnings.warn(
             f"PEFT has no DoRA for {told.target_parameters[0]}, which it can only take as a parameter beside experts, "

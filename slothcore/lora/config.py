@@ -195,14 +195,6 @@ class LoraConfig:
             return self
         return replace(self, target_modules=tuple(sorted({path.rpartition(".")[2] for path in targets})))
 
-    def without_rslora(self) -> "LoraConfig":
-        """The same with the square root of the rank in lora_alpha, where the ranks are all one."""
-        if not self.use_rslora or self.rank_pattern:
-            return self
-        root = math.sqrt(self.r)
-        alphas = {pattern: alpha * root for pattern, alpha in self.alpha_pattern.items()}
-        return replace(self, use_rslora=False, lora_alpha=self.lora_alpha * root, alpha_pattern=alphas)
-
     def to_json(self) -> str:
         """The text of `adapter_config.json`, as PEFT lays it out."""
         values = {**asdict(self), **FIXED_FIELDS}

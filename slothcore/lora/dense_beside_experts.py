@@ -4,7 +4,8 @@ For transformers 5, which fuses a layer's experts, PEFT turns every entry of `ta
 a projection of experts, such as gate_proj, into a parameter of the fused experts. Nothing then stands for the dense
 layers between sparse ones, whose projections have the same names, and their factors are passed over in silence. As
 parameters, `model.layers.1.mlp.gate_proj.weight`, they keep their places, and the names of their factors are the same.
-PEFT gives parameters neither dropout nor DoRA, and looks for their rank and alpha under the names of the parameters.
+PEFT gives parameters neither dropout nor DoRA, and looks for their rank and alpha under the names of the parameters;
+those are in `peft_ranks.py`.
 """
 
 from dataclasses import replace
@@ -45,8 +46,6 @@ def as_parameters(config: LoraConfig, plan: AdapterPlan, model: Decoder) -> Lora
         lora_dropout=0.0,
         target_modules=tuple(dict.fromkeys(modules)),
         target_parameters=parameters,
-        rank_pattern=by_new_names(config.rank_pattern, config.r, {path: path + WEIGHT for path in dense}),
-        alpha_pattern=by_new_names(config.alpha_pattern, config.lora_alpha, {path: path + WEIGHT for path in dense}),
     )
 
 

@@ -44,7 +44,7 @@ def scaled_config(
     result = deepcopy(dict(hf_config))
     if rope_scaling is None and not is_too_long:
         return result, None
-    scaling = _as_dict("linear" if rope_scaling is None else rope_scaling)
+    scaling = checked_scaling("linear" if rope_scaling is None else rope_scaling)
     if config.rope.rope_type != "default":
         if not is_too_long and _agrees(config.rope, scaling):
             return result, None
@@ -90,8 +90,8 @@ def scaled_config(
     return result, message
 
 
-def _as_dict(rope_scaling: str | Mapping[str, Any]) -> dict[str, Any]:
-    """The scaling with its type under "rope_type"."""
+def checked_scaling(rope_scaling: str | Mapping[str, Any]) -> dict[str, Any]:
+    """The scaling with its type under "rope_type". Raises: ValueError for one that no model can have."""
     if isinstance(rope_scaling, str):
         if rope_scaling not in SCALINGS:
             raise ValueError(
@@ -110,6 +110,9 @@ def _as_dict(rope_scaling: str | Mapping[str, Any]) -> dict[str, Any]:
         )
     if rope_type not in (*SCALINGS, "longrope"):
         raise ValueError(f"rope_scaling's rope_type must be one of {', '.join(SCALINGS)}, longrope, got {rope_type!r}")
+    factor = scaling.get("factor")
+    if factor is not None and (isinstance(factor, bool) or not isinstance(factor, int | float) or not factor > 1):
+        raise ValueError(f"rope_scaling's factor must be a number above 1, got {factor!r}")
     return {"rope_type": rope_type, **scaling}
 
 
@@ -131,8 +134,6 @@ def _factor(scaling: Mapping[str, Any], trained: int, max_seq_length: int | None
                 "dict such as {'rope_type': 'yarn', 'factor': 4.0}"
             )
         return max_seq_length / trained
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor > 1:
-        raise ValueError(f"rope_scaling's factor must be a number above 1, got {factor!r}")
     return float(factor)
 
 

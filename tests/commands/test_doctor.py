@@ -9,7 +9,8 @@ import torch
 
 from slothcore.cli import main
 from slothcore.commands import checkup, gpu_checkup
-from slothcore.commands.checkup import Finding, check_disk, check_hub, check_package, check_packages, release
+from slothcore.commands.checkup import check_disk, check_hub, check_package, check_packages, release
+from slothcore.commands.findings import Finding
 from slothcore.commands.gpu_checkup import examine_gpu, run_8bit_update, run_kernels
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU says something else")

@@ -174,7 +174,9 @@ def test_no_search_is_endless() -> None:
     ("words", "status", "message"),
     [
         ([], 2, "model is not set; give --model"),
-        (["--model", "m", "--gpu", "0"], 2, "--gpu must be greater than 0 GiB, got 0.0"),
+        (["--model", "m", "--gpu", "0"], 2, "--gpu must be a number of GiB greater than 0, got 0.0"),
+        (["--model", "m", "--gpu", "inf"], 2, "--gpu must be a number of GiB greater than 0, got inf"),
+        (["--model", "m", "--gpu", "nan"], 2, "--gpu must be a number of GiB greater than 0, got nan"),
         (["--model", "m", "--gpu", "big"], 2, "argument --gpu: invalid float value: 'big'"),
         (["--model", "m", "--bits", "5"], 2, "bits must be 4 | 16 | 32, got '5'"),
         (["--model", "{llama}", "--target-modules", "q_prj"], 1, "q_prj"),

@@ -236,17 +236,17 @@ def test_real_tokenizers_give_the_same_ids(name: str, shared_data: Path, tmp_pat
         hard = [text for text in HARD_TEXTS if "mistral" not in name or not text.startswith(" ")]
         for piece in [*pieces, *hard]:
             assert server.tokenize(piece) == tokenizer.encode(piece)
-        if "mistral" in name:  # the same space again: behind [INST], which the export warns of
-            return
         messages = [{"role": ("user", "assistant")[i % 2], "content": f"Say {i}, then rest."} for i in range(3)]
         chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         ids = tokenizer.encode(chat, add_special_tokens=False)
-        assert server.ask("/tokenize", content=chat, add_special=False, parse_special=True)["tokens"] == ids
         # It adds the begin token when it reads the text.
         begin = tokenizer.token_text(tokenizer.bos_token_id or 0)
-        assert server.ask("/apply-template", messages=messages)["prompt"].removeprefix(begin) == chat.removeprefix(
-            begin
-        )
+        prompt = begin + server.ask("/apply-template", messages=messages)["prompt"].removeprefix(begin)
+        if ids[:1] != [tokenizer.bos_token_id]:
+            prompt = prompt.removeprefix(begin)
+        assert server.ask("/tokenize", content=prompt, add_special=False, parse_special=True)["tokens"] == ids
+        if "mistral" not in name:  # whose template leaves out a space for llama.cpp: `test_gguf_template.py`
+            assert prompt == chat
 
 
 def _chunks(lines: list[str], size: int) -> list[list[str]]:

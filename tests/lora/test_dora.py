@@ -174,13 +174,13 @@ def test_writing_computes_norms_once(base: Path, monkeypatch: pytest.MonkeyPatch
     with torch.no_grad():
         logits = model(written[:, :-1]).logits
         assert torch.equal(logits[0, 7:].argmax(-1), written[0, 8:])
-        norms = KnownNorms(model)
-        norms.compute(torch.float32)
+        norms = KnownNorms()
+        norms.compute(model.modules(), torch.float32)
         assert torch.equal(model(written[:, :-1]).logits, logits)
         model.model.layers[0].mlp.up_proj.lora_B.mul_(3)
         kept = model.model.layers[0].mlp.up_proj.known_norms
         assert not torch.equal(kept, layers[0].row_norms())
-        norms.compute(torch.float32)
+        norms.compute(model.modules(), torch.float32)
         assert model.model.layers[0].mlp.up_proj.known_norms is kept
         assert torch.equal(kept, model.model.layers[0].mlp.up_proj.row_norms(torch.float32))
 

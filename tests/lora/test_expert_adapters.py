@@ -295,6 +295,16 @@ DENSE = {
         "rank_pattern": {r"layers\.{dense}\.mlp\.gate_proj": 2, r"layers\.{dense}\.mlp\.up_proj": 7, "o_proj": 3},
         "alpha_pattern": {r"layers\.{dense}\.mlp\.up_proj": 5},
     },
+    "ranks of their own, rank-stabilised": {
+        "use_rslora": True,
+        "rank_pattern": {r"layers\.{dense}\.mlp\.gate_proj": 2, r"experts\..*\.down_proj": 7, "o_proj": 3},
+        "alpha_pattern": {r"layers\.{dense}\.mlp\.up_proj": 5, "(gate|up)_proj": 9},
+    },
+    "ranks of base weights": {
+        "init_lora_weights": "pissa",
+        "use_rslora": True,
+        "rank_pattern": {"down_proj|o_proj": 2},
+    },
     "dropout": {"lora_dropout": 0.3},
     "of base weights": {"init_lora_weights": "pissa"},
 }
@@ -354,6 +364,12 @@ FUSED = {
     "ranks of their own": {
         "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
         "rank_pattern": {"experts.down_proj": 2},
+        "alpha_pattern": {".*gate_up_proj": 5},
+    },
+    "rank-stabilised": {
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        "use_rslora": True,
+        "rank_pattern": {"experts.down_proj": 2, "q_proj": 5},
         "alpha_pattern": {".*gate_up_proj": 5},
     },
 }

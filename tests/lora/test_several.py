@@ -127,8 +127,8 @@ def test_norms_that_were_vouched_for_change_with_the_adapter(tmp_path: Path) -> 
     expected = {name: alone(base, folder, bits=32) for name, folder in folders.items()}
     model = load_model(base, bits=32, device="cpu")
     several = SeveralAdapters(model, folders)
-    norms = KnownNorms(model)
-    norms.compute(model.dtype)
+    norms = KnownNorms()
+    norms.compute(model.modules(), model.dtype)
     for name in ("dora", "lora", "dora"):
         several.use(name)
         torch.testing.assert_close(logits(model), expected[name], rtol=1e-4, atol=1e-4)

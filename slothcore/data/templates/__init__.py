@@ -43,14 +43,20 @@ def builtin_template(name: str) -> str:
     return (files(__package__) / f"{name}.jinja").read_text(encoding="utf-8")
 
 
+def names_template_file(chosen: str | Path) -> bool:
+    """Whether a `chat_template` option means a file, and not a built-in template."""
+    file = Path(chosen)
+    return str(chosen) not in BUILTIN_TEMPLATES and (file.suffix in (".jinja", ".jinja2", ".j2") or file.exists())
+
+
 def template_source(chosen: str | Path) -> str:
     """The Jinja source that a `chat_template` option stands for: a built-in name, or the path of a file.
 
     Raises: ValueError for an unknown name, or a file that is absent, empty or not UTF-8.
     """
-    file = Path(chosen)
-    if str(chosen) in BUILTIN_TEMPLATES or not (file.suffix in (".jinja", ".jinja2", ".j2") or file.exists()):
+    if not names_template_file(chosen):
         return builtin_template(str(chosen))
+    file = Path(chosen)
     try:
         source = file.read_text(encoding="utf-8")
     except FileNotFoundError:
