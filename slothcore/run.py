@@ -157,6 +157,7 @@ def _example(prompt: str) -> str:
 def open_result(
     name_or_run: str,
     *,
+    adapter: str | None = None,
     bits: int | None = None,
     device: str | None = None,
     revision: str | None = None,
@@ -166,13 +167,16 @@ def open_result(
     """The model of a run, an adapter on its base, or a plain model, ready to generate.
 
     Args:
+        adapter: a run, or an adapter, that is put on the model, which is a base then; None: the base is the one that
+            the adapter names.
         bits: of the base weights; None: as the run was trained, or 4.
         device, revision, token, local_files_only: as `load` has them.
     Raises: ValueError or FileNotFoundError if there is nothing to open.
     """
-    trained = find_source(name_or_run).config
+    trained = find_source(adapter or name_or_run).config
     return load_both(
         name_or_run,
+        adapter=adapter,
         bits=bits or (trained.bits if trained else 4),
         dtype=trained.dtype if trained and bits in (None, trained.bits) else None,
         device=device,

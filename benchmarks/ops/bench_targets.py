@@ -1,6 +1,7 @@
 """Time every operation that has a target beside its peers, and say which targets are met. Needs a CUDA GPU.
 
-    python benchmarks/ops/bench_targets.py [--only few,many,memory,head,attention,paths] [--out DIR] [--deadline 300]
+    python benchmarks/ops/bench_targets.py [--only few,many,memory,head,attention,paths] [--rows 512,2048]
+                                             [--out DIR] [--deadline 300]
 
 Groups: `few` NF4 + LoRA product at 1 to 512 rows; `many` the whole LoRA linear over NF4 at 2048 and 8192, forward and
 dX, beside a bare product; `memory` norm, rotary positions, gate and decoding beside Liger and torch.compile, as a share
@@ -29,7 +30,7 @@ import triton
 from benchmarks import harness, shapes, targets
 from benchmarks.ops.bench_ops import Machine, timings
 from benchmarks.ops.contest import OWN, Contest, Outcome, hold, take_turns
-from benchmarks.ops.contest_linear import few_rows_contests, many_rows_contests, path_contests
+from benchmarks.ops.contest_linear import FEW_ROWS, few_rows_contests, many_rows_contests, path_contests
 from benchmarks.ops.contest_memory import memory_contests
 from benchmarks.ops.contest_model import ATTENTION_CASES, attention_contests, head
 
@@ -45,6 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     """Check, time, print, record. Returns: the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(GROUPS), metavar="GROUPS", help="comma-separated; default: all")
+    parser.add_argument(
+        "--rows", type=lambda text: tuple(map(int, text.split(","))), metavar="ROWS", help="of few and many, only these"
+    )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of the CSV; default: benchmarks/results on a GPU"
     )
@@ -66,17 +70,18 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("needs a CUDA GPU; --tiny tries the machinery without one")
     if args.out is None and not args.tiny:
         args.out = harness.RESULTS
-    return Bench(args.out, tiny=args.tiny, deadline=args.deadline).run(groups)
+    return Bench(args.out, tiny=args.tiny, deadline=args.deadline, rows=args.rows).run(groups)
 
 
 class Bench:
     """One run over the groups."""
 
-    def __init__(self, out: Path | None, *, tiny: bool, deadline: float) -> None:
+    def __init__(self, out: Path | None, *, tiny: bool, deadline: float, rows: tuple[int, ...] | None = None) -> None:
         self.device = "cpu" if tiny else "cuda"
         self.dtype = torch.float32 if tiny else torch.bfloat16
         self.config = shapes.TINY if tiny else shapes.LLAMA_3_1_8B
         self.many_rows = (24, 32) if tiny else MANY_ROWS
+        self.rows = rows
         self.table_rows = (1, 16, 32) if tiny else TABLE_ROWS
         self.attention_cases = ((2, 16), (3, 7)) if tiny else ATTENTION_CASES
         tokens = self.many_rows[-1]
@@ -115,15 +120,19 @@ class Bench:
     def contests(self, group: str) -> Iterator[Factory]:
         where = (self.dtype, self.device)
         if group == "few":
-            yield from few_rows_contests(self.shape, *where)
+            yield from few_rows_contests(self.shape, *where, rows=self.chosen(FEW_ROWS))
         elif group == "many":
-            yield from many_rows_contests(self.shape, *where, rows=self.many_rows)
+            yield from many_rows_contests(self.shape, *where, rows=self.chosen(self.many_rows))
         elif group == "memory":
             yield from memory_contests(self.shape, *where)
         elif group == "head":
             yield lambda: head(self.shape, *where)
         else:
             yield from attention_contests(self.config, self.attention_cases, *where)
+
+    def chosen(self, rows: tuple[int, ...]) -> tuple[int, ...]:
+        """Those of a group's rows that were asked for."""
+        return rows if self.rows is None else tuple(count for count in rows if count in self.rows)
 
     def outcomes(self, factories: Iterable[Factory]) -> Iterator[Outcome]:
         """Each contest held; one that cannot be made is said and passed over."""

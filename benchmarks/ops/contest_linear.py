@@ -26,8 +26,8 @@ from benchmarks.ops.contest import (
 from benchmarks.shapes import OpShape
 from slothcore.autograd.lora import Projection, lora_fused
 from slothcore.autograd.lora_group import Group
-from slothcore.autograd.lora_projection import decodes_in_kernel, project
-from slothcore.kernels import lora_gemm, lora_gemm_eager, nf4, nf4_eager, nf4_few, nf4_gemm
+from slothcore.autograd.lora_projection import decoded_beside_products, decodes_in_kernel, project
+from slothcore.kernels import lora_gemm, lora_gemm_eager, nf4, nf4_eager, nf4_few, nf4_gemm, nf4_gemm_group
 from slothcore.kernels.nf4_few_eager import Terms
 from slothcore.kernels.nf4_tensor import Nf4Tensor
 
@@ -35,6 +35,7 @@ RANK = 16
 BARE = "bare product"
 TWO_STEP = "decode, product, LoRA"
 IN_PRODUCT, BY_CUBLAS, BY_KERNEL = "in product", "decode + cuBLAS", "decode + own GEMM"
+BESIDE = "decode beside"
 FEW_ROWS = (1, 16, 64, 512)
 FEW_ROWS_SCORES = {
     1: share_of_floor("few rows, 1"),
@@ -44,16 +45,18 @@ FEW_ROWS_SCORES = {
 }
 
 
-def few_rows_contests(shape: OpShape, dtype: torch.dtype, device: str) -> Iterator[Callable[[], Contest]]:
+def few_rows_contests(
+    shape: OpShape, dtype: torch.dtype, device: str, *, rows: Sequence[int] = FEW_ROWS
+) -> Iterator[Callable[[], Contest]]:
     """y = x W^T + u B^T with W in NF4, by rows, of three linears. u = x A^T is given to all alike."""
     for out_features, in_features in (
         (shape.hidden_size, shape.hidden_size),
         (shape.intermediate_size, shape.hidden_size),
         (shape.hidden_size, shape.intermediate_size),
     ):
-        for rows in FEW_ROWS:
-            if rows <= shape.tokens:
-                yield partial(few_rows, rows, out_features, in_features, dtype, device)
+        for count in rows:
+            if count <= shape.tokens:
+                yield partial(few_rows, count, out_features, in_features, dtype, device)
 
 
 def few_rows(rows: int, out_features: int, in_features: int, dtype: torch.dtype, device: str) -> Contest:
@@ -225,6 +228,10 @@ def paths(
         BY_CUBLAS: plain(rotating(lambda weight: decoded(weight, "matmul"), weights)),
         BY_KERNEL: plain(rotating(lambda weight: decoded(weight, lora_gemm.HOPPER_TILE), weights)),
     }
+    if nf4_gemm_group.can_take(x, weights[:1], (u, B), backward=False):
+        entries[BESIDE] = plain(
+            rotating(lambda weight: nf4_gemm_group.nf4_linear_group(x, [weight], lora_x=u, lora_B=B), weights)
+        )
     made = Contest(
         f"paths, {name}",
         f"{rows} of {out_features}x{in_features}",
@@ -236,6 +243,8 @@ def paths(
 
 def chosen_path(x: Tensor, weight: Nf4Tensor) -> str:
     """How the library multiplies x by this weight."""
+    if decoded_beside_products(x, group_of(weight), (), backward=False) is not None:
+        return BESIDE
     if decodes_in_kernel(x, group_of(weight)):
         return IN_PRODUCT
     if not x.is_cuda:

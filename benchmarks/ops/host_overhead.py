@@ -57,7 +57,7 @@ def operations(tokens: int) -> dict[str, Callable[[], object]]:
     factor_A, factor_B = A.float(), B.float()
     pairs = {"scalings": (2.0, 2.0, 2.0), "out_features": (4096, 4096, 4096), "dtype": torch.bfloat16}
     arguments = (x, y, weight, x.clone(), y.clone(), torch.empty(tokens, device="cuda"), 4096, 4096, tokens, 1e-5, 0.0)
-    constants = {"WIDTH": 4096, "CAST_BEFORE_WEIGHT": True, "BLOCK_ROWS": 1, "BLOCK_COLUMNS": 4096}
+    constants = {"WIDTH": 4096, "CAST_BEFORE_WEIGHT": True, "BLOCK_ROWS": 1, "BLOCK_COLUMNS": 4096, "EARLY": False}
     compiled = rms_norm_forward_kernel[(tokens,)](*arguments, **constants, num_warps=8)
     heads = {"num_heads": 32, "num_kv_heads": 8, "scale": 0.1}
     return {

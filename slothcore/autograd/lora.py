@@ -74,7 +74,7 @@ def lora_fused(x: Tensor | Normed, projections: Sequence[Projection]) -> Tensor:
     x, normed = _input(x)
     _check(x, projections)
     if lora_few.takes(x, projections):
-        return lora_few.fused(x, projections)
+        return lora_few.fused(x, projections, None if normed is None else normed.lora_input)
     if any(p.magnitude is not None for p in projections):
         return dora_fused(x, projections, normed)
     return _LoraFused.apply(x, *_factors(projections), Group.of(projections), normed)
@@ -111,7 +111,8 @@ def lora_mlp(
         shapes = [tuple(p.weight.shape) for p in (*gate_up, down)]
         raise ValueError(f"gate and up must have the out_features that down takes; got weights {shapes}")
     if lora_few.takes(x, gate_up):
-        return lora_linear(lora_few.gated(x, gate_up, activation=activation), down)
+        known = None if normed is None else normed.lora_input
+        return lora_linear(lora_few.gated(x, gate_up, known, activation=activation), down)
     how = MlpChoices(activation, inplace, keep_gate_up)
     if any(p.magnitude is not None for p in (*gate_up, down)):
         return dora_mlp(x, gate_up, down, normed, how)

@@ -26,7 +26,15 @@ from torch import Tensor
 
 from slothcore.autograd.lora_group import Dtypes, Group, dense_blocks, dropout_masks, has_copies
 from slothcore.autograd.lora_source import JoinedA, Source
-from slothcore.kernels import lora_gemm, lora_gemm_eager, lora_grads, lora_grads_eager, lora_grads_few, nf4_gemm
+from slothcore.kernels import (
+    lora_gemm,
+    lora_gemm_eager,
+    lora_grads,
+    lora_grads_eager,
+    lora_grads_few,
+    nf4_gemm,
+    nf4_gemm_group,
+)
 from slothcore.kernels.lora_grads_eager import transposed_product
 from slothcore.kernels.nf4_tensor import BLOCK, Nf4Tensor
 
@@ -53,6 +61,9 @@ def project(x: Tensor, u: Tensor | None, group: Group, B: Tensor | None, bias: T
         bias: [sum N] as `joined_bias` makes it; None if no projection has one.
     Returns: y [T, sum N].
     """
+    weights = decoded_beside_products(x, group, (u, B), backward=False)
+    if weights is not None:
+        return nf4_gemm_group.nf4_linear_group(x, weights, lora_x=u, lora_B=B, bias=bias)
     linear, blocks = _linear_and_blocks(x, group)
     if len(blocks) == 1:
         return linear(x, blocks[0][0], lora_x=u, lora_B=B, bias=bias)
@@ -93,6 +104,22 @@ def decodes_in_kernel(x: Tensor, group: Group) -> bool:
     return large and rows <= NF4_OVER_COPY_ROWS_OF_LARGE
 
 
+def decoded_beside_products(
+    left: Tensor, group: Group, factors: Sequence[Tensor | None], *, backward: bool
+) -> list[Nf4Tensor] | None:
+    """The weights of the group, if they are decoded while others of their rows are multiplied; None where another way
+    is faster.
+
+    Args:
+        left: x, or dy for the gradient of x.
+        factors: of the LoRA term, and what they are multiplied with.
+    """
+    weights = [w for w in group.weights if isinstance(w, Nf4Tensor)]
+    if not left.is_cuda or len(weights) < len(group.weights) or has_copies(group, left.dtype):
+        return None
+    return weights if nf4_gemm_group.takes(left, weights, factors, backward=backward) else None
+
+
 def lora_input(x: Tensor, group: Group, A: Tensor | None) -> Tensor | None:
     """u = (m * x) A^T of all projections, [T, sum r]; None without LoRA."""
     if A is None:
@@ -110,10 +137,14 @@ def input_grad(dy: Tensor, v: Tensor | None, group: Group, A: Tensor | None) -> 
     gemm = lora_gemm if dy.is_cuda else lora_gemm_eager
     masked = group.seed is not None
     lora = (None, None) if masked else (v, A)
-    (weight, rows), *others = dense_blocks(group, dy)
-    dx = gemm.linear_input_grad(dy[:, rows] if others else dy, weight, lora_dy=lora[0], lora_A=lora[1])
-    for weight, rows in others:
-        dx.addmm_(dy[:, rows], weight)
+    weights = decoded_beside_products(dy, group, lora, backward=True)
+    if weights is not None:
+        dx = nf4_gemm_group.nf4_input_grad_group(dy, weights, lora_dy=lora[0], lora_A=lora[1])
+    else:
+        (weight, rows), *others = dense_blocks(group, dy)
+        dx = gemm.linear_input_grad(dy[:, rows] if others else dy, weight, lora_dy=lora[0], lora_A=lora[1])
+        for weight, rows in others:
+            dx.addmm_(dy[:, rows], weight)
     if masked:
         assert v is not None
         assert A is not None

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from slothcore.autograd.first_order import once_differentiable
-from slothcore.autograd.rms_norm import NormRule
+from slothcore.autograd.rms_norm import NormRule, is_decoding
 from slothcore.kernels import qk_norm as fused
 from slothcore.kernels import qk_norm_eager as eager
 
@@ -118,4 +118,16 @@ def qk_norm_rope(
     Source: Henry et al. 2020, arXiv:2010.04245; Su et al. 2021, arXiv:2104.09864.
     """
     heads, rule = Heads(num_heads, num_kv_heads), NormRule(eps, weight_offset, cast_before_weight)
+    if is_decoding(qkv):
+        y, _ = fused.qk_norm_forward(
+            _split_heads(qkv, q_weight),
+            q_weight,
+            k_weight,
+            cos,
+            sin,
+            **heads._asdict(),
+            **rule._asdict(),
+            early=True,
+        )
+        return y.view_as(qkv)
     return QkNormRope.apply(qkv, q_weight, k_weight, cos, sin, heads, rule)

@@ -8,12 +8,14 @@ A frozen weight costs no gradient work.
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from slothcore.autograd.first_order import once_differentiable
 from slothcore.kernels import rms_norm as fused
 from slothcore.kernels import rms_norm_eager as eager
+from slothcore.kernels.early import begins_early
 
 
 class NormRule(NamedTuple):
@@ -22,6 +24,18 @@ class NormRule(NamedTuple):
     eps: float
     weight_offset: float  # added to the weight: 1 for the Gemma family
     cast_before_weight: bool  # round to the working dtype before the weight, as Llama does
+
+
+class LoraInput(NamedTuple):
+    """u = y A^T, made beside y for the projections that read it.
+
+    Attributes:
+        u: [T, sum of the ranks].
+        lora_A: of the projections, in their order; None for one without LoRA.
+    """
+
+    u: Tensor
+    lora_A: tuple[Tensor | None, ...]
 
 
 class Normed(NamedTuple):
@@ -36,6 +50,7 @@ class Normed(NamedTuple):
         rstd: [T] float32 (float64 for a float64 h), 1 / rms(h); has no gradient.
         weight: [H].
         rule: of the norm.
+        lora_input: what was made beside y where nothing needs a gradient, see `lora_few.normed`; else None.
     """
 
     y: Tensor
@@ -43,6 +58,7 @@ class Normed(NamedTuple):
     rstd: Tensor
     weight: Tensor
     rule: NormRule
+    lora_input: LoraInput | None = None
 
 
 class RmsNorm(Function):
@@ -121,6 +137,11 @@ def _backward(ctx: Any, dy: Tensor, *, dh: Tensor | None, weight_grad: bool) -> 
     return dx, None if dw is None else dw.to(weight.dtype)
 
 
+def is_decoding(x: Tensor) -> bool:
+    """Whether these are a few rows on a GPU of which nothing needs a gradient, whose kernels may begin early."""
+    return begins_early(x) and not torch.is_grad_enabled()
+
+
 def rms_norm(
     x: Tensor, weight: Tensor, *, eps: float, weight_offset: float = 0.0, cast_before_weight: bool = True
 ) -> Normed:
@@ -136,6 +157,9 @@ def rms_norm(
     Source: Zhang & Sennrich 2019, arXiv:1910.07467.
     """
     rule = NormRule(eps, weight_offset, cast_before_weight)
+    if is_decoding(x):
+        y, rstd, h = fused.rms_norm_forward(x, weight, **rule._asdict(), early=True)
+        return Normed(y, h, rstd, weight, rule)
     y, rstd = RmsNorm.apply(x, weight, rule)
     return Normed(y, x, rstd, weight, rule)
 
@@ -160,5 +184,8 @@ def add_rms_norm(
     `x` and `residual` receive one and the same gradient tensor, so nothing upstream may overwrite it.
     """
     rule = NormRule(eps, weight_offset, cast_before_weight)
+    if is_decoding(x):
+        y, rstd, h = fused.rms_norm_forward(x, weight, **rule._asdict(), residual=residual, early=True)
+        return Normed(y, h, rstd, weight, rule)
     y, h, rstd = AddRmsNorm.apply(x, residual, weight, rule)
     return Normed(y, h, rstd, weight, rule)

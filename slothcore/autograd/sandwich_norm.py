@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from slothcore.autograd.first_order import once_differentiable
-from slothcore.autograd.rms_norm import Normed, NormRule
+from slothcore.autograd.rms_norm import Normed, NormRule, is_decoding
 from slothcore.kernels import rms_norm, rms_norm_eager
 from slothcore.kernels import sandwich_norm as fused
 from slothcore.kernels import sandwich_norm_eager as eager
@@ -93,5 +93,10 @@ def post_norm_add_norm(
     Source: Gemma 2, arXiv:2408.00118; Zhang & Sennrich 2019, arXiv:1910.07467.
     """
     rule = NormRule(eps, weight_offset, cast_before_weight)
+    if is_decoding(branch):
+        y, h, _, rstd = fused.sandwich_norm_forward(
+            branch, residual, post_weight, pre_weight, **rule._asdict(), early=True
+        )
+        return Normed(y, h, rstd, pre_weight, rule)
     y, h, rstd = PostNormAddNorm.apply(branch, residual, post_weight, pre_weight, rule)
     return Normed(y, h, rstd, pre_weight, rule)

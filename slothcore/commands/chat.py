@@ -9,6 +9,7 @@ from typing import Any
 from slothcore.commands.command import (
     Command,
     UsageError,
+    add_adapter_option,
     add_model_options,
     add_template_option,
     check_model_options,
@@ -29,6 +30,7 @@ NO_TEMPLATE = (
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
+    add_adapter_option(parser)
     talk = parser.add_argument_group("conversation")
     talk.add_argument("--system", metavar="TEXT", help="the system message that the conversation begins with")
     add_template_option(talk)
@@ -49,7 +51,7 @@ def run(values: dict[str, Any]) -> int:
     from slothcore.models.vocabulary import round_tables
     from slothcore.run import open_result
 
-    model, tokenizer = open_result(values["model"], **model_options(values))
+    model, tokenizer = open_result(values["model"], adapter=values["adapter"], **model_options(values))
     round_tables(model)
     if values["chat_template"] is not None:
         tokenizer.use_chat_template(values["chat_template"])

@@ -145,6 +145,16 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="TEXT", help="cpu, cuda or cuda:N; default: a GPU if there is one")
 
 
+def add_adapter_option(parser: argparse.ArgumentParser) -> None:
+    """Which adapter is put on the model; most need none, since an adapter names its base."""
+    parser.add_argument(
+        "--adapter",
+        metavar="NAME_OR_RUN",
+        help="put this adapter on --model, for example because its base lies elsewhere than it says; without it "
+        "--model takes an adapter, and its base with it",
+    )
+
+
 def add_template_option(group: argparse._ActionsContainer) -> None:
     """How a conversation is written."""
     group.add_argument(
@@ -153,11 +163,11 @@ def add_template_option(group: argparse._ActionsContainer) -> None:
 
 
 def check_model_options(values: dict[str, Any]) -> None:
-    """Say what is wrong with the values of `add_model_options` and `add_template_option` before a model is loaded.
+    """Say what is wrong with the options that name a model, an adapter and a template before a model is loaded.
 
     Raises: UsageError for what can be no name; ValueError for a template in a file that cannot be read.
     """
-    for name in ("model", "revision", "token", "device", "chat_template"):
+    for name in ("model", "adapter", "revision", "token", "device", "chat_template"):
         if values[name] == "":  # as an unset variable of a shell script gives it
             raise UsageError(f"--{name.replace('_', '-')} is empty; give a value, or leave it out")
     chosen = values["chat_template"]

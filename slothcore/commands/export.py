@@ -7,6 +7,7 @@ from typing import Any
 from slothcore.commands.command import (
     Command,
     UsageError,
+    add_adapter_option,
     add_model_options,
     add_template_option,
     check_model_options,
@@ -27,6 +28,7 @@ EXAMPLES = """\
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
+    add_adapter_option(parser)
     parser.add_argument(
         "--format", required=True, type=format_word, choices=tuple(FORMATS), help="what to write; see above"
     )
@@ -87,12 +89,12 @@ def run(values: dict[str, Any]) -> int:
     target = place_of(values["output_dir"]) if values["output_dir"] else None
     if target is not None:
         require_new(target)
-    model, tokenizer = open_result(values["model"], **model_options(values))
+    model, tokenizer = open_result(values["model"], adapter=values["adapter"], **model_options(values))
     if values["chat_template"] is not None:
         tokenizer.use_chat_template(values["chat_template"])
     options = {"format": name, "dtype": values["dtype"], "base": values["base"], "give_up_model": True}
     if values["push"]:
-        token, trained_in = values["token"], run_behind(values["model"])
+        token, trained_in = values["token"], run_behind(values["adapter"] or values["model"])
         private = not values["public"]
         address = push_to_hub(
             model, tokenizer, values["push"], path=target, private=private, token=token, run=trained_in, **options

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from slothcore.commands.command import (
     Command,
     UsageError,
+    add_adapter_option,
     add_model_options,
     add_template_option,
     check_model_options,
@@ -36,6 +37,7 @@ ONE_KIND = "give one of --prompt, --prompts-file and --instruction"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
+    add_adapter_option(parser)
     prompts = parser.add_argument_group("prompts (one kind)")
     prompts.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts to continue")
     prompts.add_argument(
@@ -59,6 +61,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(values: dict[str, Any]) -> int:
     by_rows = (values["prompts_file"] or "").endswith(ROWS)
+    if values["prompts_file"] and not by_rows:
+        check_kind(Path(values["prompts_file"]))
     if by_rows != (values["output"] is not None) and values["prompts_file"] is not None:
         raise UsageError(f"--output goes with a {ROWS} file of prompts; give both, or a file of another kind alone")
     prompts = [] if by_rows else prompts_of(values)
@@ -97,6 +101,17 @@ def run(values: dict[str, Any]) -> int:
     return 0
 
 
+def check_kind(prompts_file: Path) -> None:
+    """Raises: UsageError for records of another kind than rows, whose lines would be taken for prompts."""
+    from slothcore.data.readers import READERS, extension, is_running_text
+
+    if extension(prompts_file) in READERS and not is_running_text(prompts_file):
+        raise UsageError(
+            f"--prompts-file takes rows in a {ROWS} file, or a text file with one prompt on each line, got "
+            f"{prompts_file}; write it as one of these"
+        )
+
+
 def answer_file(values: dict[str, Any], sampling: dict[str, Any]) -> int:
     """Answer the rows of a file; gives the exit status."""
     if sum(values[name] is not None for name in KINDS) != 1:
@@ -129,7 +144,7 @@ def open_model(values: dict[str, Any]) -> tuple["Decoder", "Tokenizer"]:
     from slothcore.models.vocabulary import round_tables
     from slothcore.run import open_result
 
-    model, tokenizer = open_result(values["model"], **model_options(values))
+    model, tokenizer = open_result(values["model"], adapter=values["adapter"], **model_options(values))
     round_tables(model)
     if values["chat_template"] is not None:
         tokenizer.use_chat_template(values["chat_template"])

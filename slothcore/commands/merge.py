@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from slothcore.commands import export
-from slothcore.commands.command import Command, add_model_options
+from slothcore.commands.command import Command, add_adapter_option, add_model_options
 
 EXAMPLES = """\
   slothcore merge --model runs/alpaca --output-dir merged
@@ -14,6 +14,7 @@ EXAMPLES = """\
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
+    add_adapter_option(parser)
     export.add_target_options(parser, formats=("merged",), defaults="bfloat16")
 
 

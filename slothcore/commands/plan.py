@@ -18,12 +18,20 @@ EXAMPLES = """\
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu",
-        type=float,
+        type=gib,
         metavar="GIB",
         help="memory of the GPU that is meant; default: the one that is present, else 24",
     )
     parser.add_argument("--json", action="store_true", help="figures in bytes, for programs")
     add_run_options(parser, groups=("Model", "LoRA", "Optimization"))
+
+
+def gib(text: str) -> float:
+    """A number of GiB. Raises: ArgumentTypeError for a text with a unit, or the name of a GPU."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number of GiB, as in --gpu 24, got {text!r}") from None
 
 
 def run(values: dict[str, Any]) -> int:

@@ -39,12 +39,22 @@ def template_without_spaces(tokenizer: Tokenizer) -> str | None:
         return template
     # A method and a filter that every reader of templates has: llama.cpp's own of any age, and jinja2.
     steps = (f"whole_text.split({_quoted(f'{token} ')}) | join({_quoted(token)})" for token in written)
-    body = template.removesuffix("\n")  # which is none of its text
     return (
-        f"{{% set whole_text %}}{body}{{% endset %}}"
+        f"{{% set whole_text %}}{_as_block(template)}{{% endset %}}"
         + "".join(f"{{% set whole_text = {step} %}}" for step in steps)
         + "{{ whole_text }}"
     )
+
+
+def _as_block(template: str) -> str:
+    """What writes within a block what the template writes by itself.
+
+    Readers leave out one line's end behind a block and at the very end, and spaces before a block that begins a line.
+    """
+    body = re.sub(r"(\r\n|\r|\n)\Z", "", template)
+    begin = "\n" if body[:1].isspace() else ""  # left out behind the block, so that what follows begins a line
+    end = "{{ '' }}" if re.search(r"(\A|[\r\n])[ \t]*\Z", body) else ""  # so that the block's end begins none
+    return f"{begin}{body}{end}"
 
 
 def _has_spaces(text: str, added: Sequence[str]) -> bool:

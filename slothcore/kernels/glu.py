@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from slothcore.kernels.early import signal_early, wait_early
 from slothcore.kernels.glu_eager import Activation
 from slothcore.kernels.launch import ceil_div, next_power_of_2, partial_row_tile, with_contiguous_rows
 
@@ -70,8 +71,11 @@ def glu_forward_kernel(
     WIDTH: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """This program computes BLOCK_COLUMNS outputs of one row."""
+    signal_early(EARLY)
+    wait_early(EARLY)
     # One grid dimension, because the second may not exceed 65535; neighbours share a row.
     pieces: tl.constexpr = (WIDTH + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     row = (tl.program_id(0) // pieces).to(tl.int64)
@@ -159,8 +163,11 @@ def glu_backward_and_dA_kernel(
     tl.store(dA_part_ptr + at, dA, mask=(rank < RANK)[None, :])
 
 
-def glu_forward(gate_up: Tensor, *, activation: Activation) -> Tensor:
-    """`f(gate) * up` for gate_up [T, 2 I] (any row stride), the gate in the first half of a row. Returns [T, I]."""
+def glu_forward(gate_up: Tensor, *, activation: Activation, early: bool = False) -> Tensor:
+    """`f(gate) * up` for gate_up [T, 2 I] (any row stride), the gate in the first half of a row. Returns [T, I].
+
+    early: begin while the kernel in front ends, see early.py.
+    """
     num_tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     assert gate_up.shape[1] == 2 * width, f"gate_up {tuple(gate_up.shape)} has no two halves"
     gate_up = with_contiguous_rows(gate_up)
@@ -173,7 +180,9 @@ def glu_forward(gate_up: Tensor, *, activation: Activation) -> Tensor:
         WIDTH=width,
         ACTIVATION=activation,
         BLOCK_COLUMNS=tile.columns,
+        EARLY=early,
         num_warps=tile.warps,
+        launch_pdl=early,
     )
     return y
 

@@ -15,7 +15,7 @@ from slothcore.kernels.lora_grads_eager import transposed_product
 Activation = Literal["silu", "gelu_pytorch_tanh"]
 
 
-def glu_forward(gate_up: Tensor, *, activation: Activation) -> Tensor:
+def glu_forward(gate_up: Tensor, *, activation: Activation, early: bool = False) -> Tensor:
     """`f(gate) * up` for gate_up [T, 2 I], the gate in the first half of a row. Returns [T, I]."""
     gate, up = halves(gate_up)
     return (activate(gate, activation).to(gate_up.dtype) * up).to(gate_up.dtype)

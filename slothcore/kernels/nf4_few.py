@@ -11,24 +11,26 @@ Rounding  A_i and c_i B_i are rounded once to x.dtype, as if joined first; u, y_
 Order     u of a row, and up to LANE_ROWS rows y and h too, do not depend on the rows beside it or on their number.
 Early     These kernels begin while the one in front of them ends (programmatic dependent launch), and read what they
           can of their weights until x is there. So what is launched just before may write anything but a weight.
-Kernels   nf4_lanes.py up to LANE_ROWS rows, nf4_gemm_permute.py above, both for Hopper. Elsewhere `takes` says no, and
-          the caller takes nf4_gemm.py.
+Kernels   nf4_stream.py for what it takes; else nf4_lanes.py up to LANE_ROWS rows, nf4_gemm_permute.py above. All are
+          for Hopper. Elsewhere `takes` says no, and the caller takes nf4_gemm.py.
 Source    Dettmers et al. 2023, arXiv:2305.14314; Hu et al. 2021, arXiv:2106.09685.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from slothcore.kernels.glu import glu_forward
+from slothcore.kernels import nf4_stream
+from slothcore.kernels.early import begins_early, signal_early, wait_early
 from slothcore.kernels.glu_eager import Activation
-from slothcore.kernels.launch import ceil_div, next_power_of_2, with_contiguous_rows
+from slothcore.kernels.launch import ceil_div, next_power_of_2, warps_for, with_contiguous_rows
 from slothcore.kernels.lora_factors_eager import Factors
 from slothcore.kernels.nf4_few_eager import Terms
-from slothcore.kernels.nf4_gemm import BLOCKS_OF_STEP, can_permute, is_hopper, linear_by_permutes
+from slothcore.kernels.nf4_gemm import BLOCKS_OF_STEP, can_permute, linear_by_permutes
 from slothcore.kernels.nf4_lanes import nf4_few_kernel
 from slothcore.kernels.nf4_tensor import BLOCK, Nf4Tensor
 from slothcore.kernels.nf4_weights import LARGEST_GROUP, are_alike, dtypes, weight_arguments
@@ -51,39 +53,79 @@ INPUT_TOKENS = 4
 """Tokens of such a program, if there are many: they read a row of A together."""
 
 
-@triton.jit(do_not_specialize=["M", "rank_0", "rank_1", "rank_2"])
-def lora_input_kernel(
-    x_ptr, A_0_ptr, A_1_ptr, A_2_ptr, u_ptr, stride_x_row, stride_u_row, M, K, rank_0, rank_1, rank_2,
-    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """This program computes one rank of TOKENS tokens. EARLY: it begins while the kernel in front ends."""
-    if EARLY:
-        # The product that needs u reads its weights meanwhile.
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    rank = tl.program_id(0)
+class FactorRows(NamedTuple):
+    """Up to three factors A, one below the other, as kernels take them.
+
+    Attributes:
+        pointers: three factors; the first stands in for those that there are not.
+        ranks: their rows, 0 where there is none; total: all of them.
+    """
+
+    pointers: tuple[Tensor, ...]
+    ranks: tuple[int, ...]
+    total: int
+
+
+def factor_rows(lora_A: Factors) -> FactorRows:
+    """The factors that there are, at least one."""
+    factors = [A.contiguous() for A in lora_A if A is not None]
+    assert 0 < len(factors) <= LARGEST_GROUP, f"one to {LARGEST_GROUP} factors are joined, got {len(factors)}"
+    missing = LARGEST_GROUP - len(factors)
+    ranks = (*(A.shape[0] for A in factors), *[0] * missing)
+    return FactorRows((*factors, *factors[:1] * missing), ranks, sum(ranks))
+
+
+@triton.jit
+def factor_row(A_0_ptr, A_1_ptr, A_2_ptr, rank_0, rank_1, rank, K):
+    """Where a row [K] of the factors begins."""
     A_ptr, row = A_0_ptr, rank
     if rank >= rank_0 + rank_1:
         A_ptr, row = A_2_ptr, rank - rank_0 - rank_1
     elif rank >= rank_0:
         A_ptr, row = A_1_ptr, rank - rank_0
-    A_ptr += row.to(tl.int64) * K
+    return A_ptr + row.to(tl.int64) * K
+
+
+@triton.jit(do_not_specialize=["M", "rank_0", "rank_1", "rank_2"])
+def lora_input_kernel(
+    x_ptr, A_0_ptr, A_1_ptr, A_2_ptr, u_ptr, stride_x_row, stride_u_row, M, K, rank_0, rank_1, rank_2,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """This program computes one rank of TOKENS tokens. WHOLE: COLUMNS are all of a row.
+
+    EARLY: it begins while the kernel in front ends, and has its row of A, if it is WHOLE, when x is there.
+    """
+    # At once: the product that needs u reads its weights meanwhile.
+    signal_early(EARLY)
+    rank = tl.program_id(0)
+    A_ptr = factor_row(A_0_ptr, A_1_ptr, A_2_ptr, rank_0, rank_1, rank, K)
+    first_token = tl.program_id(1).to(tl.int64) * TOKENS
     column = tl.arange(0, COLUMNS)
-    for i in tl.static_range(TOKENS):
-        token = tl.program_id(1).to(tl.int64) * TOKENS + i
-        sums = tl.zeros([COLUMNS], dtype=tl.float32)
-        for start in tl.range(0, K, COLUMNS, num_stages=1):
-            inside = start + column < K
-            A = tl.load(A_ptr + start + column, mask=inside, other=0.0).to(x_ptr.dtype.element_ty)
-            x = tl.load(x_ptr + token * stride_x_row + start + column, mask=inside & (token < M), other=0.0)
-            sums += x.to(tl.float32) * A.to(tl.float32)
-        u = tl.sum(sums, axis=0).to(u_ptr.dtype.element_ty)
-        tl.store(u_ptr + token * stride_u_row + rank, u, mask=token < M)
-
-
-def begins_early(x: Tensor) -> bool:
-    """Whether kernels begin while the one in front of them ends."""
-    return x.is_cuda and is_hopper(x.device)
+    inside = column < K
+    if WHOLE:
+        A = tl.load(A_ptr + column, mask=inside, other=0.0).to(x_ptr.dtype.element_ty)
+        wait_early(EARLY)
+        # All of x is asked for before the first sum, whose barriers would hold the rest back.
+        rows = ()
+        for i in tl.static_range(TOKENS):
+            x_row_ptr = x_ptr + (first_token + i) * stride_x_row
+            x = tl.load(x_row_ptr + column, mask=inside & (first_token + i < M), other=0.0)
+            rows = rows + (x,)  # noqa: RUF005
+        for i in tl.static_range(TOKENS):
+            u = tl.sum(rows[i].to(tl.float32) * A.to(tl.float32), axis=0).to(u_ptr.dtype.element_ty)
+            tl.store(u_ptr + (first_token + i) * stride_u_row + rank, u, mask=first_token + i < M)
+    else:
+        wait_early(EARLY)
+        for i in tl.static_range(TOKENS):
+            token = first_token + i
+            sums = tl.zeros([COLUMNS], dtype=tl.float32)
+            for start in tl.range(0, K, COLUMNS, num_stages=1):
+                inside = start + column < K
+                A = tl.load(A_ptr + start + column, mask=inside, other=0.0).to(x_ptr.dtype.element_ty)
+                x = tl.load(x_ptr + token * stride_x_row + start + column, mask=inside & (token < M), other=0.0)
+                sums += x.to(tl.float32) * A.to(tl.float32)
+            u = tl.sum(sums, axis=0).to(u_ptr.dtype.element_ty)
+            tl.store(u_ptr + token * stride_u_row + rank, u, mask=token < M)
 
 
 def takes(
@@ -105,20 +147,17 @@ def lora_input(x: Tensor, lora_A: Factors) -> Tensor:
         lora_A: at most three, [r_i, K] of one dtype; None counts as rank 0.
     Returns: [M, sum of the ranks] of x.dtype.
     """
-    factors = [A.contiguous() for A in lora_A if A is not None]
-    assert 0 < len(factors) <= LARGEST_GROUP, f"one to {LARGEST_GROUP} factors are joined, got {len(factors)}"
-    ranks = [A.shape[0] for A in factors] + [0] * (LARGEST_GROUP - len(factors))
-    factors += factors[:1] * (LARGEST_GROUP - len(factors))
+    factors = factor_rows(lora_A)
     x = with_contiguous_rows(x)
     rows, in_features = x.shape
-    u = torch.empty(rows, sum(ranks), dtype=x.dtype, device=x.device)
+    u = torch.empty(rows, factors.total, dtype=x.dtype, device=x.device)
     columns, early = min(INPUT_COLUMNS, next_power_of_2(in_features)), begins_early(x)
     tokens = 1 if rows <= LANE_ROWS else INPUT_TOKENS
     if rows:
-        lora_input_kernel[(sum(ranks), ceil_div(rows, tokens))](
-            x, *factors, u, x.stride(0), u.stride(0), rows, in_features, *ranks,
-            TOKENS=tokens, COLUMNS=columns, EARLY=early,
-            num_warps=8 if columns <= 4096 else 16, launch_pdl=early,
+        lora_input_kernel[(factors.total, ceil_div(rows, tokens))](
+            x, *factors.pointers, u, x.stride(0), u.stride(0), rows, in_features, *factors.ranks,
+            TOKENS=tokens, COLUMNS=columns, WHOLE=in_features <= columns, EARLY=early,
+            num_warps=min(16, warps_for(columns)), launch_pdl=early,
         )  # fmt: skip
     return u
 
@@ -131,9 +170,12 @@ def linear(x: Tensor, weights: Sequence[Nf4Tensor], terms: Terms) -> Tensor:
         weights: at most three, NF4 [N_i, K].
     Returns: [M, sum of N_i] of x.dtype.
     """
-    if x.shape[0] > LANE_ROWS:
+    streams = nf4_stream.takes(x, weights)
+    if not streams and x.shape[0] > LANE_ROWS:
         return linear_by_permutes(x, weights, terms, early=begins_early(x))
     out = torch.empty(x.shape[0], sum(weight.shape[0] for weight in weights), dtype=x.dtype, device=x.device)
+    if streams:
+        return nf4_stream.launch(x, weights, terms, out)
     programs = sum(ceil_div(weight.shape[0], PROGRAM_ROWS) for weight in weights)
     return _launch(x, weights, terms, out, programs, activation=None)
 
@@ -146,10 +188,13 @@ def gated(x: Tensor, weights: Sequence[Nf4Tensor], terms: Terms, *, activation: 
         weights: gate and up, NF4 [I, K] each, or one [2 I, K] that holds the rows of both.
     Returns: [M, I] of x.dtype.
     """
-    if x.shape[0] > LANE_ROWS:
-        return glu_forward(linear(x, weights, terms), activation=activation)
+    streams = nf4_stream.takes(x, weights)
+    if not streams and x.shape[0] > LANE_ROWS:
+        return linear_by_permutes(x, weights, terms, activation=activation, early=begins_early(x))
     width = sum(weight.shape[0] for weight in weights) // 2
     out = torch.empty(x.shape[0], width, dtype=x.dtype, device=x.device)
+    if streams:
+        return nf4_stream.launch(x, weights, terms, out, activation=activation)
     return _launch(x, weights, terms, out, ceil_div(width, PROGRAM_ROWS // 2), activation=activation)
 
 

@@ -14,13 +14,15 @@ Kernels   nf4_gemm_permute.py decodes by byte permutes (16-bit x on Hopper), nf4
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Literal
 
 import torch
 import triton
 from torch import Tensor
 
+from slothcore.kernels.early import is_hopper
+from slothcore.kernels.glu import glu_forward
+from slothcore.kernels.glu_eager import Activation
 from slothcore.kernels.launch import ceil_div, with_contiguous_rows
 from slothcore.kernels.nf4 import Decode, absmax_arguments
 from slothcore.kernels.nf4_few_eager import Terms
@@ -132,12 +134,6 @@ def can_permute(x: Tensor, weight: Nf4Tensor) -> bool:
     return x.is_cuda and x.itemsize == 2 and is_hopper(x.device) and weight.packed.data_ptr() % 16 == 0
 
 
-@cache
-def is_hopper(device: torch.device) -> bool:
-    """Whether a GPU is of compute capability 9."""
-    return torch.cuda.get_device_capability(device)[0] == 9
-
-
 def nf4_linear(
     x: Tensor,
     weight: Nf4Tensor,
@@ -188,6 +184,7 @@ def linear_by_permutes(
     terms: Terms,
     *,
     out: Tensor | None = None,
+    activation: Activation | None = None,
     early: bool = False,
     _config: LinearConfig | None = None,
 ) -> Tensor:
@@ -198,6 +195,8 @@ def linear_by_permutes(
         weights: NF4 [N_i, K], which are `alike` with what `terms` brings.
         terms: u [M, sum of the ranks], every B_i and its scaling, which are multiplied and then rounded, and biases.
         out: [M, sum of N_i] of x.dtype to write to; rows may be strided.
+        activation: of a gated unit: the first half of the outputs are the gate's, the others those of up, and the
+            result is act(gate) * up [M, sum of N_i / 2].
         early: begin while the kernel in front ends, and read words of the weights until x is there; on Hopper. The
             kernel in front must not be one that writes a weight.
     Returns: `out`, or a new tensor.
@@ -223,8 +222,14 @@ def linear_by_permutes(
         WARPS=config.num_warps, PREFETCH=config.prefetch, EARLY=early,
         num_warps=config.num_warps, enable_fp_fusion=False, launch_pdl=early, **limits,
     )  # fmt: skip
-    _add_parts(target, None, out, parts)
-    return out
+    if activation is None:
+        _add_parts(target, None, out, parts, early=early)
+        return out
+    if parts == 1:
+        return glu_forward(out, activation=activation, early=early)
+    gated = out.new_empty(rows, out_features // 2)
+    _add_parts(target, None, gated, parts, activation=activation, early=early)
+    return gated
 
 
 def _parts(in_features: int, config: LinearConfig) -> tuple[int, int]:
@@ -241,13 +246,17 @@ def _target(out: Tensor, parts: int) -> Tensor:
     return out if parts == 1 else torch.empty(parts, *out.shape, dtype=torch.float32, device=out.device)
 
 
-def _add_parts(target: Tensor, bias: Tensor | None, out: Tensor, parts: int) -> None:
-    """Make the result of a workspace; nothing if it is there already."""
+def _add_parts(
+    target: Tensor, bias: Tensor | None, out: Tensor, parts: int, *,
+    activation: Activation | None = None, early: bool = False,
+) -> None:  # fmt: skip
+    """Make the result of a workspace, with an activation that of a gated unit; nothing if it is there already."""
     rows, out_features = out.shape
     if parts > 1:
         nf4_linear_reduce_kernel[(ceil_div(out_features, REDUCE_COLUMNS), rows)](
             target, bias, out, out.stride(0), rows, out_features, parts,
-            PARTS=triton.next_power_of_2(parts), HAS_BIAS=bias is not None, COLUMNS=REDUCE_COLUMNS, num_warps=4,
+            PARTS=triton.next_power_of_2(parts), HAS_BIAS=bias is not None, ACTIVATION=activation,
+            COLUMNS=REDUCE_COLUMNS, EARLY=early, num_warps=4, launch_pdl=early,
         )  # fmt: skip
 
 

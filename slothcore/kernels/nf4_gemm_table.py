@@ -7,6 +7,8 @@ Letters, dtypes and rounding are those of nf4_gemm.py.
 import triton
 import triton.language as tl
 
+from slothcore.kernels.early import signal_early, wait_early
+from slothcore.kernels.glu import activate
 from slothcore.kernels.nf4 import decode_nf4, load_absmax
 
 
@@ -194,15 +196,30 @@ def nf4_linear_reduce_kernel(
     parts,
     PARTS: tl.constexpr,  # parts rounded up to a power of two
     HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # of a gated unit: the row holds N outputs of the gate, then N of up; or None
     COLUMNS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     # This program adds the parts of COLUMNS values of one row. All are loaded at once, and added in a fixed order.
+    signal_early(EARLY)
+    wait_early(EARLY)
     row = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     mask = column < N
+    width = N if ACTIVATION is None else 2 * N
     part = tl.arange(0, PARTS)
-    index = (part[:, None] * M + row) * N + column[None, :]
-    sums = tl.sum(tl.load(parts_ptr + index, mask=(part < parts)[:, None] & mask[None, :], other=0.0), axis=0)
+    index = (part[:, None] * M + row) * width + column[None, :]
+    exists = (part < parts)[:, None] & mask[None, :]
+    sums = tl.load(parts_ptr + index, mask=exists, other=0.0)
+    if ACTIVATION is not None:
+        up = tl.load(parts_ptr + N + index, mask=exists, other=0.0)
+    sums = tl.sum(sums, axis=0)
     if HAS_BIAS:
         sums += tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * stride_out_row + column, sums.to(out_ptr.dtype.element_ty), mask=mask)
+    result = sums.to(out_ptr.dtype.element_ty)
+    if ACTIVATION is not None:
+        # Rounded where separate operations would round.
+        activated, _ = activate(result.to(tl.float32), ACTIVATION)
+        up = tl.sum(up, axis=0).to(out_ptr.dtype.element_ty).to(tl.float32)
+        result = (activated.to(out_ptr.dtype.element_ty).to(tl.float32) * up).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * stride_out_row + column, result, mask=mask)

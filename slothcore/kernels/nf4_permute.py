@@ -39,6 +39,11 @@ def weights_ptx() -> str:
     return _scope([".reg .b32 pair<4>;", *decoded_pairs(8, [f"pair{i}" for i in range(4)]), *split])
 
 
+def pairs_ptx() -> str:
+    """As `weights_ptx`, two weights in a register: from $4, the word, and $5..$12, the planes, to $0..$3."""
+    return _scope(decoded_pairs(4, [f"${i}" for i in range(4)]))
+
+
 def decoded_pairs(word: int, pairs: Sequence[str]) -> list[str]:
     """PTX that decodes operand number `word`, which the planes follow, into four registers of two weights each.
 

@@ -35,6 +35,7 @@ from slothcore.kernels.attention_tiles import (
     score_arguments,
     shared_memory_kib,
 )
+from slothcore.kernels.early import begins_early, signal_early, wait_early
 from slothcore.kernels.launch import ceil_div, next_power_of_2, warps_for
 from slothcore.kernels.math import exponential, tanh
 
@@ -130,9 +131,12 @@ def paged_attention_kernel(
     table_width, tiles, queries, parts, score_scale, cap_scale, window,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr,
     PAGE_SIZE: tl.constexpr, TILE_QUERIES: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCKS_OF_A_PART: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+    BLOCKS_OF_A_PART: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """This program takes one part of a text for the GROUP heads of TILE_QUERIES queries that read one key head."""
+    """This program takes one part of a text for the GROUP heads of TILE_QUERIES queries that read one key head.
+
+    EARLY: it gives no signal, see early.py: programs of the next kernels would take the room of this one's.
+    """
     # Of the programs that have nothing to do, most come last.
     kv_head = tl.program_id(0) % NUM_KV_HEADS
     tile = tl.program_id(0) // NUM_KV_HEADS % tiles
@@ -140,10 +144,18 @@ def paged_attention_kernel(
     position, last, first_block, end, blocks, used = _cut(
         positions_ptr, tile, queries, parts, window, TILE_QUERIES, BLOCK_K, BLOCKS_OF_A_PART, WINDOWED
     )
-    if part >= used:
-        return
+    if not EARLY:  # noqa: SIM102
+        if part >= used:
+            return
+    table_ptr = block_tables_ptr + tl.load(rows_ptr + tile * TILE_QUERIES).to(tl.int64) * table_width
     first_block += part * blocks
     end = tl.minimum(first_block + blocks, end)
+    # A block ahead: else the loads of a block, which are to overlap with the work on those before, wait for its page.
+    page = _page_of(table_ptr, tl.minimum(first_block, end - 1), table_width, PAGE_SIZE, BLOCK_K, WINDOWED)
+    if EARLY:
+        wait_early(EARLY)
+        if part >= used:
+            return
 
     BLOCK_Q: tl.constexpr = TILE_QUERIES * BLOCK_GROUP
     member = tl.arange(0, BLOCK_Q) % BLOCK_GROUP
@@ -155,12 +167,9 @@ def paged_attention_kernel(
     acc = zero_rows(BLOCK_Q, WIDE, TAIL)
     row_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
     row_max = tl.full([BLOCK_Q], HIDDEN, dtype=tl.float32)
-    table_ptr = block_tables_ptr + tl.load(rows_ptr + tile * TILE_QUERIES).to(tl.int64) * table_width
     k_ptr += kv_head.to(tl.int64) * stride_head
     v_ptr += kv_head.to(tl.int64) * stride_head
 
-    # A block ahead: else the loads of a block, which are to overlap with the work on those before, wait for its page.
-    page = _page_of(table_ptr, tl.minimum(first_block, end - 1), table_width, PAGE_SIZE, BLOCK_K, WINDOWED)
     for block in tl.range(first_block, end):
         keys = block * BLOCK_K + tl.arange(0, BLOCK_K)
         # What stands behind the last token belongs to nobody; even times zero, its infinities and NaNs would show.
@@ -201,14 +210,17 @@ def paged_attention_join_kernel(
     queries, parts, window,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, TILE_QUERIES: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCKS_OF_A_PART: tl.constexpr, MOST_PARTS: tl.constexpr, AT_ONCE: tl.constexpr,
-    WINDOWED: tl.constexpr, NATURAL: tl.constexpr,
+    WINDOWED: tl.constexpr, NATURAL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """This program joins the parts of one query and head, if there are several."""
+    signal_early(EARLY)
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(0) // NUM_HEADS // TILE_QUERIES
     _, _, _, _, _, used = _cut(
         positions_ptr, tile, queries, parts, window, TILE_QUERIES, BLOCK_K, BLOCKS_OF_A_PART, WINDOWED
     )
+    # Also where there is nothing to do: whoever waits for this kernel relies on it.
+    wait_early(EARLY)
     if used == 1:
         return
     part = tl.arange(0, MOST_PARTS)
@@ -318,6 +330,10 @@ def _launch(
     )
     stats = torch.empty((queries * num_heads, parts, 2) if parts > 1 else 1, dtype=torch.float32, device=out.device)
     wide, tail = head_columns(head_dim)
+    if wide > 128 and query.dtype == torch.float32:
+        # A score is the sum of two chains of products, half as long.
+        wide, tail = 128, 128
+    early = begins_early(query)
     # No longest text: what a window hides depends on positions that only the device knows.
     scores = score_arguments(query.dtype, 2**62, scale, window, softcap)
     cut = {
@@ -335,13 +351,15 @@ def _launch(
         table_width=block_tables.shape[1], tiles=tiles,
         score_scale=scores["score_scale"], cap_scale=scores["cap_scale"],
         NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, WIDE=wide, TAIL=tail, PAGE_SIZE=page_size,
-        BLOCK_GROUP=block_group, CAPPED=scores["CAPPED"], num_warps=tile.num_warps, num_stages=tile.num_stages, **cut,
+        BLOCK_GROUP=block_group, CAPPED=scores["CAPPED"], EARLY=early, num_warps=tile.num_warps,
+        num_stages=tile.num_stages, launch_pdl=early, **cut,
     )  # fmt: skip
     if parts > 1:
         columns, at_once = next_power_of_2(head_dim), min(most, PARTS_AT_ONCE)
         paged_attention_join_kernel[(queries * num_heads,)](
             out, sums, stats, positions,
             NUM_HEADS=num_heads, HEAD_DIM=head_dim, COLUMNS=columns, MOST_PARTS=most, AT_ONCE=at_once,
-            NATURAL=query.dtype == torch.float32, num_warps=warps_for(at_once * columns), **cut,
+            NATURAL=query.dtype == torch.float32, EARLY=early, num_warps=warps_for(at_once * columns),
+            launch_pdl=early, **cut,
         )  # fmt: skip
     return out

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slothcore.kernels.early import signal_early, wait_early
 from slothcore.kernels.launch import REDUCTION_PROGRAMS, ceil_div, head_tile, with_contiguous_rows
 
 
@@ -70,8 +71,11 @@ def qk_norm_forward_kernel(
     CAST_BEFORE_WEIGHT: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """This program takes all heads of one token, BLOCK_HEADS at a time, under one load of its angles."""
+    signal_early(EARLY)
+    wait_early(EARLY)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
     first, second, pair_exists = paired_channels(HEAD_DIM, ROTARY_DIM, BLOCK_PAIRS)
@@ -214,6 +218,7 @@ def qk_norm_forward(
     eps: float,
     weight_offset: float = 0.0,
     cast_before_weight: bool = True,
+    early: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Normalise and rotate the query and key heads; copy the rest.
 
@@ -224,6 +229,7 @@ def qk_norm_forward(
         eps: added to the mean square.
         weight_offset: added to the weights (1 for Gemma).
         cast_before_weight: round to the dtype of `qkv` before the weight (Qwen) and not only after it (Gemma).
+        early: begin while the kernel in front ends, see early.py.
     Returns: a new contiguous [T, heads, D]; rstd [T, num_heads + num_kv_heads] float32.
     """
     num_tokens, heads, head_dim = qkv.shape
@@ -255,7 +261,9 @@ def qk_norm_forward(
         CAST_BEFORE_WEIGHT=cast_before_weight,
         BLOCK_HEADS=tile.rows,
         BLOCK_PAIRS=tile.columns,
+        EARLY=early,
         num_warps=tile.warps,
+        launch_pdl=early,
     )
     return out, rstd
 

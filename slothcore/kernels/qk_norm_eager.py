@@ -22,6 +22,7 @@ def qk_norm_forward(
     eps: float,
     weight_offset: float = 0.0,
     cast_before_weight: bool = True,
+    early: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Normalise and rotate the query and key heads of qkv [T, heads, D], copy the rest.
 

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slothcore.kernels.early import signal_early, wait_early
 from slothcore.kernels.launch import (
     REDUCTION_PROGRAMS,
     ceil_div,
@@ -45,13 +46,18 @@ def rms_norm_forward_kernel(
     CAST_BEFORE_WEIGHT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """This program normalises BLOCK_ROWS whole rows."""
+    signal_early(EARLY)
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, BLOCK_COLUMNS)
     row_exists = row < num_tokens
     column_exists = column < WIDTH
     exists = row_exists[:, None] & column_exists[None, :]
+    if EARLY:
+        scale = tl.load(weight_ptr + column, mask=column_exists, other=0.0).to(tl.float32) + weight_offset
+        wait_early(EARLY)
 
     h = tl.load(x_ptr + row[:, None] * stride_x_row + column[None, :], mask=exists, other=0.0)
     if residual_ptr is not None:
@@ -66,7 +72,8 @@ def rms_norm_forward_kernel(
     normed = h * rstd[:, None]
     if CAST_BEFORE_WEIGHT:
         normed = normed.to(x_ptr.dtype.element_ty).to(tl.float32)
-    scale = tl.load(weight_ptr + column, mask=column_exists, other=0.0).to(tl.float32) + weight_offset
+    if not EARLY:
+        scale = tl.load(weight_ptr + column, mask=column_exists, other=0.0).to(tl.float32) + weight_offset
     y = (normed * scale[None, :]).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + row[:, None] * WIDTH + column[None, :], y, mask=exists)
 
@@ -160,6 +167,7 @@ def rms_norm_forward(
     weight_offset: float = 0.0,
     cast_before_weight: bool = True,
     residual: Tensor | None = None,
+    early: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise each row of `x`, or of `x + residual`.
 
@@ -170,6 +178,7 @@ def rms_norm_forward(
         weight_offset: added to the weight (1 for the Gemma family).
         cast_before_weight: round to `x.dtype` before the weight (Llama) and not only after it (Gemma).
         residual: [T, H], dtype of `x`, or None.
+        early: begin while the kernel in front ends, see early.py.
     Returns: y [T, H]; rstd [T] float32; h [T, H], which is `x` itself without a residual.
     """
     num_tokens, width = x.shape
@@ -199,7 +208,9 @@ def rms_norm_forward(
         CAST_BEFORE_WEIGHT=cast_before_weight,
         BLOCK_ROWS=tile.rows,
         BLOCK_COLUMNS=tile.columns,
+        EARLY=early,
         num_warps=tile.warps,
+        launch_pdl=early,
     )
     return y, rstd, h
 

@@ -15,6 +15,7 @@ def rms_norm_forward(
     weight_offset: float = 0.0,
     cast_before_weight: bool = True,
     residual: Tensor | None = None,
+    early: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise each row of `x` [T, H], or of `x + residual`: (y [T, H], rstd [T], h [T, H])."""
     h = x if residual is None else x + residual

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slothcore.kernels.early import begins_early, signal_early, wait_early
 from slothcore.kernels.launch import ROTARY_PAIRS, head_tile, with_contiguous_rows
 from slothcore.kernels.qk_norm import paired_channels
 
@@ -46,8 +47,10 @@ def rope_store_kernel(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
     BLOCK_KV_HEADS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """This program takes all heads of one token, BLOCK_HEADS at a time, under one load of its angles."""
+    signal_early(EARLY)
     dtype: tl.constexpr = qkv_ptr.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
     row = tl.load(rows_ptr + token).to(tl.int64)
@@ -64,6 +67,15 @@ def rope_store_kernel(
         turns = pair < ROTARY_DIM // 2
         cos = tl.load(cos_ptr + token * stride_cos_row + pair, mask=turns, other=1.0).to(tl.float32)[None, :]
         sin = tl.load(sin_ptr + token * stride_sin_row + pair, mask=turns, other=0.0).to(tl.float32)[None, :]
+    wait_early(EARLY)
+    # Asked for here, they come while the others are turned.
+    kv_head = tl.arange(0, BLOCK_KV_HEADS)
+    is_stored = (kv_head < NUM_KV_HEADS)[:, None] & pair_exists[None, :] & is_kept
+    k_row = qkv_ptr + token * stride_qkv_token + (NUM_HEADS + kv_head)[:, None].to(tl.int64) * stride_qkv_head
+    v_row = k_row + NUM_KV_HEADS * stride_qkv_head
+    v_a = tl.load(v_row + first[None, :], mask=is_stored)
+    v_b = tl.load(v_row + second[None, :], mask=is_stored)
+    if cos_ptr is not None:
         for first_head in range(0, NUM_HEADS + NUM_KV_HEADS, BLOCK_HEADS):
             head = first_head + tl.arange(0, BLOCK_HEADS)
             exists = (head < NUM_HEADS + NUM_KV_HEADS)[:, None] & pair_exists[None, :]
@@ -79,16 +91,12 @@ def rope_store_kernel(
             tl.store(key_row + first[None, :], y_a, mask=is_key)
             tl.store(key_row + second[None, :], y_b, mask=is_key)
 
-    head = tl.arange(0, BLOCK_KV_HEADS)
-    exists = (head < NUM_KV_HEADS)[:, None] & pair_exists[None, :] & is_kept
-    k_row = qkv_ptr + token * stride_qkv_token + (NUM_HEADS + head)[:, None].to(tl.int64) * stride_qkv_head
-    v_row = k_row + NUM_KV_HEADS * stride_qkv_head
-    to_head = place + head[:, None].to(tl.int64) * stride_head
+    to_head = place + kv_head[:, None].to(tl.int64) * stride_head
     if cos_ptr is None:
-        tl.store(keys_ptr + to_head + first[None, :], tl.load(k_row + first[None, :], mask=exists), mask=exists)
-        tl.store(keys_ptr + to_head + second[None, :], tl.load(k_row + second[None, :], mask=exists), mask=exists)
-    tl.store(values_ptr + to_head + first[None, :], tl.load(v_row + first[None, :], mask=exists), mask=exists)
-    tl.store(values_ptr + to_head + second[None, :], tl.load(v_row + second[None, :], mask=exists), mask=exists)
+        tl.store(keys_ptr + to_head + first[None, :], tl.load(k_row + first[None, :], mask=is_stored), mask=is_stored)
+        tl.store(keys_ptr + to_head + second[None, :], tl.load(k_row + second[None, :], mask=is_stored), mask=is_stored)
+    tl.store(values_ptr + to_head + first[None, :], v_a, mask=is_stored)
+    tl.store(values_ptr + to_head + second[None, :], v_b, mask=is_stored)
 
 
 def rope_store_(
@@ -134,6 +142,7 @@ def rope_store_(
     if num_tokens == 0:
         return qkv
     tile = head_tile(num_heads + num_kv_heads, head_dim // 2, ROTARY_PAIRS)
+    early = begins_early(qkv)
     rope_store_kernel[(num_tokens,)](
         qkv,
         cos,
@@ -160,6 +169,8 @@ def rope_store_(
         BLOCK_HEADS=tile.rows,
         BLOCK_PAIRS=tile.columns,
         BLOCK_KV_HEADS=triton.next_power_of_2(num_kv_heads),
+        EARLY=early,
         num_warps=tile.warps,
+        launch_pdl=early,
     )
     return qkv

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slothcore.kernels.early import signal_early, wait_early
 from slothcore.kernels.launch import REDUCTION_PROGRAMS, ceil_div, whole_row_tile, with_contiguous_rows
 
 
@@ -57,8 +58,11 @@ def sandwich_norm_forward_kernel(
     CAST_BEFORE_WEIGHT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """This program takes BLOCK_ROWS whole rows."""
+    signal_early(EARLY)
+    wait_early(EARLY)
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, BLOCK_COLUMNS)
@@ -167,6 +171,7 @@ def sandwich_norm_forward(
     eps: float,
     weight_offset: float = 0.0,
     cast_before_weight: bool = True,
+    early: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Norm each row of `branch`, add it to `residual`, and norm the sum.
 
@@ -176,6 +181,7 @@ def sandwich_norm_forward(
         eps: added to both mean squares.
         weight_offset: added to both weights (1 for Gemma).
         cast_before_weight: round to the dtype of `branch` before the weights and not only after them.
+        early: begin while the kernel in front ends, see early.py.
     Returns: y [T, H]; h [T, H], the residual stream from here on; the post and the pre norm's rstd [T] float32.
     """
     num_tokens, width = branch.shape
@@ -206,7 +212,9 @@ def sandwich_norm_forward(
         CAST_BEFORE_WEIGHT=cast_before_weight,
         BLOCK_ROWS=tile.rows,
         BLOCK_COLUMNS=tile.columns,
+        EARLY=early,
         num_warps=tile.warps,
+        launch_pdl=early,
     )
     return y, h, post_rstd, pre_rstd
 

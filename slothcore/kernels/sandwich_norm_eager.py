@@ -19,6 +19,7 @@ def sandwich_norm_forward(
     eps: float,
     weight_offset: float = 0.0,
     cast_before_weight: bool = True,
+    early: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """h = residual + norm(branch), y = norm(h): (y [T, H], h [T, H], post rstd [T], pre rstd [T])."""
     rule = {"eps": eps, "weight_offset": weight_offset, "cast_before_weight": cast_before_weight}

@@ -67,6 +67,12 @@ class SelfAttention(nn.Module):
         self.k_norm = None if head_norm is None else head_norm()
         self.o_proj = Linear(q_size, hidden_size, bias=output_bias, dtype=dtype, device=device)
 
+    @property
+    def read_together(self) -> list[Linear]:
+        """The layers that read the input."""
+        layers: list[Any] = [self._modules[name] for name in self._names]
+        return layers
+
     def forward(
         self, x: Tensor | Normed, cos: Tensor, sin: Tensor, documents: Documents, cache: LayerCache | None = None
     ) -> Tensor:
@@ -80,8 +86,7 @@ class SelfAttention(nn.Module):
                 attends to its row of the cache.
         """
         q_and_k = self.num_heads + self.num_kv_heads
-        projections: list[Any] = [self._modules[name] for name in self._names]
-        qkv = project_together(x, projections)
+        qkv = project_together(x, self.read_together)
         # The heads are split after RoPE: autograd copies a view's gradient whole when the view is changed in place.
         if self.q_norm is not None and self.k_norm is not None:
             qkv = qk_norm_rope(

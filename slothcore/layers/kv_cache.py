@@ -14,20 +14,18 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from slothcore.layers.layer_cache import LayerCache
-from slothcore.layers.packed import Documents
+from slothcore.layers.layer_cache import CachePass, LayerCache
 from slothcore.layers.page_table import PAGE_SIZE, PageTable, send, table_widths
 
 
 class KvCache:
     """Keys and values of every layer, [pages, page_size, kv heads, head_dim] each.
 
-    A forward pass with a cache is one of three kinds: `begin_prompt` (texts from their first token on, packed, each
-    into a row of its own), `begin_tokens` (the next token of every row in use) or `begin_chunk` (several more tokens of
-    one row). Each says where the new keys and values go, and which keys the new queries see.
-
-    A decode pass can be captured as a CUDA graph: capture `place_tokens` and the pass behind it; before each replay,
-    and before the capture's own pass, call `count_tokens`. `begin_tokens` is the two together.
+    A forward pass with a cache is one of three kinds: `prompt` (texts from their first token on, packed, each into a
+    row of its own), `tokens` (the next token of several rows) or `chunk` (several more tokens of one row). Before it
+    come the host's share, `count_prompt`, .., and the device's, `place_prompt`, .., which says where the new keys and
+    values go, and which keys the new queries see. To capture a pass as a CUDA graph, capture the device's share and the
+    pass behind it; the host's comes before each replay, and before the capture.
 
     Args:
         windows: of each layer: how many tokens one of its tokens sees, itself included; None: all.
@@ -35,13 +33,12 @@ class KvCache:
         capacity: most tokens of one text.
         pages: of a layer without a window, shared by all rows; default: enough for every row to be full. With fewer,
             ask `room_for` before a row grows.
-        largest_chunk: most tokens that `begin_chunk` may take at once, where a layer has a window.
+        largest_chunk: most tokens that a chunk may have, where a layer has a window.
 
     Attributes:
         lengths: [rows] int64 on the device, tokens of each row; 0: the row is idle, is given no token by
-            `begin_tokens`, and costs nothing in attention.
+            `place_tokens`, and costs nothing in attention.
         lengths_on_host: the same, as the host knows it: ahead of the device by what was launched.
-        rows, positions: [T] of the tokens of this pass; position -1: no token (an idle row).
     """
 
     def __init__(
@@ -79,11 +76,7 @@ class KvCache:
         self.lengths_on_host = [0] * rows
         self._longest_on_host = [0] * rows  # since the row's prompt: `shorten` brings nothing overwritten back
         self._lengths_differ = False
-        self._every_row = torch.arange(rows, dtype=torch.int32, device=device)
-        self.rows = self._every_row
-        self.positions = self.lengths
-        self.is_prompt = True
-        self.is_chunk = False
+        self._current = CachePass(self.lengths[:0], self.lengths[:0], self.lengths, is_prompt=True)
 
     # Pages
 
@@ -155,46 +148,41 @@ class KvCache:
 
     # Passes
 
-    def begin_prompt(
-        self,
-        documents: Documents,
-        num_tokens: int,
-        rows: Sequence[int] | None = None,
-        *,
-        lengths: Sequence[int] | None = None,
-    ) -> None:
-        """Take packed texts, `num_tokens` in all, one document a row; what the row held is gone.
+    @property
+    def is_prompt(self) -> bool:
+        """Whether this pass reads whole texts, whose tokens attend to the packed stream and not to the cache."""
+        return self._current.is_prompt
 
-        Args:
-            rows: of each document; default: every row in order. Other rows stay as they are.
-            lengths: of each document, if the host knows them; else it waits for the device to tell.
+    @property
+    def is_chunk(self) -> bool:
+        """Whether the tokens of this pass are consecutive ones of one row."""
+        return self._current.is_chunk
+
+    def count_prompt(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
+        """The host's share of a pass over texts: pages for as many tokens in each of `rows`, whose text is gone.
+
         Raises: ValueError if too few pages are free.
         """
-        if lengths is None:
-            lengths = documents.cu_seqlens.diff().tolist()
-        texts = list(zip(range(len(lengths)) if rows is None else rows, lengths, strict=True))
-        assert sum(lengths) == num_tokens
-        for row, length in texts:
+        for row, length in zip(rows, lengths, strict=True):
             self.reserve(row, length)
             self._set_length(row, length, longest=length)
-        self.positions, self.rows = self.lengths.new_empty(num_tokens), self._every_row.new_empty(num_tokens)
-        send(torch.cat([torch.arange(length, device="cpu") for length in lengths]), self.positions)
-        send(torch.cat([torch.full((n,), row, dtype=torch.int32, device="cpu") for row, n in texts]), self.rows)
         self._upload()
-        self.is_prompt, self.is_chunk = True, False
 
-    def begin_tokens(self) -> Tensor:
-        """Take one more token of every row in use; returns their positions [rows], -1 for idle rows."""
-        self.count_tokens()
-        return self.place_tokens()
+    def place_prompt(self, rows: Tensor, positions: Tensor) -> None:
+        """The device's share: no host work, so it can be captured. `count_prompt` comes first.
 
-    def count_tokens(self, rows: Iterable[int] | None = None) -> None:
-        """The host's share of a decode pass: pages for one more token of each of `rows` (default: all) in use.
+        Args:
+            rows, positions: [T] int32 and int64 on the device, of each token of the packed texts; at position -1 there
+                is none, whatever its row.
+        """
+        self._current = CachePass(rows, positions, self.lengths, is_prompt=True)
+
+    def count_tokens(self, rows: Iterable[int]) -> None:
+        """The host's share of a decode pass: pages for one more token of each of `rows` that is in use.
 
         Raises: ValueError if too few pages are free.
         """
-        every_row = range(len(self.lengths_on_host))
-        in_use = [row for row in (every_row if rows is None else rows) if self.lengths_on_host[row]]
+        in_use = [row for row in rows if self.lengths_on_host[row]]
         for row in in_use:
             self.reserve(row, self.lengths_on_host[row] + 1)
         self._upload()
@@ -202,40 +190,40 @@ class KvCache:
             self.lengths_on_host[row] += 1
             self._longest_on_host[row] = max(self._longest_on_host[row], self.lengths_on_host[row])
 
-    def place_tokens(self, rows: Tensor | None = None) -> Tensor:
+    def place_tokens(self, rows: Tensor) -> Tensor:
         """The device's share of a decode pass: no host work, so it can be captured. `count_tokens` comes first.
 
         Args:
-            rows: [T] int32 on the device, the row of each token of this pass; default: every row in order. A row in use
-                may be named once; idle rows may fill the rest.
+            rows: [T] int32 on the device, the row of each token of this pass. A row in use may be named once; idle rows
+                may fill the rest.
         Returns: positions [T] int64, -1 for idle rows.
         """
-        self.rows = self._every_row if rows is None else rows
-        before = self.lengths if rows is None else self.lengths.index_select(0, rows)
+        before = self.lengths.index_select(0, rows)
         added = before.sign()
-        self.positions = before + added - 1
-        if rows is None:
-            self.lengths += added
-        else:
-            self.lengths.index_add_(0, rows, added)
-        self.is_prompt = self.is_chunk = False
-        return self.positions
+        self.lengths.index_add_(0, rows, added)
+        self._current = CachePass(rows, before + added - 1, self.lengths)
+        return self._current.positions
 
-    def begin_chunk(self, row: int, count: int) -> Tensor:
-        """Take `count` more tokens of one row; returns their positions [count].
+    def count_chunk(self, row: int, count: int, *, padding: int = 0) -> None:
+        """The host's share of a pass over `count` more tokens of one row.
 
+        Args:
+            padding: tokens behind them that are written, but do not count: the row's next ones overwrite them.
         Raises: ValueError if too few pages are free.
         """
-        assert count <= self.largest_chunk, f"a window keeps too little for {count} tokens at once"
-        length = self.lengths_on_host[row]
-        self.reserve(row, length + count)
-        self._set_length(row, length + count, longest=max(self._longest_on_host[row], length + count))
+        assert count + padding <= self.largest_chunk, f"a window keeps too little for {count + padding} tokens at once"
+        length = self.lengths_on_host[row] + count
+        self.reserve(row, length + padding)
+        self._set_length(row, length, longest=max(self._longest_on_host[row], length + padding))
         self._upload()
-        device = self.lengths.device
-        self.rows = torch.full((count,), row, dtype=torch.int32, device=device)
-        self.positions = torch.arange(length, length + count, device=device)
-        self.is_prompt, self.is_chunk = False, True
-        return self.positions
+
+    def place_chunk(self, rows: Tensor, positions: Tensor) -> None:
+        """The device's share: no host work, so it can be captured. `count_chunk` comes first.
+
+        Args:
+            rows, positions: [T] int32 and int64 on the device, consecutive tokens of one row.
+        """
+        self._current = CachePass(rows, positions, self.lengths, is_chunk=True)
 
     def shorten(self, row: int, length: int) -> None:
         """Forget what stands behind the first `length` tokens of a row; its pages stay reserved."""
@@ -263,4 +251,4 @@ class KvCache:
 
     def layer(self, index: int) -> LayerCache:
         """The share of one layer; made anew, because kept here it would be a cycle, and free its memory late."""
-        return LayerCache(self, self.keys[index], self.values[index], self._layer_tables[index].on_device)
+        return LayerCache(self._current, self.keys[index], self.values[index], self._layer_tables[index].on_device)

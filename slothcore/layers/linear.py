@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from slothcore.autograd.dora_projection import row_norms
 from slothcore.autograd.glu import glu
 from slothcore.autograd.lora import Projection, lora_fused, lora_linear, lora_mlp
-from slothcore.autograd.rms_norm import Normed
-from slothcore.kernels import nf4, nf4_eager
+from slothcore.autograd.rms_norm import Normed, is_decoding
+from slothcore.kernels import dense_few, nf4, nf4_eager
 from slothcore.kernels.glu import Activation
 from slothcore.kernels.nf4_tensor import Nf4Tensor
 from slothcore.layers.adapted_weight import NF4_BUFFERS, AdaptedWeight, nf4_parts
@@ -190,7 +190,10 @@ class Linear(AdaptedWeight[Nf4Tensor]):
             )
         # A head that trains may be float32 in a model of 16 bits.
         weight = self.weight.to(x.dtype)
-        y = F.linear(x, weight, self.bias)
+        if x.dim() == 2 and self.bias is None and is_decoding(x) and dense_few.takes(x, weight):
+            y = dense_few.linear(x, weight)
+        else:
+            y = F.linear(x, weight, self.bias)
         if self.lora_A is None or self.lora_B is None:
             return y
         hidden = F.dropout(x, self.lora_dropout, self.training)

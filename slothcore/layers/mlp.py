@@ -36,6 +36,12 @@ class GatedMlp(nn.Module):
             self.add_module(name, Linear(hidden_size, width, bias=bias, dtype=dtype, device=device))
         self.down_proj = Linear(intermediate_size, hidden_size, bias=bias, dtype=dtype, device=device)
 
+    @property
+    def read_together(self) -> list[Linear]:
+        """The layers that read the input."""
+        layers: list[Any] = [self._modules[name] for name in self._names]
+        return layers
+
     def forward(self, x: Tensor | Normed, *, keep_gate_up: bool = True) -> Tensor:
         """[T, H] to [T, H].
 
@@ -44,8 +50,7 @@ class GatedMlp(nn.Module):
             keep_gate_up: keep the outputs of gate and up for the backward pass, or multiply them again there, where all
                 base weights are frozen; they are kept where one trains.
         """
-        gate_up: list[Any] = [self._modules[name] for name in self._names]
-        return gated_mlp(x, gate_up, self.down_proj, activation=self.activation, keep_gate_up=keep_gate_up)
+        return gated_mlp(x, self.read_together, self.down_proj, activation=self.activation, keep_gate_up=keep_gate_up)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"

@@ -1,10 +1,14 @@
 """Root-mean-square normalisation, alone or fused with the residual add before it and the norm before that."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from slothcore.autograd.rms_norm import Normed, add_rms_norm, rms_norm
+from slothcore.autograd import lora_few
+from slothcore.autograd.rms_norm import Normed, NormRule, add_rms_norm, is_decoding, rms_norm
 from slothcore.autograd.sandwich_norm import post_norm_add_norm
+from slothcore.layers.linear import Linear
 
 
 class RMSNorm(nn.Module):
@@ -34,13 +38,20 @@ class RMSNorm(nn.Module):
         self.weight_offset = weight_offset
         self.cast_before_weight = cast_before_weight
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Normed:
+    def forward(self, x: Tensor, residual: Tensor | None = None, *, read_by: Sequence[Linear] = ()) -> Normed:
         """Normalise x [T, H] or, with `residual` [T, H], h = x + residual.
 
+        Args:
+            read_by: the layers that will read y together; with a few rows, the inputs of their LoRA terms are made too.
         Returns: (y, h, ...): y [T, H] is the norm, h [T, H] what was normalised; the rest lets those who read y make it
             again instead of keeping it.
         """
         eps, offset, cast = self.eps, self.weight_offset, self.cast_before_weight
+        if read_by and is_decoding(x):
+            rule, readers = NormRule(eps, offset, cast), [linear.projection() for linear in read_by]
+            normed = lora_few.normed(x, residual, self.weight, rule, readers)
+            if normed is not None:
+                return normed
         if residual is None:
             return rms_norm(x, self.weight, eps=eps, weight_offset=offset, cast_before_weight=cast)
         return add_rms_norm(x, residual, self.weight, eps=eps, weight_offset=offset, cast_before_weight=cast)

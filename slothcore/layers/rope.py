@@ -205,15 +205,18 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, parameters: RopeParameters, head_dim: int) -> None:
         super().__init__()
         self.parameters_of_rope = parameters
-        # Plain attributes, not buffers: they must stay float32 when the model is cast, have values when the model is
-        # built on the meta device, and never enter a checkpoint.
-        self._frequencies = inverse_frequencies(parameters, head_dim)
+        # No buffers: they must stay float32 when the model is cast, have values when the model is built on the meta
+        # device, and never enter a checkpoint.
+        frequencies = for_long = inverse_frequencies(parameters, head_dim)
         # What long documents need: their own frequencies (longrope), or the exponents of theta (dynamic).
-        self._for_long = self._frequencies
         if parameters.rope_type == "longrope":
-            self._for_long = inverse_frequencies(parameters, head_dim, is_long=True)
+            for_long = inverse_frequencies(parameters, head_dim, is_long=True)
         elif parameters.rope_type == "dynamic":
-            self._for_long = _exponents(parameters.rotary_dim(head_dim))
+            for_long = _exponents(parameters.rotary_dim(head_dim))
+        # On each device that was asked for they stay: a captured graph goes on reading them when the model has been
+        # elsewhere meanwhile.
+        self._on_host = frequencies, for_long
+        self._on_device = {frequencies.device: self._on_host}
 
     def forward(self, position_ids: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(cos, sin), both [T, P] float32, for `position_ids` [T].
@@ -223,26 +226,28 @@ class RotaryEmbedding(nn.Module):
                 gets those that it would get alone; None: each token is the last of a document of its own, as in
                 decoding with a cache.
         """
-        if self._frequencies.device != position_ids.device:
-            self._frequencies = self._frequencies.to(position_ids.device)
-            self._for_long = self._for_long.to(position_ids.device)
-        frequencies = self._frequencies
+        device = position_ids.device
+        if device not in self._on_device:
+            frequencies, for_long = self._on_host
+            self._on_device[device] = frequencies.to(device), for_long.to(device)
+        frequencies, for_long = self._on_device[device]
         if self.parameters_of_rope.depends_on_length:
-            frequencies = self._frequencies_by_length(_document_lengths(position_ids, cu_seqlens))
+            lengths = _document_lengths(position_ids, cu_seqlens)
+            frequencies = self._frequencies_by_length(lengths, frequencies, for_long)
         angles = position_ids[:, None].float() * frequencies
         cos, sin = angles.cos(), angles.sin()
         scaling = self.parameters_of_rope.attention_scaling
         return (cos, sin) if scaling == 1.0 else (cos * scaling, sin * scaling)
 
-    def _frequencies_by_length(self, lengths: Tensor) -> Tensor:
+    def _frequencies_by_length(self, lengths: Tensor, frequencies: Tensor, for_long: Tensor) -> Tensor:
         """[T, P] for tokens of documents that are `lengths` [T] long."""
         parameters = self.parameters_of_rope
         if parameters.rope_type == "longrope":
             is_long = lengths > parameters.original_max_position_embeddings
-            return torch.where(is_long[:, None], self._for_long, self._frequencies)
+            return torch.where(is_long[:, None], for_long, frequencies)
         is_long = lengths > parameters.max_position_embeddings
-        grown = _grown_frequencies(parameters, self._for_long, lengths)
-        return torch.where(is_long[:, None], grown, self._frequencies)
+        grown = _grown_frequencies(parameters, for_long, lengths)
+        return torch.where(is_long[:, None], grown, frequencies)
 
     def extra_repr(self) -> str:
         return str(self.parameters_of_rope)

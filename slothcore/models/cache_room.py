@@ -2,14 +2,13 @@
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from slothcore.layers.page_table import PAGE_SIZE, pages_within, table_widths
-
-if TYPE_CHECKING:
-    from slothcore.models.decoder import Decoder
+from slothcore.models.language_model import LanguageModel
+from slothcore.models.prompt_passes import LARGEST_SIZE
 
 # Of a device, so that the context, gaps between tensors and the caller's own work have room.
 SHARE_LEFT_FREE = 0.08
@@ -18,6 +17,8 @@ SHARE_OF_HOST = 0.25
 HOST_BYTES_WHERE_UNKNOWN = 8 * 2**30
 # Hidden states of a pass that live at the same time, as widths of the residual stream and of gate and up together.
 LIVE_HIDDEN, LIVE_GATE_UP = 8, 2
+# Of graphs, in passes of their largest: recorded in rising order, each leaves gaps too small for the next.
+POOL_OF_A_PASS = 2.0
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class CacheRoom:
     options: dict[str, Any]
 
 
-def cache_options(model: "Decoder") -> dict[str, Any]:
+def cache_options(model: LanguageModel) -> dict[str, Any]:
     """What a `KvCache` has to know of the model."""
     config = model.config
     return {
@@ -48,10 +49,18 @@ def cache_options(model: "Decoder") -> dict[str, Any]:
 
 
 def cache_room(
-    model: "Decoder", rows: int, *, capacity: int | None, cache_tokens: int | None, prefill_tokens: int
+    model: LanguageModel,
+    rows: int,
+    *,
+    capacity: int | None,
+    cache_tokens: int | None,
+    prefill_tokens: int,
+    graphs: bool,
 ) -> CacheRoom:
     """A cache for rows of at most `capacity` tokens, as `Engine` describes the arguments.
 
+    Args:
+        graphs: whether passes over prompts are recorded, whose memory is theirs for good.
     Raises: ValueError if a row of this capacity would not fit.
     """
     options = cache_options(model)
@@ -59,7 +68,7 @@ def cache_room(
     if wanted < 1:
         raise ValueError(f"capacity must be at least 1, got {wanted}")
     if cache_tokens is None:
-        nbytes = spare_bytes(model, prefill_tokens)
+        nbytes = spare_bytes(model, prefill_tokens, graphs=graphs)
         of_memory = {name: value for name, value in options.items() if name != "device"}
         pages = pages_within(nbytes, rows=rows, capacity=wanted, **of_memory)
         remedy = f"{nbytes / 2**30:.1f} GiB are left for it; ask for fewer, or make room"
@@ -73,8 +82,8 @@ def cache_room(
     return CacheRoom(wanted, pages, options)
 
 
-def spare_bytes(model: "Decoder", prefill_tokens: int) -> int:
-    """What a cache may take beside the model and its largest pass, as memory is now."""
+def spare_bytes(model: LanguageModel, prefill_tokens: int, *, graphs: bool) -> int:
+    """What a cache may take beside the model, its largest pass, and graphs of passes, as memory is now."""
     device = model.device
     if device.type != "cuda":
         known = hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names
@@ -83,10 +92,13 @@ def spare_bytes(model: "Decoder", prefill_tokens: int) -> int:
     free, total = torch.cuda.mem_get_info(device)
     # What torch holds and nothing uses is not free to the GPU, but it is to this process.
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(0, int(free - SHARE_LEFT_FREE * total - pass_bytes(model, prefill_tokens)))
+    passes = pass_bytes(model, prefill_tokens)
+    if graphs:
+        passes += int(POOL_OF_A_PASS * pass_bytes(model, min(prefill_tokens, LARGEST_SIZE)))
+    return max(0, int(free - SHARE_LEFT_FREE * total - passes))
 
 
-def pass_bytes(model: "Decoder", tokens: int) -> int:
+def pass_bytes(model: LanguageModel, tokens: int) -> int:
     """About what a pass over so many tokens takes beside weights and cache, from above."""
     config = model.config
     inner = config.intermediate_size

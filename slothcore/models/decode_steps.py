@@ -13,7 +13,6 @@ so are the bits.
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,10 +22,8 @@ from slothcore.layers.packed import Documents
 from slothcore.layers.page_table import send
 from slothcore.models.graph_runs import Recorder
 from slothcore.models.graph_watch import GraphWatch
+from slothcore.models.language_model import LanguageModel
 from slothcore.models.row_state import Chosen, RowState, StepKind
-
-if TYPE_CHECKING:
-    from slothcore.models.decoder import Decoder
 
 MOST_GRAPHS = 48
 """Steps of further shapes and kinds are run by Python."""
@@ -56,7 +53,7 @@ class DecodeSteps:
     """
 
     def __init__(
-        self, model: "Decoder", cache: KvCache, state: RowState, *, idle_row: int, recorder: Recorder | None
+        self, model: LanguageModel, cache: KvCache, state: RowState, *, idle_row: int, recorder: Recorder | None
     ) -> None:
         """
         Args:

@@ -81,14 +81,15 @@ class DecoderLayer(nn.Module):
             documents, cache: see `SelfAttention`.
         Returns: also the router's logits [T, E] where they are wanted for the auxiliary loss, else None.
         """
-        normed = self.input_layernorm(branch, residual)
+        normed = self.input_layernorm(branch, residual, read_by=self.self_attn.read_together)
         branch = self.self_attn(normed, *angles, documents, cache)
+        feed_forward, router_logits = self.feed_forward, None
         if self.has_sandwich_norms:
             post, pre = self.post_attention_layernorm, self.pre_feedforward_layernorm
             normed = norm_add_norm(branch, normed.h, post=post, pre=pre)
         else:
-            normed = self.post_attention_layernorm(branch, normed.h)
-        feed_forward, router_logits = self.feed_forward, None
+            readers = feed_forward.read_together if isinstance(feed_forward, GatedMlp) else ()
+            normed = self.post_attention_layernorm(branch, normed.h, read_by=readers)
         if isinstance(feed_forward, SparseMoe):
             branch, router_logits = feed_forward(normed.y)
         else:

@@ -13,7 +13,6 @@ own seed. In 16 bits other numbers of rows are other orders of sums, as everywhe
 
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,12 +21,11 @@ from slothcore.models.cache_room import cache_room
 from slothcore.models.decode_steps import DecodeSteps
 from slothcore.models.generation_mode import GenerationMode
 from slothcore.models.graph_runs import CudaRecorder, Recorder
+from slothcore.models.language_model import LanguageModel
+from slothcore.models.prompt_passes import PromptPasses
 from slothcore.models.requests import Adapters, Event, Request
 from slothcore.models.row_state import Chosen, RowState, StepKind
 from slothcore.models.tasks import Flight, Line, Task, keeps_its_turns, lengths_read_again
-
-if TYPE_CHECKING:
-    from slothcore.models.decoder import Decoder
 
 PREFILL_TOKENS = 8192
 """Most tokens of a pass over prompts: enough for products at their full rate."""
@@ -48,12 +46,14 @@ class Engine:
 
     Attributes:
         capacity: most tokens of one request, prompt and continuation.
+        prompts: runs the passes over prompts.
         steps: runs the decode steps.
     """
 
+    @torch.inference_mode(False)  # whose tensors may never be written to outside of it
     def __init__(
         self,
-        model: "Decoder",
+        model: LanguageModel,
         *,
         max_rows: int = 128,
         capacity: int | None = None,
@@ -70,7 +70,7 @@ class Engine:
             capacity: most tokens of one request, prompt and continuation; default: `model.max_seq_length`, or what
                 the cache holds.
             cache_tokens: tokens that the cache has room for; None: what memory allows, at most max_rows * capacity.
-            graphs: replay decode steps as CUDA graphs, where there is a GPU.
+            graphs: replay decode steps and passes over few prompts as CUDA graphs, where there is a GPU.
             prefill_tokens: most tokens of one pass over prompts; a longer prompt is a pass of its own.
             adapters: what the requests' `adapter` names. Requests of one set are decoded together; sets take turns.
             recorder: takes the place of CUDA graphs, on any device.
@@ -82,18 +82,26 @@ class Engine:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         device = model.device
-        room = cache_room(model, max_rows, capacity=capacity, cache_tokens=cache_tokens, prefill_tokens=prefill_tokens)
+        if recorder is None and graphs and device.type == "cuda":
+            recorder = CudaRecorder(device)
+        room = cache_room(
+            model,
+            max_rows,
+            capacity=capacity,
+            cache_tokens=cache_tokens,
+            prefill_tokens=prefill_tokens,
+            graphs=recorder is not None,
+        )
         # One row more, which never has a text, and so no page.
         rows = max_rows + 1
         self.capacity = room.capacity
         self._model, self._prefill_tokens, self._adapters = model, prefill_tokens, adapters
         self._cache = KvCache(rows=rows, capacity=room.capacity, pages=room.pages, **room.options)
         self._state = RowState(rows, model.config.vocab_size, device)
-        if recorder is None and graphs and device.type == "cuda":
-            recorder = CudaRecorder(device)
+        self.prompts = PromptPasses(model, self._cache, recorder=recorder)
         self.steps = DecodeSteps(model, self._cache, self._state, idle_row=max_rows, recorder=recorder)
         self._ahead = device.type == "cuda" if ahead is None else ahead
-        self._mode = GenerationMode(model)
+        self._mode = GenerationMode(model, recorder=recorder)
         self._free_rows = list(range(max_rows - 1, -1, -1))
         self._tasks: dict[int, Task] = {}
         self._waiting: dict[str | None, deque[Task]] = {}
@@ -156,6 +164,7 @@ class Engine:
                 self._use(self._adapter)
                 self._mode.enter()
                 if self.steps.refresh():
+                    self.prompts.forget()
                     self._mode.factors.forget()
             # Where nothing was launched, nothing runs meanwhile either.
             with self._mode.passes():
@@ -210,7 +219,7 @@ class Engine:
         if self._adapters is not None:
             self._adapters.use(adapter)
             if adapter != self._adapter:
-                self._mode.factors.refresh()
+                self._mode.refresh_factors()
         self._adapter = adapter
 
     def _admitted(self, adapter: str | None) -> list[Task]:
@@ -246,21 +255,11 @@ class Engine:
         """A pass over whole texts, each into its row; chooses the token that follows each."""
         rows = [task.row for task in tasks if task.row is not None]
         requests = [task.request for task in tasks]
-        model, kind = self._model, StepKind.of(requests)
-        self._state.begin(rows, requests, [task.key for task in tasks])
-        for row, task in zip(rows, tasks, strict=True):
-            if task.request.sampling.penalizes:
-                self._state.note_text(row, task.request.prompt_ids, task.tokens)
-        lengths = [task.length for task in tasks]
-        starts = torch.tensor([0, *lengths], device="cpu").cumsum(0).to(torch.int32)
-        tokens = torch.tensor([token for task in tasks for token in task.text], device="cpu")
-        inputs = model.pack(tokens, cu_seqlens=starts)
-        self._cache.begin_prompt(inputs.documents, sum(lengths), rows, lengths=lengths)
-        hidden = model.model(inputs.input_ids, inputs.position_ids, inputs.documents, self._cache)
-        hidden = hidden.index_select(0, inputs.documents.cu_seqlens[1:].long() - 1)
-        where = torch.tensor([rows, [task.chosen for task in tasks]], device="cpu")
-        places, counts = where.pin_memory().to(model.device, non_blocking=True) if hidden.is_cuda else where
-        return self._state.choose(model.logits(hidden), places, counts, kind)
+        # What follows is launched while the pass runs.
+        hidden = self.prompts.read(rows, [task.text for task in tasks])
+        self._state.begin(rows, requests, [task.key for task in tasks], [task.tokens for task in tasks])
+        places, counts = self._state.sent(torch.tensor([rows, [task.chosen for task in tasks]], device="cpu"))
+        return self._state.choose(self._model.logits(hidden), places, counts, StepKind.of(requests))
 
     def _ready(self, adapter: str | None) -> list[Task]:
         """Requests whose next token is decoded now, with room for it in the cache."""

@@ -5,26 +5,23 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from slothcore.layers.packed import pack_inputs
 from slothcore.models.engine import PREFILL_TOKENS, Engine
+from slothcore.models.language_model import LanguageModel
 from slothcore.models.requests import LARGEST_SEED, Request, check_seed
 from slothcore.models.sampling import Sampling
 from slothcore.models.streaming import TextCache, stream_tokens
-
-if TYPE_CHECKING:
-    from slothcore.models.decoder import Decoder
 
 MOST_ROWS = 256
 """So many prompts of a batch are continued together at most; others wait until rows are free."""
 
 
-class Generates:
-    """Gives a decoder its `generate` and its `stream`."""
+class Generates(LanguageModel):
+    """A language model that writes: `generate` and `stream`."""
 
     @torch.no_grad()
     def generate(
@@ -68,7 +65,6 @@ class Generates:
         Returns: [B, S + new] int64 on the model's device: the prompts as given, then the new tokens.
         Raises: ValueError for options or inputs that do not fit.
         """
-        model = cast("Decoder", self)
         _check_count(max_new_tokens)
         sampling = Sampling(
             temperature=temperature,
@@ -83,8 +79,8 @@ class Generates:
             input_ids = input_ids[None]
             attention_mask = attention_mask[None] if attention_mask is not None else None
         on_host = None if attention_mask is None else attention_mask.cpu()
-        prompts = pack_inputs(input_ids.cpu(), attention_mask=on_host, vocab_size=model.config.vocab_size)
-        eos, pad = _ending_ids(model, eos_token_id, pad_token_id)
+        prompts = pack_inputs(input_ids.cpu(), attention_mask=on_host, vocab_size=self.config.vocab_size)
+        eos, pad = _ending_ids(self, eos_token_id, pad_token_id)
         if seed is not None:
             check_seed(seed)
         requests = [
@@ -97,8 +93,8 @@ class Generates:
             )
             for row, (start, end) in enumerate(pairwise(prompts.documents.cu_seqlens.tolist()))
         ]
-        new = _generate(model, requests, pad, should_stop)
-        return torch.cat([input_ids.to(torch.int64), new.to(input_ids.device)], dim=1).to(model.device)
+        new = _generate(self, requests, pad, should_stop)
+        return torch.cat([input_ids.to(torch.int64), new.to(input_ids.device)], dim=1).to(self.device)
 
     def stream(
         self,
@@ -127,7 +123,6 @@ class Generates:
             max_new_tokens, temperature, ..., seed: see `generate`. An end-of-sequence token is given out, as the last.
         Raises: ValueError for options or ids that do not fit, at once.
         """
-        model = cast("Decoder", self)
         _check_count(max_new_tokens)
         sampling = Sampling(
             temperature=temperature,
@@ -141,14 +136,14 @@ class Generates:
         ids = torch.as_tensor(input_ids, dtype=torch.int64, device="cpu")
         if ids.dim() != 1:
             raise ValueError(f"one prompt can be streamed, [S]; got the shape {tuple(ids.shape)}")
-        prompt = pack_inputs(ids, vocab_size=model.config.vocab_size).input_ids.tolist()
-        eos, _ = _ending_ids(model, eos_token_id, None)
+        prompt = pack_inputs(ids, vocab_size=self.config.vocab_size).input_ids.tolist()
+        eos, _ = _ending_ids(self, eos_token_id, None)
         request = Request(
             prompt_ids=prompt, max_new_tokens=max_new_tokens, sampling=sampling, eos_ids=frozenset(eos), seed=seed
         )
-        if cache is not None and cache.model is not model:
+        if cache is not None and cache.model is not self:
             raise ValueError("the cache holds keys and values of another model; make one with TextCache(model)")
-        return _stream(cache or TextCache(model), request, request.random_key())
+        return _stream(cache or TextCache(self), request, request.random_key())
 
 
 @torch.no_grad()
@@ -167,7 +162,7 @@ def _stream(cache: TextCache, request: Request, key: int) -> Iterator[int]:
 
 
 def _generate(
-    model: Decoder,
+    model: LanguageModel,
     requests: Sequence[Request],
     pad: int,
     should_stop: Callable[[Tensor], Tensor] | None,
@@ -268,7 +263,7 @@ def _check_count(max_new_tokens: int) -> None:
 
 
 def _ending_ids(
-    model: Decoder, eos_token_id: int | Sequence[int] | None, pad_token_id: int | None
+    model: LanguageModel, eos_token_id: int | Sequence[int] | None, pad_token_id: int | None
 ) -> tuple[tuple[int, ...], int]:
     """End-of-sequence ids and the padding id: the caller's, else the model's."""
     if eos_token_id is None:

@@ -36,20 +36,28 @@ class CudaRecorder:
     """Streams on which earlier recorders recorded. Each has workspaces, which two graphs at once must not share."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._is_spoilt = False
+        self._begin()
+
+    def _begin(self) -> None:
         """A new pool, and a stream that no other recorder has."""
-        idle = self._idle.setdefault(device, [])
-        self._stream = idle.pop() if idle else _stream_with_workspaces(device)
+        idle = self._idle.setdefault(self._device, [])
+        self._stream = idle.pop() if idle else _stream_with_workspaces(self._device)
         self._gives_stream_back = weakref.finalize(self, idle.append, self._stream)
         self._gives_stream_back.atexit = False
-        with torch.cuda.device(device):
+        with torch.cuda.device(self._device):
             self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
         """Record `function`, which must have run before: compiling a kernel is no part of a graph.
 
         Raises: RuntimeError (torch's own kinds) if it does what cannot be recorded, or memory runs out. The stream and
-            the random generator of the device are then as before.
+            the random generator of the device are then as before; what is recorded next gets a new pool and stream.
         """
+        if self._is_spoilt:
+            self._begin()
+            self._is_spoilt = False
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._stream.device):
             stream = torch.cuda.current_stream()
@@ -71,7 +79,8 @@ class CudaRecorder:
     def _recover(self, stream: torch.cuda.Stream, generator: torch.Generator, state: torch.Generator) -> None:
         """Older torch leaves a spoilt capture half open: its stream current, generator and allocator recording."""
         torch.cuda.set_stream(stream)
-        self._gives_stream_back.detach()  # nobody should have to rely on a stream whose capture went wrong
+        self._is_spoilt = True  # neither it nor anybody else should have to rely on a stream whose capture went wrong
+        self._gives_stream_back.detach()
         generator.graphsafe_set_state(state)
         try:
             torch._C._cuda_endAllocateToPool(stream.device_index, self._pool)  # type: ignore[attr-defined]

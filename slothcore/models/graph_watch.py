@@ -3,15 +3,13 @@
 import operator
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from slothcore.layers.adapted_weight import AdaptedWeight
 from slothcore.models.decoder_body import DecoderBody
-
-if TYPE_CHECKING:
-    from slothcore.models.decoder import Decoder
+from slothcore.models.language_model import LanguageModel
 
 _nf4_of = operator.attrgetter("_nf4")
 _options_of = operator.attrgetter("lora_scaling", "lora_dropout")
@@ -21,10 +19,10 @@ _requires_grad = operator.attrgetter("requires_grad")
 class GraphWatch:
     """Where parameters and NF4 weights lie, which parameters train, and the options of layers, at one moment."""
 
-    def __init__(self, body: "DecoderBody | Decoder") -> None:
-        self._body = body
-        self._layers = adapted_layers(body)
-        self._owned = [module._parameters for module in body.modules() if module._parameters]
+    def __init__(self, watched: DecoderBody | LanguageModel) -> None:
+        self._body = watched.model if isinstance(watched, LanguageModel) else watched
+        self._layers = adapted_layers(watched)
+        self._owned = [module._parameters for module in watched.modules() if module._parameters]
         for layer in self._layers:
             layer.base_weight()  # brings the NF4 parts up to date with the buffers
         # Any change of an NF4 weight or of its decoded copy makes another object. It may be large: hold it weakly.
@@ -47,9 +45,9 @@ class GraphWatch:
         ]
 
 
-def adapted_layers(body: nn.Module) -> list[AdaptedWeight[Any]]:
+def adapted_layers(module: nn.Module) -> list[AdaptedWeight[Any]]:
     """Every layer that can have LoRA."""
-    return [module for module in body.modules() if isinstance(module, AdaptedWeight)]
+    return [layer for layer in module.modules() if isinstance(layer, AdaptedWeight)]
 
 
 def _reference(weight: object | None) -> Callable[[], object | None]:

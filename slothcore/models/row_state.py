@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from slothcore.kernels import largest, largest_eager
 from slothcore.models.requests import MOST_LOGPROBS, Request
 from slothcore.models.sampling import RowOptions, Sampling, draw, processed
 
@@ -77,25 +78,45 @@ class RowState:
         self._in_prompt: Tensor | None = None
         self._generated: Tensor | None = None
 
-    def begin(self, rows: Sequence[int], requests: Sequence[Request], keys: Sequence[int]) -> None:
-        """Take the options of requests that begin in these rows; the host does not wait."""
-        places = self._sent(torch.tensor(rows, device="cpu"))
-        self._keys.index_copy_(0, places, self._sent(torch.tensor(keys, device="cpu")))
+    def begin(
+        self,
+        rows: Sequence[int],
+        requests: Sequence[Request],
+        keys: Sequence[int],
+        generated: Sequence[Sequence[int]],
+    ) -> None:
+        """Take the options of requests that begin in these rows; the host does not wait.
+
+        Args:
+            keys: of their random draws.
+            generated: the tokens that each got before, if it was put back.
+        """
+        places = self.sent(torch.tensor(rows, device="cpu"))
+        self._keys.index_copy_(0, places, self.sent(torch.tensor(keys, device="cpu")))
         options = RowOptions.of([request.sampling for request in requests], self._vocab_size)
         for field in fields(RowOptions):
-            getattr(self._options, field.name).index_copy_(0, places, self._sent(getattr(options, field.name)))
+            getattr(self._options, field.name).index_copy_(0, places, self.sent(getattr(options, field.name)))
+        for row, request, tokens in zip(rows, requests, generated, strict=True):
+            if request.sampling.penalizes:
+                self._note_text(row, request.prompt_ids, tokens)
 
-    def note_text(self, row: int, prompt: Sequence[int], generated: Sequence[int]) -> None:
+    def _note_text(self, row: int, prompt: Sequence[int], generated: Sequence[int]) -> None:
         """Count what a row holds, for its penalties."""
         if self._in_prompt is None or self._generated is None:
             shape = self._rows, self._vocab_size
             self._in_prompt = torch.zeros(shape, dtype=torch.bool, device=self._device)
             self._generated = torch.zeros(shape, dtype=torch.int32, device=self._device)
-        self._in_prompt[row].zero_().index_fill_(0, self._sent(torch.tensor(prompt, device="cpu")), True)
+        self._in_prompt[row].zero_().index_fill_(0, self.sent(torch.tensor(prompt, device="cpu")), True)
         counts = self._generated[row].zero_()
         if generated:
-            added = self._sent(torch.tensor(generated, device="cpu"))
+            added = self.sent(torch.tensor(generated, device="cpu"))
             counts.index_add_(0, added, torch.ones_like(added, dtype=torch.int32))
+
+    def sent(self, values: Tensor) -> Tensor:
+        """A host tensor on the device, by a copy for which the host does not wait."""
+        if self._device.type != "cuda":
+            return values.to(self._device)
+        return values.pin_memory().to(self._device, non_blocking=True)
 
     def choose(self, logits: Tensor, rows: Tensor, counts: Tensor, kind: StepKind) -> Chosen:
         """The next token of each lane, which becomes its row's newest one. Tensor operations only, for a graph.
@@ -108,7 +129,8 @@ class RowState:
         if kind.draws or kind.penalizes:
             tokens = self._weighed(logits, rows, counts, kind)
         else:
-            tokens = logits.argmax(-1)
+            ops = largest if logits.is_cuda else largest_eager
+            tokens = ops.largest(logits)
         self.newest.index_copy_(0, rows, tokens)
         if kind.logprobs is None:
             return Chosen(tokens)
@@ -136,9 +158,3 @@ class RowState:
         places = rows * self._vocab_size + tokens
         self._generated.view(-1).index_add_(0, places, torch.ones_like(places, dtype=torch.int32))
         return tokens
-
-    def _sent(self, values: Tensor) -> Tensor:
-        """On the device, by a copy for which the host does not wait."""
-        if self._device.type != "cuda":
-            return values.to(self._device)
-        return values.pin_memory().to(self._device, non_blocking=True)

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import chain, takewhile
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from slothcore.layers.kv_cache import KvCache
-from slothcore.layers.packed import Documents
 from slothcore.models.cache_room import cache_options
 from slothcore.models.decode_steps import DecodeSteps
 from slothcore.models.generation_mode import GenerationMode
 from slothcore.models.graph_runs import CudaRecorder, Recorder
+from slothcore.models.language_model import LanguageModel
+from slothcore.models.prompt_passes import PromptPasses
 from slothcore.models.requests import Request
 from slothcore.models.row_state import RowState, StepKind
+from slothcore.models.weight_watch import WeightWatch
 
 if TYPE_CHECKING:
     from slothcore.layers.rope import RopeParameters
-    from slothcore.models.decoder import Decoder
 
 # A cache grows by doubling, from this many tokens on.
-SMALLEST_CACHE = 256
+SMALLEST_CACHE = 512
 
 
 class TextCache:
@@ -31,7 +32,7 @@ class TextCache:
 
     What is found again is what the whole text would give, up to the rounding of sums in another order. Where angles
     depend on the length of the text (longrope, dynamic) and the new length asks for other ones, all is read anew; and
-    so it is where weights may have changed.
+    so it is where weights may have changed, the vocabulary has grown, or the model has moved to another device.
 
     Attributes:
         ids: the tokens whose keys and values are held.
@@ -39,33 +40,44 @@ class TextCache:
         mode: in which the model is while it writes.
     """
 
-    def __init__(self, model: Decoder, *, recorder: Recorder | None = None) -> None:
+    def __init__(self, model: LanguageModel, *, recorder: Recorder | None = None) -> None:
         """
         Args:
-            recorder: records decode steps; default: as CUDA graphs, on a GPU.
+            recorder: records decode steps and passes over what is new; default: as CUDA graphs, on a GPU.
         """
         self.model = model
         self.mode = GenerationMode(model)
-        self.ids: list[int] = []
+        self.ids: list[int]
         self.tokens_read = 0
-        if recorder is None and model.device.type == "cuda":
-            recorder = CudaRecorder(model.device)
-        self._recorder = recorder
+        self._given_recorder = recorder
+        self._watch: WeightWatch | None = None
+        self._begin_anew()
+
+    @torch.inference_mode(False)
+    def _begin_anew(self) -> None:
+        """Keep nothing, and make what depends on the model's device and vocabulary."""
+        self.ids = []
+        self._device, self._vocab_size = self.model.device, self.model.config.vocab_size
+        self._recorder = self._given_recorder
+        if self._recorder is None and self._device.type == "cuda":
+            self._recorder = CudaRecorder(self._device)
+        self.mode.recorder = self._recorder
         self._cache: KvCache | None = None
-        self._state = RowState(1, model.config.vocab_size, model.device)
+        self._state = RowState(1, self._vocab_size, self._device)
+        self._prompts: PromptPasses | None = None
         self._steps: DecodeSteps | None = None
-        self._weights: list[tuple[int, int]] = []
 
     def begin(self, request: Request, key: int) -> None:
         """Choose tokens as a request has it; `key` is that of its random draws."""
-        weights = _versions(self.model)
-        # Some optimizers write where torch does not count it; but a model that learns is in training mode.
-        if self.mode.was_training or weights != self._weights:
-            self.ids, self._weights = [], weights
-        self._state.begin([0], [request], [key])
-        if request.sampling.penalizes:
-            self._state.note_text(0, request.prompt_ids, [])
-        if self._steps is not None and self._steps.refresh():
+        if (self._device, self._vocab_size) != (self.model.device, self.model.config.vocab_size):
+            self._begin_anew()
+        if self.mode.was_training:
+            self.ids, self._watch = [], None
+        elif self._watch is None or not self._watch.is_unchanged():
+            self.ids, self._watch = [], WeightWatch(self.model)
+        self._state.begin([0], [request], [key], [[]])
+        if self._steps is not None and self._prompts is not None and self._steps.refresh():
+            self._prompts.forget()
             self.mode.factors.forget()
 
     def next_token(self, text: Sequence[int], count: int, kind: StepKind) -> int:
@@ -79,7 +91,7 @@ class TextCache:
         )
         if count == 0 or begins_long:
             hidden = self.read(text)
-            row, counts = torch.tensor([[0], [count]], device=self.model.device)
+            row, counts = self._state.sent(torch.tensor([[0], [count]], device="cpu"))
             chosen = self._state.choose(self.model.logits(hidden), row, counts, kind)
         else:
             self._make_room(len(text), len(text) - 1)
@@ -99,54 +111,43 @@ class TextCache:
         return self._read_from(kept, ids)
 
     def _read_from(self, kept: int, ids: Sequence[int]) -> Tensor:
-        model, count = self.model, len(ids) - kept
         cache = self._make_room(len(ids), kept)
+        assert self._prompts is not None
         # Not what it says until the pass is through: Ctrl-C may come in the middle of it.
         self.ids = self.ids[:kept]
         cache.shorten(0, kept)
-        new = torch.tensor(ids[kept:], dtype=torch.int64, device=model.device)
-        documents = Documents(torch.tensor([0, count], dtype=torch.int32, device=model.device), count)
-        if kept == 0:
-            cache.begin_prompt(documents, count)
-            positions = torch.arange(count, device=model.device)
-        elif count == 1:
-            positions = cache.begin_tokens()
-        else:
-            positions = cache.begin_chunk(0, count)
-        hidden: Tensor = model.model(new, positions, documents, cache)
+        hidden = self._prompts.read_on(0, ids[kept:]) if kept else self._prompts.read([0], [ids])
         self.ids = list(ids)
-        self.tokens_read += count
-        return hidden[-1:]
+        self.tokens_read += len(ids) - kept
+        return hidden
 
     def _make_room(self, length: int, kept: int) -> KvCache:
         """The cache, for at least `length` tokens; the first `kept` stay."""
-        if self._cache is not None and self._cache.capacity >= length:
-            return self._cache
-        # What was recorded knows the old addresses.
-        self._steps = None
-        if self._cache is not None and kept:
-            self._cache.grow(max(length, 2 * self._cache.capacity))
+        cache, ids = self._cache, self.ids
+        if cache is not None and cache.capacity >= length:
+            return cache
+        # What was recorded knows the old addresses. And nothing is held until all is made, for memory may run out.
+        self._cache = self._steps = self._prompts = None
+        self.ids = []
+        if cache is not None and kept:
+            cache.grow(max(length, 2 * cache.capacity))
         else:
-            self._cache = None  # freed before the new one is made
+            cache, ids = None, []  # freed before the new one is made
             options = cache_options(self.model)
             # The whole text in every layer, so that any beginning of it can be kept.
             options["windows"] = [None] * len(options["windows"])
-            self._cache = KvCache(rows=1, capacity=max(length, SMALLEST_CACHE), **options)
-        self._steps = DecodeSteps(self.model, self._cache, self._state, idle_row=0, recorder=self._recorder)
+            cache = KvCache(rows=1, capacity=max(length, SMALLEST_CACHE), **options)
+        self._prompts = PromptPasses(self.model, cache, recorder=self._recorder)
+        self._steps = DecodeSteps(self.model, cache, self._state, idle_row=0, recorder=self._recorder)
         self._steps.refresh()
-        return self._cache
+        self._cache, self.ids = cache, ids
+        return cache
 
     def _ropes(self) -> Iterator[RopeParameters]:
         config = self.model.config
         yield config.rope
         if config.local_rope is not None:
             yield config.local_rope
-
-
-def _versions(model: Decoder) -> list[tuple[int, int]]:
-    """Where each weight lies, and how often torch has changed it there; inference tensors are not counted."""
-    weights = chain(model.parameters(), model.buffers())
-    return [(weight.data_ptr(), -1 if weight.is_inference() else weight._version) for weight in weights]
 
 
 def _angles_stay(rope: RopeParameters, held: int, length: int) -> bool:
@@ -164,9 +165,9 @@ def stream_tokens(cache: TextCache, request: Request, key: int) -> Iterator[int]
     """
     text, kind = list(request.prompt_ids), StepKind.of([request])
     for count in range(request.max_new_tokens):
-        if count == 0:
-            cache.begin(request, key)
         with cache.mode.passes():
+            if count == 0:
+                cache.begin(request, key)
             token = cache.next_token(text, count, kind)
         yield token
         if token in request.eos_ids:

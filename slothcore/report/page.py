@@ -78,15 +78,23 @@ def write_report(runs: Sequence[str | Path], output: str | Path) -> Path:
         runs: their folders, as `output_dir` named them.
         output: the file; it is replaced in one stroke.
     Returns: the file.
-    Raises: FileNotFoundError or ValueError if one is no run's folder, OSError if the file cannot be written.
+    Raises: FileNotFoundError or ValueError if one is no run's folder, or the file's place is none; OSError if it
+            cannot be written.
     """
     if not runs:
         raise ValueError("no run was given; name at least one run's folder")
+    output = Path(output)
+    if output.is_dir():
+        raise ValueError(f"the page {output} is a folder; name a file in it, such as {output / REPORT_FILE}")
+    if not output.parent.is_dir():
+        raise ValueError(
+            f"the page {output} would lie in {output.parent}, which is no folder; make it, or name another"
+        )
     saved = [SavedRun(Path(folder)) for folder in runs]
     if len(saved) > 1:
         name_apart(saved)
-    replace_text(Path(output), page(saved))
-    return Path(output)
+    replace_text(output, page(saved))
+    return output
 
 
 class LivePage:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from slothcore.autograd import lora_few
 from slothcore.autograd.lora import Projection, lora_fused, lora_mlp
-from slothcore.kernels import nf4_eager
+from slothcore.autograd.rms_norm import NormRule, add_rms_norm
+from slothcore.kernels import nf4_eager, rms_norm_few
 from tests.numerics import assert_as_accurate_as_eager
 
 IN, OUT = 128, 48
@@ -64,6 +65,44 @@ def test_mlp_as_accurate_as_the_function(monkeypatch, fused_gate_up) -> None:
     monkeypatch.setattr(lora_few, "takes", on_cpu)
     monkeypatch.setattr("slothcore.autograd.lora._LoraMlp", None)
     assert_as_accurate_as_eager(lora_mlp(x, gate_up, down, activation="silu"), eager, exact)
+
+
+@pytest.mark.parametrize("ranks", [(4,), (4, None, 7), (None,)], ids=str)
+def test_a_norm_brings_the_input_of_the_terms(monkeypatch, ranks) -> None:
+    """The same results, and u is not made again; for other projections it is."""
+    width = rms_norm_few.NARROWEST // 64 * 64 + 64
+    projections = [nf4_projection(OUT, r, dtype=torch.float32, device="cpu", in_features=width) for r in ranks]
+    others = [replace(p, lora_A=None if p.lora_A is None else p.lora_A + 1) for p in projections]
+    x, residual, weight = torch.randn(3, width), torch.randn(3, width), torch.randn(width)
+    rule = NormRule(1e-5, 0.0, True)
+    plain = add_rms_norm(x, residual, weight, **rule._asdict())
+    monkeypatch.setattr(lora_few, "takes", on_cpu)
+    normed = lora_few.normed(x, residual, weight, rule, projections)
+    if ranks == (None,):
+        assert normed is None
+        return
+    assert normed is not None
+    assert torch.equal(normed.y, plain.y)
+    assert torch.equal(normed.h, plain.h)
+    expected, expected_of_others = lora_fused(plain, projections), lora_fused(plain, others)
+    assert torch.equal(lora_fused(normed, others), expected_of_others)
+    monkeypatch.setattr(lora_few.nf4_few_eager, "lora_input", None)
+    assert torch.equal(lora_fused(normed, projections), expected)
+
+
+def test_the_mlp_takes_what_the_norm_brings(monkeypatch) -> None:
+    width = rms_norm_few.NARROWEST // 64 * 64 + 64
+    gate_up = [nf4_projection(64, dtype=torch.float32, device="cpu", in_features=width) for _ in range(2)]
+    down = nf4_projection(40, dtype=torch.float32, device="cpu", in_features=64)
+    x, weight, rule = torch.randn(3, width), torch.randn(width), NormRule(1e-5, 0.0, True)
+    monkeypatch.setattr(lora_few, "takes", on_cpu)
+    normed = lora_few.normed(x, None, weight, rule, gate_up)
+    expected = lora_mlp(normed.y, gate_up, down, activation="silu")
+    made = []
+    lora_input = lora_few.nf4_few_eager.lora_input
+    monkeypatch.setattr(lora_few.nf4_few_eager, "lora_input", lambda x, A: made.append(x) or lora_input(x, A))
+    assert torch.equal(lora_mlp(normed, gate_up, down, activation="silu"), expected)
+    assert [x.shape[1] for x in made] == [64], "only down's input is made"
 
 
 def test_nothing_is_taken_without_a_gpu() -> None:

@@ -80,6 +80,22 @@ def test_conversations_and_plain_texts(messages: list[dict[str, Any]], tmp_path:
             assert server.tokenize(plain) == tokenizer.encode(plain)
 
 
+@pytest.mark.parametrize("begin", ["", "\n", "  ", "\n  ", "  {# none #}", "  {% if true %}\n{% endif %}\n"], ids=repr)
+@pytest.mark.parametrize(
+    "end", ["", "\n", "\n\n", "{{ ' x' }}\r\n", "\n  ", "  ", "\n  {% if true %}{% endif %}"], ids=repr
+)
+def test_layout_is_kept(begin: str, end: str, tmp_path: Path) -> None:
+    """What a reader trims where a block begins or ends a line stays trimmed, and no more is."""
+    tokenizer = first_only(tmp_path, begin + SPACED.removesuffix("\n") + end)
+    written = template_without_spaces(tokenizer)
+    assert written is not None
+    special = {"bos_token": tokenizer.token_text(1), "eos_token": tokenizer.token_text(2)}
+    expected = tokenizer.apply_chat_template([USER])
+    for token in (*special.values(), "<|im_start|>", "<|im_end|>"):
+        expected = expected.replace(f"{token} ", token)
+    assert ChatTemplate(written, special_tokens=special).render([USER]) == expected
+
+
 @pytest.mark.parametrize(
     "template",
     [

@@ -156,6 +156,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert [line["generated_tokens"] for line in lines_of(output)] == [4, 4]
     for words, message in (
         (both[:2], "--output goes with a .jsonl file of prompts"),
+        (["--prompts-file", "a.json"], "--prompts-file takes rows in a .jsonl file, or a text file with one prompt"),
+        (["--prompts-file", "a.csv"], "got a.csv; write it as one of these"),
+        (["--prompts-file", "a.jsonl.gz", *both[2:]], "got a.jsonl.gz; write it as one of these"),
         (["--prompt", "a", *both[2:]], "--output has no effect without --prompts-file"),
         (["--prompt", "a", *both], "give one of --prompt"),
         ([*both[:3], str(source)], "is the file of prompts; give it another name"),
@@ -181,7 +184,7 @@ def test_rows_and_prompts_take_a_template_that_is_named(tmp_path: Path, capsys: 
     assert "has no chat template; set chat_template" in capsys.readouterr().err
     assert main([*flags, *both, "--chat-template", "alpaca"]) == 0
     assert [line["generated"] + "\n" for line in lines_of(tmp_path / "out.jsonl")] == [expected]
-    assert main([*flags, *both, "--chat-template", "alpacka"]) == 1
+    assert main([*flags, *both, "--chat-template", "alpacka"]) == 2
     assert "(did you mean alpaca?)" in capsys.readouterr().err
 
 

@@ -5,7 +5,9 @@ import torch
 from torch import Tensor
 
 from slothcore.kernels import nf4_eager, nf4_few, nf4_few_eager
+from slothcore.kernels.glu import glu_forward
 from slothcore.kernels.nf4_few_eager import Terms
+from slothcore.kernels.nf4_gemm import LinearConfig, linear_by_permutes
 from slothcore.kernels.nf4_tensor import Nf4Tensor
 from tests.numerics import assert_as_accurate_as_eager
 
@@ -84,6 +86,19 @@ def test_gated_equals_both_products_and_the_activation(
     gate, up = exact_linear(x, weights, terms).chunk(2, dim=1)
     exact = nf4_few_eager.glu_forward(torch.cat((gate, up), dim=1), activation=activation)
     assert_as_accurate_as_eager(nf4_few.gated(x, weights, terms, activation=activation), eager, exact)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_gated_of_parts_has_the_bits_of_the_operations_apart(
+    kernel_device, nan_filled_empty, parts, activation
+) -> None:
+    x, weights, lora_A, terms = operands(11, 768, (20, 20), (5, 8, 0), dtype=torch.float16, device=kernel_device)
+    terms = with_input(x, lora_A, terms)
+    config = LinearConfig(16, 64, parts, kernel="registers", prefetch=True)
+    gate_up = linear_by_permutes(x, weights, terms, _config=config)
+    expected = glu_forward(gate_up, activation=activation)
+    assert torch.equal(linear_by_permutes(x, weights, terms, activation=activation, _config=config), expected)
 
 
 @pytest.mark.parametrize("in_features", [64, 320, 1024])

@@ -14,6 +14,7 @@ from slothcore.layers.kv_cache import KvCache
 from slothcore.layers.norm import RMSNorm
 from slothcore.layers.packed import Documents
 from slothcore.layers.rope import RopeParameters, RotaryEmbedding
+from tests.layers.cache_passes import begin_prompt, begin_tokens
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 12, 4, 2, 6
 LENGTHS = (5, 1, 8)
@@ -132,12 +133,12 @@ def test_cache_gives_what_the_packed_stream_gives(attention: SelfAttention) -> N
         expected = attention(x, *rope(positions), whole)
         is_prompt = torch.cat([torch.arange(length) < length - 2 for length in lengths])
         prompts = Documents(torch.tensor([0, 3, 4, 10], dtype=torch.int32), 6)
-        cache.begin_prompt(prompts, 10)
+        begin_prompt(cache, {0: 3, 1: 1, 2: 6})
         actual = attention(x[is_prompt], *rope(positions[is_prompt]), prompts, cache.layer(0))
         torch.testing.assert_close(actual, expected[is_prompt])
         for back in (2, 1):
             rows = ends - back
-            at = cache.begin_tokens()
+            at = begin_tokens(cache)
             assert torch.equal(at, positions[rows])
             actual = attention(x[rows], *rope(at), prompts, cache.layer(0))
             torch.testing.assert_close(actual, expected[rows])

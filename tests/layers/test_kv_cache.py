@@ -12,6 +12,7 @@ from slothcore.layers.kv_cache import KvCache
 from slothcore.layers.packed import Documents
 from slothcore.layers.page_table import PageTable, pages_within
 from slothcore.models.load import from_config
+from tests.layers.cache_passes import begin_chunk, begin_prompt, begin_tokens
 from tests.models.test_config import TINY
 from tests.models.tiny import token_ids
 
@@ -72,18 +73,18 @@ class Texts:
     def prompt(self, lengths: dict[int, int]) -> None:
         for row in lengths:
             self.rows[row] = []
-        self.cache.begin_prompt(packed(list(lengths.values())), sum(lengths.values()), list(lengths))
+        begin_prompt(self.cache, lengths)
         self.run([row for row, length in lengths.items() for _ in range(length)])
 
     def token(self) -> None:
         rows = len(self.cache.lengths_on_host)
-        positions = self.cache.begin_tokens()
+        positions = begin_tokens(self.cache)
         assert positions.tolist() == [len(self.rows.get(row, ())) if row in self.rows else -1 for row in range(rows)]
         self.run([row if row in self.rows else -1 for row in range(rows)])
 
     def chunk(self, row: int, count: int) -> None:
         length = len(self.rows[row])
-        assert self.cache.begin_chunk(row, count).tolist() == list(range(length, length + count))
+        assert begin_chunk(self.cache, row, count).tolist() == list(range(length, length + count))
         self.run([row] * count)
 
     def release(self, row: int) -> None:
@@ -234,12 +235,34 @@ def test_a_chunk_may_not_overwrite_what_it_sees() -> None:
     cache = make_cache(largest_chunk=3)
     Texts(cache).prompt({0: 20})
     with pytest.raises(AssertionError, match="a window keeps too little for 4 tokens at once"):
-        cache.begin_chunk(0, 4)
+        begin_chunk(cache, 0, 4)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_padding_behind_a_chunk_is_overwritten(count: int) -> None:
+    """Also round the rings of layers with windows, where it stands in the place of older tokens."""
+    cache = make_cache(largest_chunk=4)
+    texts = Texts(cache)
+    texts.prompt({0: 3, 1: 7})
+    for _ in range(6):
+        length = len(texts.rows[1])
+        cache.count_chunk(1, count, padding=4 - count)
+        cache.place_chunk(torch.full((4,), 1, dtype=torch.int32), torch.arange(length, length + 4))
+        texts.run([1] * 4)
+        del texts.rows[1][length + count :]
+        assert cache.lengths.tolist() == [3, length + count, 0]
+        texts.chunk(1, 2)
+        del texts.rows[0]
+        cache.release(0)
+        texts.prompt({0: 3})
+    cache.count_tokens([0, 1])
+    assert cache.place_tokens(torch.tensor([1, 0], dtype=torch.int32)).tolist() == [7 + 6 * (count + 2), 3]
+    texts.run([1, 0])
 
 
 def test_a_pass_with_a_cache_has_no_gradients() -> None:
     cache = make_cache()
-    cache.begin_prompt(packed([2]), 2, [0])
+    begin_prompt(cache, {0: 2})
     qkv = torch.randn(2, HEADS + 2 * KV_HEADS, HEAD_DIM, dtype=torch.float64, requires_grad=True)
     with pytest.raises(AssertionError, match="has no gradients"):
         cache.layer(0).store_(qkv, None, num_heads=HEADS)
@@ -314,7 +337,7 @@ def test_a_model_over_small_pages(windows: tuple[int | None, ...] | None) -> Non
         device=torch.device("cpu"),
     )
     beginnings, positions = torch.cat([text[:9] for text in texts]), torch.arange(9).repeat(2)
-    cache.begin_prompt(packed([9, 9]), 18)
+    begin_prompt(cache, {0: 9, 1: 9})
     states = model.model(beginnings, positions, packed([9, 9]), cache).view(2, 9, -1)
     for row in range(2):
         torch.testing.assert_close(states[row], expected[row][:9], rtol=1e-4, atol=1e-4)
@@ -322,7 +345,7 @@ def test_a_model_over_small_pages(windows: tuple[int | None, ...] | None) -> Non
         if at == 29:
             cache.release(1)
         new = torch.stack([text[min(at, len(text) - 1)] for text in texts])
-        states = model.model(new, cache.begin_tokens(), packed([1, 1]), cache)
+        states = model.model(new, begin_tokens(cache), packed([1, 1]), cache)
         for row in range(2 if at < 29 else 1):
             torch.testing.assert_close(states[row], expected[row][at], rtol=1e-4, atol=1e-4)
 
@@ -349,18 +372,17 @@ def test_a_captured_pass_follows_what_the_host_decides(page_size: int) -> None:
     def prompts(lengths: dict[int, int]) -> None:
         tokens = torch.randn(sum(lengths.values()), *qkv.shape[1:])
         for cache in (on_gpu, on_cpu):
-            cache.begin_prompt(
-                packed(list(lengths.values())), len(tokens), list(lengths), lengths=list(lengths.values())
-            )
+            begin_prompt(cache, lengths)
             for index in range(len(windows)):
                 cache.layer(index).store_(tokens.to(cache.lengths.device, copy=True), None, num_heads=heads)
 
-    on_gpu.place_tokens()  # every row is idle: warms the kernels up
+    every_row = torch.arange(3, dtype=torch.int32, device="cuda")
+    on_gpu.place_tokens(every_row)  # every row is idle: warms the kernels up
     layers(on_gpu, qkv)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        positions = on_gpu.place_tokens()
+        positions = on_gpu.place_tokens(every_row)
         out = layers(on_gpu, qkv)
     for step in range(90):
         if step in (0, 30, 60):
@@ -370,7 +392,7 @@ def test_a_captured_pass_follows_what_the_host_decides(page_size: int) -> None:
             on_cpu.release(0)
         new = torch.randn(qkv.shape)
         qkv.copy_(new)
-        on_gpu.count_tokens()
+        on_gpu.count_tokens(range(3))
         graph.replay()
-        assert positions.tolist() == on_cpu.begin_tokens().tolist()
+        assert positions.tolist() == begin_tokens(on_cpu).tolist()
         torch.testing.assert_close(out.cpu(), layers(on_cpu, new), rtol=1e-5, atol=1e-5)

@@ -4,6 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from slothcore.autograd import lora_few
+from slothcore.kernels import nf4_eager
+from slothcore.layers import norm as norm_module
+from slothcore.layers.linear import Linear, project_together
 from slothcore.layers.norm import RMSNorm, norm_add_norm
 from tests.numerics import relative_error
 
@@ -88,3 +92,25 @@ def test_rounding_order_is_a_choice() -> None:
     assert torch.equal(early(x).y, weight * unit.bfloat16())
     assert torch.equal(late(x).y, (weight.float() * unit).bfloat16())
     assert not torch.equal(early(x).y, late(x).y)
+
+
+def test_with_few_rows_the_readers_get_the_input_of_their_lora_terms(monkeypatch) -> None:
+    width = 1088  # neither too narrow for it nor a power of two
+    readers = [Linear(width, 24, dtype=torch.float32) for _ in range(2)]
+    for reader in readers:
+        reader.set_nf4(nf4_eager.nf4_quantize(torch.randn(24, width)))
+        reader.attach_lora(torch.randn(4, width), torch.randn(24, 4), scaling=0.5)
+    norm = RMSNorm(width, eps=1e-3, dtype=torch.float32)
+    torch.nn.init.normal_(norm.weight)
+    x, residual = torch.randn(2, T, width)
+    with torch.no_grad():
+        assert norm(x, residual, read_by=readers).lora_input is None, "a CPU takes the launches apart"
+        monkeypatch.setattr(norm_module, "is_decoding", lambda x: True)
+        assert norm(x, residual, read_by=readers).lora_input is None
+        expected = project_together(norm(x, residual).y, readers)
+        monkeypatch.setattr(lora_few, "takes", lambda x, projections: True)
+        normed = norm(x, residual, read_by=readers)
+        assert normed.lora_input is not None
+        assert normed.lora_input.u.shape == (T, 8)
+        assert torch.equal(normed.h, x + residual)
+        assert relative_error(project_together(normed, readers), expected) < 1e-6

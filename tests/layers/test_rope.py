@@ -256,3 +256,15 @@ def test_wrong_parameters(wrong: dict[str, Any], message: str) -> None:
 def test_heads_that_do_not_fit(parameters: RopeParameters, head_dim: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RotaryEmbedding(parameters, head_dim)
+
+
+@pytest.mark.parametrize("rope_type", ["default", "dynamic", "longrope"])
+def test_tables_stay_where_a_captured_graph_reads_them(rope_type: str) -> None:
+    """When the model has been on another device meanwhile."""
+    rotary = RotaryEmbedding(RopeParameters(max_position_embeddings=TRAINED, **TYPES[rope_type]), HEAD_DIM)
+    positions = torch.arange(2 * TRAINED)
+    expected, tables = rotary(positions), rotary._on_device[positions.device]
+    assert rotary(positions.to("meta"))[0].is_meta
+    for actual, before in zip(rotary(positions), expected, strict=True):
+        assert torch.equal(actual, before)
+    assert rotary._on_device[positions.device] is tables

@@ -185,6 +185,23 @@ def test_writing_computes_norms_once(base: Path, monkeypatch: pytest.MonkeyPatch
         assert torch.equal(kept, model.model.layers[0].mlp.up_proj.row_norms(torch.float32))
 
 
+def test_known_norms_stay_where_they_lay_on_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For graphs captured there, when the model has been elsewhere meanwhile."""
+    layer, norms = Linear(6, 5, dtype=torch.float32), KnownNorms()
+    layer.attach_lora(torch.randn(2, 6), torch.zeros(5, 2), scaling=0.5)
+    layer.attach_magnitude(torch.ones(5))
+    norms.compute([layer], torch.float32)
+    kept = layer.known_norms
+    with monkeypatch.context() as patch:
+        patch.setattr(layer, "row_norms", lambda dtype: torch.empty(5, device="meta"))
+        norms.compute([layer], torch.float32)
+        assert layer.known_norms.is_meta
+    norms.compute([layer], torch.float32)
+    assert layer.known_norms is kept
+    norms.drop()
+    assert layer.known_norms is None
+
+
 def test_a_layer_refuses_what_does_not_fit() -> None:
     layer = Linear(6, 5, dtype=torch.float32)
     torch.nn.init.normal_(layer.weight)

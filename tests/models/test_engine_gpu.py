@@ -13,7 +13,7 @@ from slothcore.models.load import from_config, load_model
 from slothcore.models.requests import Request
 from slothcore.models.streaming import TextCache
 from tests.models.engines import SIXTEEN, requests_of, run, tokens_of
-from tests.models.graph_models import VARIANTS
+from tests.models.graph_models import VARIANTS, as_function
 from tests.models.test_decoder_gpu import SIZES
 from tests.models.test_engine import mixed_requests
 from tests.models.tiny import saved, tiny_llama
@@ -63,13 +63,14 @@ def test_graphs_change_no_bit(dtype: torch.dtype) -> None:
         Request(prompt_ids=request.prompt_ids, max_new_tokens=NEW, sampling=request.sampling, seed=1, logprobs=5)
         for request in mixed_requests()
     ]
-    expected = run(Engine(model, capacity=256, graphs=False, ahead=False), requests)
+    # Padded to the same sizes, and run by Python.
+    expected = run(Engine(model, capacity=256, recorder=as_function, ahead=False), requests)
     engine = Engine(model, capacity=256)
     for _ in range(3):
         assert [[event[1:] for event in map(vars_of, own)] for own in run(engine, requests)] == [
             [event[1:] for event in map(vars_of, own)] for own in expected
         ]
-    assert engine.steps.eager == 1
+    assert (engine.steps.eager, engine.prompts.eager, engine.prompts.replays) == (1, 1, 2)
 
 
 def test_rows_that_come_and_go_get_what_they_get_alone() -> None:
@@ -95,20 +96,29 @@ def test_streams_are_replayed_too(tmp_path: Path) -> None:
 
 
 def test_the_host_waits_for_nothing_but_tokens(tmp_path: Path) -> None:
+    """Once all sizes are recorded; also where prompts come while others are decoded."""
     model = load_model(saved(tiny_llama(**SIZES), tmp_path), bits=4, device="cuda")
     engine = Engine(model, capacity=256)
-    run(engine, requests_of(SIXTEEN[:4], 8))
-    for request in requests_of(SIXTEEN[:4], 30):
-        engine.add(request)
-    engine.step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(10):
+
+    def write() -> None:
+        for step in range(10):
+            if step == 3:
+                for request in requests_of(SIXTEEN[4:8], 30):
+                    engine.add(request)
             engine.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert engine.has_work
-    engine.close()
+
+    for mode in ("default", "default", "error"):
+        for request in requests_of(SIXTEEN[:4], 30):
+            engine.add(request)
+        engine.step()
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            write()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert engine.has_work
+        engine.close()
+    assert (engine.prompts.eager, engine.prompts.replays) == (2, 4)
 
 
 def test_memory_is_given_back(tmp_path: Path) -> None:

@@ -39,14 +39,10 @@ def begin(state: RowState, kind: StepKind, seed: int) -> None:
     samplings = [sampling for sampling in SAMPLINGS if fits(sampling, kind)]
     rows = list(range(ROWS - 1))
     requests = [
-        Request(prompt_ids=[row + 1], max_new_tokens=1, sampling=samplings[(row + seed) % len(samplings)])
+        Request(prompt_ids=[row, seed, 30], max_new_tokens=4, sampling=samplings[(row + seed) % len(samplings)])
         for row in rows
     ]
-    state.begin(rows, requests, [100 * seed + row for row in rows])
-    for row in rows if kind.penalizes else ():
-        state.note_text(row, [row, seed, 30], [seed, row, row])
-    if kind.penalizes:
-        state.note_text(IDLE, [0], [])
+    state.begin(rows, requests, [100 * seed + row for row in rows], [[seed, row, row] for row in rows])
 
 
 def inputs_of(seed: int) -> tuple[Tensor, Tensor, Tensor]:

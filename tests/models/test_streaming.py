@@ -10,8 +10,12 @@ from torch import Tensor
 
 import slothcore
 from slothcore.models.decoder import Decoder
+from slothcore.models.engine import Engine
 from slothcore.models.load import from_config
+from slothcore.models.requests import Request
 from slothcore.models.streaming import SMALLEST_CACHE, TextCache
+from slothcore.models.vocabulary import start_rows
+from tests.models.engines import tokens_of
 from tests.models.test_config import TINY
 from tests.models.test_generation_rope import DYNAMIC, LONGROPE, ORIGINAL, build
 from tests.models.tiny import token_ids
@@ -108,7 +112,84 @@ def test_what_other_weights_have_read_is_read_again(model: Decoder) -> None:
     assert [read(), read()] == [everything, newest]
     model.train()  # what writes past torch's own count
     v_proj.weight.data.mul_(-1)
-    assert read() == everything
+    assert [read(), read()] == [everything, everything]
+    model.eval()
+    assert [read(), read()] == [everything, newest]
+    model.train()
+    v_proj.weight.data.mul_(-1)
+    model.eval()  # it has learned between two texts
+    assert [read(), read()] == [everything, newest]
+
+
+@torch.no_grad()
+def test_a_weight_where_an_older_one_lay_is_another_weight(model: Decoder) -> None:
+    """An allocator gives the same address again, and both tensors are at version 0."""
+    cache, prompt = TextCache(model), token_ids(9).tolist()
+    v_proj = model.model.layers[0].self_attn.v_proj
+    room = v_proj.weight.detach().clone()
+    for _ in range(2):
+        v_proj.weight = torch.nn.Parameter(torch.from_numpy(room.numpy()))
+        assert v_proj.weight.data_ptr() == room.data_ptr()
+        assert streamed(model, prompt, cache=cache) == generated(model, prompt)
+        room.numpy()[:] *= -1
+
+
+@torch.no_grad()
+def test_another_scaling_of_the_factors_is_noticed(model: Decoder) -> None:
+    slothcore.add_lora(model, r=4, lora_alpha=16, init_lora_weights=False).eval()
+    cache, prompt = TextCache(model), token_ids(9).tolist()
+    for scaling in (4.0, -3.0):
+        for layer in model.modules():
+            if getattr(layer, "lora_A", None) is not None:
+                layer.lora_scaling = scaling
+        before = cache.tokens_read
+        assert streamed(model, prompt, cache=cache) == generated(model, prompt)
+        assert cache.tokens_read - before == 9 + NEW - 1
+
+
+@pytest.mark.parametrize("recorder", [None, lambda step: step], ids=["eager", "recorded"])
+def test_a_vocabulary_may_grow_between_two_texts(model: Decoder, recorder: Any) -> None:
+    cache, before = TextCache(model, recorder=recorder), model.config.vocab_size
+    prompt = token_ids(9).tolist()
+    for _ in range(2):
+        streamed(model, prompt, cache=cache)
+    start_rows(model, [before, before + 1])
+    with torch.no_grad():
+        model.lm_head.weight[before] = 100 * model.lm_head.weight[streamed(model, [before], max_new_tokens=1)[0]]
+    for options in ({}, {"top_k": before + 1, "temperature": 3.0, "seed": 2}, {"frequency_penalty": 1.5}):
+        for ids in ([*prompt, before, before + 1], prompt):
+            assert streamed(model, ids, cache=cache, **options) == generated(model, ids, **options)
+    assert before in streamed(model, prompt, cache=cache), "the new token can be written as well"
+
+
+@pytest.mark.parametrize("recorder", [None, lambda step: step], ids=["eager", "recorded"])
+@pytest.mark.parametrize("begins_in", [False, True])
+def test_inference_mode_may_begin_and_end_between_any_two_texts(model: Decoder, begins_in: bool, recorder: Any) -> None:
+    """Its tensors, such as known norms of DoRA, may not be written to outside of it."""
+    slothcore.add_lora(model, r=4, lora_alpha=16, use_dora=True, init_lora_weights=False).eval()
+    text, options = token_ids(9).tolist(), {"repetition_penalty": 1.3, "temperature": 0.9, "seed": 2}
+    with torch.inference_mode(begins_in):
+        cache = TextCache(model, recorder=recorder)
+        engine = Engine(model, capacity=64, recorder=recorder)
+    for turn in range(6):
+        with torch.inference_mode((turn % 3 == 0) == begins_in):
+            expected = generated(model, text, **(options if turn % 2 else {}))
+            request = Request(prompt_ids=text, max_new_tokens=NEW, seed=0)
+            if not turn % 2:
+                assert tokens_of(engine, [request]) == [expected]
+        with torch.inference_mode((turn % 2 == 0) == begins_in):
+            assert streamed(model, text, cache=cache, **(options if turn % 2 else {})) == expected
+    model.train()
+    model(torch.tensor([text]), labels=torch.tensor([text])).loss.backward()
+
+
+@pytest.mark.gpu
+def test_a_model_may_move_between_two_texts(model: Decoder) -> None:
+    cache, prompt = TextCache(model), token_ids(9).tolist()
+    for device in ("cpu", "cuda", "cpu", "cuda"):
+        model.to(device)
+        for _ in range(3):
+            assert streamed(model, prompt, cache=cache) == generated(model, prompt)
 
 
 def final_states(model: Decoder, ids: list[int]) -> Tensor:
@@ -193,6 +274,28 @@ def test_an_interrupted_pass_leaves_a_cache_that_is_right(model: Decoder, monkey
     assert streamed(model, text, cache=cache) == generated(model, text)
 
 
+def test_a_cache_that_cannot_grow_begins_anew(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory runs out in the middle of its layers: what is left of it is of no use."""
+    cache, cat, calls = TextCache(model), torch.cat, []
+    first = token_ids(9, seed=1).tolist()
+    streamed(model, first, cache=cache)
+
+    def third_fails(tensors: Any, *rest: Any, **options: Any) -> Tensor:
+        calls.append(0)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return cat(tensors, *rest, **options)
+
+    long = first + token_ids(SMALLEST_CACHE, seed=2).tolist()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "cat", third_fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            cache._make_room(len(long), len(first))
+    assert cache.ids == []
+    for text in (first, long):
+        assert streamed(model, text, cache=cache) == generated(model, text)
+
+
 def test_beyond_the_positions_there_is_one_warning(model: Decoder) -> None:
     limit = model.config.longest_document
     prompt = token_ids(limit - 2).tolist()
@@ -223,19 +326,20 @@ def test_wrong_arguments_are_said_at_once(model: Decoder) -> None:
 
 def test_steps_are_recorded_and_forgotten_when_the_cache_moves(model: Decoder) -> None:
     """What a graph would replay, across a growth of the cache, another conversation, and a change of the weights."""
-    recorded: list[Any] = []
-    cache = TextCache(model, recorder=lambda step: recorded.append(step) or step)
+    recorded: list[str] = []
+    cache = TextCache(model, recorder=lambda step: recorded.append(step.__qualname__.partition(".")[0]) or step)
     prompt = token_ids(SMALLEST_CACHE - NEW // 2).tolist()
     sampling: dict[str, Any] = {"temperature": 0.9, "presence_penalty": 0.4, "seed": 5}
     for options in ({}, sampling):
         assert streamed(model, prompt, cache=cache, **options) == generated(model, prompt, **options)
     # Before and behind the growth, and for the other kind of step.
-    assert len(recorded) == 3
+    assert recorded == ["DecodeSteps"] * 3
     assert streamed(model, prompt[:30], cache=cache) == generated(model, prompt[:30])
-    assert len(recorded) == 3
+    # One token more of a text, for the second time.
+    assert recorded[3:] == ["PromptPasses"]
     model.lm_head.weight = torch.nn.Parameter(-model.lm_head.weight.detach())
     assert streamed(model, prompt[:30], cache=cache) == generated(model, prompt[:30])
-    assert len(recorded) == 4
+    assert recorded[4:] == ["DecodeSteps"]
 
 
 def test_drawn_tokens_without_a_seed_follow_torchs_generator(model: Decoder) -> None:

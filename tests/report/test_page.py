@@ -239,6 +239,17 @@ def test_the_file_is_replaced_in_one_stroke(tmp_path: Path, monkeypatch) -> None
     assert (target.read_text(), [p.name for p in tmp_path.iterdir()]) == ("after", ["page.html"])
 
 
+def test_a_page_that_would_lie_nowhere_is_one_sentence(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    for place, message in (
+        (tmp_path, "the page .* is a folder; name a file in it, such as .*report.html"),
+        (tmp_path / "absent" / "page.html", "the page .* would lie in .*absent, which is no folder; make it, or name"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write_report([run], place)
+    assert not (tmp_path / "absent").exists()
+
+
 def test_a_page_is_not_drawn_more_often_than_it_may(tmp_path: Path, monkeypatch) -> None:
     """A line every second for an hour, and drawing takes half a second: 2% of the time at most."""
     folder, drawn, now = write_run(tmp_path, status="running"), [], [0.0]
