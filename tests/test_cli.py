@@ -214,10 +214,10 @@ def test_where_the_model_comes_from_reaches_the_loader(command, tmp_path, capsys
 
     monkeypatch.setattr("slothcore.run.open_result", open_result)
     monkeypatch.chdir(tmp_path)
-    flags = "--model me/adapter --revision v2 --token hf_secret --local-files-only --bits 16 --device cpu".split()
-    assert main([*command, *flags]) == 1
+    flags = "--model me/base --adapter me/adapter --revision v2 --token hf_secret --local-files-only --bits 16".split()
+    assert main([*command, *flags, "--device", "cpu"]) == 1
     given = {"revision": "v2", "token": "hf_secret", "local_files_only": True, "bits": 16, "device": "cpu"}
-    assert asked == {**given, "name": "me/adapter"}
+    assert asked == {**given, "name": "me/base", "adapter": "me/adapter"}
     assert capsys.readouterr().err == "slothcore: error: enough\n"
     assert main([*command, "--model", "me/adapter"]) == 1
     nothing = {"revision": None, "token": None, "local_files_only": False, "bits": None, "device": None}
