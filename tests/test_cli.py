@@ -220,7 +220,14 @@ def test_where_the_model_comes_from_reaches_the_loader(command, tmp_path, capsys
     assert asked == {**given, "name": "me/base", "adapter": "me/adapter"}
     assert capsys.readouterr().err == "slothcore: error: enough\n"
     assert main([*command, "--model", "me/adapter"]) == 1
-    nothing = {"revision": None, "token": None, "local_files_only": False, "bits": None, "device": None}
+    nothing = {
+        "adapter": None,
+        "revision": None,
+        "token": None,
+        "local_files_only": False,
+        "bits": None,
+        "device": None,
+    }
     assert asked == {**nothing, "name": "me/adapter"}
 
 

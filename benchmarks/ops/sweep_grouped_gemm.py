@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.testing import do_bench
 
 from slothcore.kernels import nf4
-from slothcore.kernels.attention_tiles import device_capability
+from slothcore.kernels.gpu import device_capability
 from slothcore.kernels.grouped_gemm import ProductTile, grouped_input_grad, grouped_linear, product_tile
 from slothcore.kernels.nf4_experts import Nf4Experts, nf4_experts_dequantize
 

@@ -55,7 +55,16 @@ class ChatRows:
         finder = self._finder(self._tokenizer.template_for(example.tools))
         if self._learned != "all":
             text, turns = finder.find(example.messages, example.tools)
-            return text, turns[-1:] if self._learned == "last turn" else turns
+            weights = [message.get("weight", 1) for message in example.messages if message["role"] == "assistant"]
+            if 0 in weights and len(weights) != len(turns):
+                raise ValueError(
+                    "the chat template does not write each answer as one turn, so it is not clear which of them "
+                    "'weight': 0 leaves out; take the weights out, or choose another chat_template"
+                )
+            if 0 not in weights:
+                weights = [1] * len(turns)
+            learned = range(len(turns))[-1:] if self._learned == "last turn" else range(len(turns))
+            return text, [turns[index] for index in learned if weights[index]]
         try:
             return finder.find(example.messages, example.tools)
         except ValueError:  # where nothing needs to be told apart, the plain text will do

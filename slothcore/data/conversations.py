@@ -27,6 +27,8 @@ Message = Mapping[str, Any]
 def read_messages(value: Any, *, where: str, system: Any = None) -> tuple[Message, ...]:
     """The messages of a conversation; keys beside role and content, such as tool calls, pass through.
 
+    Of a ShareGPT message `weight` alone does: an answer of weight 0 is not learned.
+
     Args:
         value: a list of messages, or its JSON text.
         where: what the message of an error calls this record.
@@ -108,12 +110,15 @@ def _message(message: Any, where: str) -> Message:
             "name them so, as OpenAI (role, content) or ShareGPT (from, value) does"
         )
     _check_content(kept, content_key, where)
+    if kept.get("weight", 1) not in (0, 1):
+        raise ValueError(f"{where}: 'weight' must be 0 (not learned) or 1, got {shown(kept['weight'])}; choose one")
     called = kept.get("tool_calls")
     if called and not (isinstance(called, list | tuple) and all(isinstance(call, Mapping) for call in called)):
         raise ValueError(f"{where}: 'tool_calls' must be a list of objects, got {shown(called)}; write it so")
     speaker = str(kept[role_key]).strip().lower()
+    weight = {"weight": kept["weight"]} if "weight" in kept else {}
     if speaker in CALLS:
-        return {"role": "assistant", "content": "", "tool_calls": _calls(kept[content_key], where)}
+        return {"role": "assistant", "content": "", "tool_calls": _calls(kept[content_key], where), **weight}
     if not sharegpt and kept["role"] in TEMPLATE_ROLES:
         return kept
     role = ROLES.get(speaker)
@@ -121,7 +126,7 @@ def _message(message: Any, where: str) -> Message:
         word = "speaker" if sharegpt else "role"
         raise ValueError(f"{where}: unknown {word} {kept[role_key]!r}; known are {', '.join([*ROLES, *sorted(CALLS)])}")
     if sharegpt:
-        return {"role": role, "content": kept["value"]}
+        return {"role": role, "content": kept["value"], **weight}
     return {**kept, "role": role}
 
 

@@ -62,6 +62,8 @@ def why_nothing(row: TokenizedRow, example: Example, where: str, max_seq_length:
         why = "its completion is empty" if example.prompt else "it has less than two tokens"
     elif not any(message["role"] == "assistant" for message in example.messages):
         why = f"it has no assistant's turn (roles: {', '.join(str(m['role']) for m in example.messages)})"
+    elif any(message["role"] == "assistant" and message.get("weight", 1) == 0 for message in example.messages):
+        why = "its answers have weight 0"
     else:
         why = "the chat template writes nothing that the assistant says"
     text = tokenizer.decode(row.input_ids, skip_special_tokens=False)

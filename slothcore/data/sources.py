@@ -105,6 +105,12 @@ def find_sources(
     """
     here = Path(path).expanduser()
     if here.is_dir():
+        # The JSON files beside the Arrow files are notes, and no records.
+        if (here / "dataset_dict.json").is_file() or any(here.glob("*.arrow")):
+            raise ValueError(
+                f"the folder {here} was written by save_to_disk of datasets, which is not read here; write it with "
+                "that library's to_json or to_parquet"
+            )
         inside = sorted(p for p in here.iterdir() if p.is_file() and extension(p) in READERS)
         if not inside:
             raise ValueError(f"the folder {here} holds no data file; known are {', '.join(READERS)}")

@@ -42,10 +42,10 @@ from slothcore.kernels.attention_tiles import (
     attention_tiles,
     copied_pair,
     copy_engine_from,
-    device_capability,
     score_arguments,
     tile_arguments,
 )
+from slothcore.kernels.gpu import device_capability
 from slothcore.kernels.math import LN_2, exponential, tanh
 
 

@@ -51,11 +51,11 @@ from slothcore.kernels.attention_tiles import (
     attention_tiles,
     copied_pair,
     copy_engine_from,
-    device_capability,
     key_gradient_parts,
     score_arguments,
     tile_arguments,
 )
+from slothcore.kernels.gpu import device_capability
 from slothcore.kernels.launch import next_power_of_2
 from slothcore.kernels.math import LOG2_E, exponential, tanh
 

@@ -25,7 +25,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from slothcore.kernels.attention_tiles import aligned_rows, device_capability
+from slothcore.kernels.attention_tiles import aligned_rows
+from slothcore.kernels.gpu import device_capability
 
 LENGTHS = 512
 FEWEST_TOKENS = 4096

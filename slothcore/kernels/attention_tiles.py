@@ -89,12 +89,6 @@ KEY_GRADIENT_PROGRAMS = 2
 QUERY_HEADS_IN_A_PROGRAM = 4
 
 
-@cache
-def device_capability(device: torch.device) -> tuple[int, int] | None:
-    """Compute capability, asked once for each device; None for the CPU, where Triton's interpreter runs."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-
-
 def shared_memory_kib(capability: tuple[int, int]) -> int:
     """Shared memory that one program may use, from the table of compute capabilities in the CUDA C++ guide."""
     if capability < (8, 0):

@@ -12,12 +12,11 @@ Such kernels may overlap in any number: each begins when the one before it has s
 - What writes weights and places is none of them: whatever is launched behind such a kernel begins when it has ended.
 """
 
-from functools import cache
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from slothcore.kernels.gpu import is_hopper
 
 MOST_ROWS = 64
 """With more rows a pass is no step of decoding, and its launches overlap with nothing that counts."""
@@ -26,12 +25,6 @@ MOST_ROWS = 64
 def begins_early(x: Tensor) -> bool:
     """Whether kernels that read the few rows of x begin while the one in front of them ends."""
     return x.is_cuda and x.shape[0] <= MOST_ROWS and is_hopper(x.device)
-
-
-@cache
-def is_hopper(device: torch.device) -> bool:
-    """Whether a GPU is of compute capability 9."""
-    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 @triton.jit

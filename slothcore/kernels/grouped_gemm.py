@@ -28,7 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slothcore.kernels.attention_tiles import device_capability, shared_memory_kib
+from slothcore.kernels.attention_tiles import shared_memory_kib
+from slothcore.kernels.gpu import device_capability
 from slothcore.kernels.grouped_gemm_eager import check_outer, check_product
 from slothcore.kernels.launch import ceil_div, next_power_of_2, with_contiguous_rows
 from slothcore.kernels.nf4 import decode_nf4

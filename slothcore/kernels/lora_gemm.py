@@ -20,7 +20,6 @@ host: made on the device they would need scratch memory from a process-wide allo
 """
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -30,6 +29,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from slothcore.kernels import lora_gemm_eager
+from slothcore.kernels.gpu import copy_engine_takes, device_capability, multiprocessors
 from slothcore.kernels.launch import ceil_div
 
 
@@ -199,33 +199,20 @@ def linear_input_grad(
 
 def _tile_for(left: Tensor, columns: int, operands: Sequence[Tensor | None]) -> Tile | None:
     """`choose_tile` for real tensors: None also where an operand's layout is beyond the copy engine."""
-    major, multiprocessors = _gpu(left.device.index)
+    capability = device_capability(left.device)
+    assert capability is not None
     tile = choose_tile(
-        left.shape[0], columns, dtype=left.dtype, capability_major=major, multiprocessors=multiprocessors
+        left.shape[0],
+        columns,
+        dtype=left.dtype,
+        capability_major=capability[0],
+        multiprocessors=multiprocessors(left.device),
     )
     if tile is None:
         return None
     # An output that the kernel makes itself has `columns` elements a row.
-    aligned = columns * left.element_size() % 16 == 0 and all(_tma_can_read(t) for t in operands if t is not None)
+    aligned = columns * left.element_size() % 16 == 0 and all(copy_engine_takes(t) for t in operands if t is not None)
     return tile if aligned else None
-
-
-def _tma_can_read(matrix: Tensor) -> bool:
-    """Rows must be contiguous, apart (an expanded gradient's are not) and start at multiples of 16 bytes."""
-    return (
-        matrix.stride(1) == 1
-        and matrix.stride(0) >= matrix.shape[1]
-        and matrix.stride(0) * matrix.element_size() % 16 == 0
-        and matrix.data_ptr() % 16 == 0
-        and matrix.numel() > 0
-    )
-
-
-@cache
-def _gpu(index: int) -> tuple[int, int]:
-    """Major compute capability and number of multiprocessors."""
-    properties = torch.cuda.get_device_properties(index)
-    return properties.major, properties.multi_processor_count
 
 
 def _launch(
@@ -249,7 +236,7 @@ def _launch(
         lora_left_desc, lora_right_desc = _describe(lora_left, left_block), _describe(lora_right, right_block)
         rank = lora_left.shape[1]
     tiles = ceil_div(rows, tile.rows) * ceil_div(columns, tile.columns)
-    programs = _gpu(left.device.index)[1] if left.is_cuda else INTERPRETER_PROGRAMS
+    programs = multiprocessors(left.device) if left.is_cuda else INTERPRETER_PROGRAMS
     lora_gemm_kernel[(min(programs, tiles),)](
         left_desc,
         right_desc,

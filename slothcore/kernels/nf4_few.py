@@ -8,7 +8,8 @@ Shapes    x [M, K]; W_i [N_i, K] in NF4, K divisible by 64; A_i [r_i, K]; B_i [N
           y [M, sum N_i]; h [M, I].  M = rows (tokens), at most MOST_ROWS; I = N_gate = N_up.
 Dtypes    x, y, h, u bfloat16 or float16; factors and biases of any floating dtype; sums float32.
 Rounding  A_i and c_i B_i are rounded once to x.dtype, as if joined first; u, y_i and act(y_gate) once each.
-Order     u of a row, and up to LANE_ROWS rows y and h too, do not depend on the rows beside it or on their number.
+Order     u of a row does not depend on the rows beside it or on their number; nor do y and h up to LANE_ROWS rows,
+          unless K is so large that nf4_stream.py has room for x of fewer rows only.
 Early     These kernels begin while the one in front of them ends (programmatic dependent launch), and read what they
           can of their weights until x is there. So what is launched just before may write anything but a weight.
 Kernels   nf4_stream.py for what it takes; else nf4_lanes.py up to LANE_ROWS rows, nf4_gemm_permute.py above. All are

@@ -20,9 +20,9 @@ import torch
 import triton
 from torch import Tensor
 
-from slothcore.kernels.early import is_hopper
 from slothcore.kernels.glu import glu_forward
 from slothcore.kernels.glu_eager import Activation
+from slothcore.kernels.gpu import is_hopper
 from slothcore.kernels.launch import ceil_div, with_contiguous_rows
 from slothcore.kernels.nf4 import Decode, absmax_arguments
 from slothcore.kernels.nf4_few_eager import Terms

@@ -18,6 +18,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
+from slothcore.kernels.gpu import copy_engine_takes, has_gluon, is_hopper, multiprocessors
 from slothcore.kernels.launch import ceil_div
 from slothcore.kernels.nf4 import absmax_arguments
 from slothcore.kernels.nf4_tensor import BLOCK, Nf4Tensor
@@ -51,18 +52,6 @@ FLAG_STREAMS = 64
 """Streams for which flags are kept; on others each call clears its own."""
 
 
-@cache
-def has_gluon() -> bool:
-    """Whether this Triton has the parts of Gluon that the kernel is written with."""
-    try:
-        from triton.experimental.gluon import language as gl
-        from triton.experimental.gluon.language.nvidia import hopper
-        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: F401
-    except ImportError:
-        return False
-    return hasattr(gl, "warp_specialize") and hasattr(hopper, "warpgroup_mma_wait")
-
-
 def pays(rows: int, summands: int, *, backward: bool) -> bool:
     """Whether a product with so many rows and summands is faster with weights that are decoded meanwhile.
 
@@ -88,9 +77,7 @@ def takes(left: Tensor, weights: Sequence[Nf4Tensor], operands: Sequence[Tensor 
 
 def can_take(left: Tensor, weights: Sequence[Nf4Tensor], operands: Sequence[Tensor | None], *, backward: bool) -> bool:
     """As `takes`, whether faster or not: for benchmarks."""
-    if not left.is_cuda or left.itemsize != 2 or not 1 <= len(weights) <= LARGEST_GROUP or not has_gluon():
-        return False
-    if _gpu(left.device.index)[0] != 9:
+    if not is_hopper(left.device) or left.itemsize != 2 or not 1 <= len(weights) <= LARGEST_GROUP or not has_gluon():
         return False
     in_features = weights[0].shape[1]
     *others, last = (weight.shape[0] for weight in weights)
@@ -103,7 +90,7 @@ def can_take(left: Tensor, weights: Sequence[Nf4Tensor], operands: Sequence[Tens
         whole
         and all(w.is_nested == weights[0].is_nested for w in weights)
         and all(w.packed.data_ptr() % 16 == 0 and w.absmax.data_ptr() % 4 == 0 for w in weights)
-        and all(_copy_engine_takes(t) for t in (left, *operands) if t is not None)
+        and all(copy_engine_takes(t) for t in (left, *operands) if t is not None)
     )
 
 
@@ -171,24 +158,6 @@ def cut_and_share(tiles: int, units: int, *, multiprocessors: int) -> tuple[int,
     return (cut, share) if cut and share < units else (0, units)
 
 
-def _copy_engine_takes(matrix: Tensor) -> bool:
-    """Rows must be contiguous, apart (an expanded gradient's are not) and start at multiples of 16 bytes."""
-    return (
-        matrix.stride(1) == 1
-        and matrix.stride(0) >= matrix.shape[1]
-        and matrix.stride(0) * matrix.element_size() % 16 == 0
-        and matrix.data_ptr() % 16 == 0
-        and matrix.numel() > 0
-    )
-
-
-@cache
-def _gpu(index: int) -> tuple[int, int]:
-    """Major compute capability and number of multiprocessors."""
-    properties = torch.cuda.get_device_properties(index)
-    return properties.major, properties.multi_processor_count
-
-
 class _Flags:
     """Zeros, one for each consumer of each program, by which programs that share a tile say that their sums are there.
 
@@ -197,7 +166,7 @@ class _Flags:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._programs = _gpu(device.index)[1]
+        self._programs = multiprocessors(device)
         self._all = torch.zeros(FLAG_STREAMS, 2 * self._programs, dtype=torch.int32, device=device)
         torch.cuda.current_stream(device).synchronize()  # other streams will not wait for the zeros
         self._of: dict[int, Tensor] = {}
@@ -219,7 +188,7 @@ _flags: dict[torch.device, _Flags] = {}
 def _flags_for(device: torch.device) -> Tensor:
     if device not in _flags:
         if torch.cuda.is_current_stream_capturing():
-            return torch.zeros(2 * _gpu(device.index)[1], dtype=torch.int32, device=device)
+            return torch.zeros(2 * multiprocessors(device), dtype=torch.int32, device=device)
         _flags[device] = _Flags(device)
     return _flags[device].of_stream()
 
@@ -245,10 +214,9 @@ def _launch(
     starts = [sum(w.shape[0] for w in weights[:i]) for i in range(1, LARGEST_GROUP)]
     tiles = ceil_div(rows, TILE_TOKENS) * ceil_div(outputs, TILE_ROWS)
     units = ceil_div(out_features if backward else in_features, UNIT)
-    multiprocessors = _gpu(left.device.index)[1]
-    cut, share = cut_and_share(tiles, units, multiprocessors=multiprocessors)
+    cut, share = cut_and_share(tiles, units, multiprocessors=multiprocessors(left.device))
     parts = ceil_div(cut * units, share)
-    programs = parts if tiles == cut else min(tiles, multiprocessors)
+    programs = parts if tiles == cut else min(tiles, multiprocessors(left.device))
     nf4_gemm_warps_kernel[(programs,)](
         left_desc, lora_left_desc, lora_right_desc, bias, describe(out, TILE_TOKENS // PIECES),
         *described[0], *described[1], *described[2], *starts,

@@ -1,4 +1,4 @@
-"""Products of few rows with NF4 weights on Hopper at the pace of its memory: launches of nf4_stream_kernel.py.
+"""Products of one to four rows with NF4 weights on Hopper: launches of nf4_stream_kernel.py.
 
 Forward, shapes, dtypes, rounding: those of nf4_few.py, which asks `takes` first. Elsewhere, for other shapes and with a
 Triton without Gluon, it has kernels of its own; the eager twin is nf4_few_eager.py.
@@ -10,32 +10,32 @@ from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from slothcore.kernels.early import begins_early, is_hopper
+from slothcore.kernels.early import begins_early
 from slothcore.kernels.glu_eager import Activation
+from slothcore.kernels.gpu import has_gluon, is_hopper, multiprocessors
 from slothcore.kernels.launch import ceil_div
 from slothcore.kernels.nf4_few_eager import Terms
 from slothcore.kernels.nf4_tensor import Nf4Tensor
 from slothcore.kernels.nf4_weights import weight_arguments
 
-IS_ON = True
 MOST_ROWS = 4
 """With more rows the kernel by permutes is as fast: x is what they wait for."""
 COLUMNS_OF_UNIT = 256
 ROWS_OF_TILE = 16
 WARPS = 8
-WORDS_BY_TABLE = 4
-"""Of the eight words of a block; the permutes have the others."""
-
-# What decides how many programs a multiprocessor has, and so where those of the next product go that begin early: there
-# must be as many places as programs, or some would get two on one multiprocessor while others idle.
-PROGRAMS_EACH = 1
-LEAST_SHARED = 115 * 1024
-MOST_SHARED = 202 * 1024
-MOST_STAGES = 6
 MOST_REGISTERS = 144
+"""Of a thread, with room beside it for the small kernels between two products."""
+
+# A program takes more than half of a multiprocessor's shared memory, so that one finds place on each. The next product
+# begins while this one runs: its programs then come where this one's have left, and fill their rings while the small
+# kernels in between run. With two places some got two programs on one multiprocessor, while others idled. A step of
+# Llama-3.1-8B with 1 and with 4 rows, in ms: without this kernel 3.52 and 3.98, with two places 3.27 and 3.81, with one
+# 3.22 and 3.51.
+LEAST_SHARED = 115 * 1024
+MOST_SHARED = 203 * 1024
+MOST_STAGES = 6
 
 RING_BYTES = {True: 2048 + 64 + 64, False: 2048 + 256}
 """Of a unit, by whether absmax is nested."""
@@ -60,33 +60,19 @@ class Plan(NamedTuple):
 
 @cache
 def plan(rows: int, in_features: int, *, nested: bool) -> Plan | None:
-    """As many stages as fit; None if x is too large for two."""
+    """As many stages as fit; None if x leaves no room for two."""
     x_bytes = ceil_div(rows * (in_features // 64 * BLOCK_BYTES + BETWEEN_TOKENS), 128) * 128
-    rest = 2 * SUMS_BYTES + (TABLE_BYTES if WORDS_BY_TABLE else 0)
     for stages in range(MOST_STAGES, 1, -1):
-        total = WARPS * stages * RING_BYTES[nested] + rest + x_bytes
+        total = WARPS * stages * RING_BYTES[nested] + 2 * SUMS_BYTES + TABLE_BYTES + x_bytes
         if total <= MOST_SHARED:
             padding = max(0, LEAST_SHARED - total)
             return Plan(stages, x_bytes + padding, total + padding)
     return None
 
 
-@cache
-def has_gluon() -> bool:
-    """Whether this Triton has the parts of Gluon that the kernel is written with."""
-    try:
-        from triton.experimental import gluon
-        from triton.experimental.gluon import language as gl
-    except ImportError:
-        return False
-    return hasattr(gl, "allocate_shared_memory") and hasattr(gluon, "jit")
-
-
 def takes(x: Tensor, weights: Sequence[Nf4Tensor]) -> bool:
     """Whether `launch` takes these, of what nf4_few.py takes."""
-    if not (IS_ON and x.is_cuda and is_hopper(x.device) and has_gluon()):
-        return False
-    return fits(x, weights)
+    return x.is_cuda and is_hopper(x.device) and has_gluon() and fits(x, weights)
 
 
 def fits(x: Tensor, weights: Sequence[Nf4Tensor]) -> bool:
@@ -118,19 +104,12 @@ def launch(
     outputs = [weight.shape[0] for weight in weights] if activation is None else [2 * out.shape[1]]
     tiles = sum(ceil_div(n, ROWS_OF_TILE) for n in outputs)
     early = begins_early(x)
-    nf4_stream_kernel[(min(tiles, PROGRAMS_EACH * multiprocessors(x.device)),)](
+    nf4_stream_kernel[(min(tiles, multiprocessors(x.device)),)](
         x, lora_x, out, *weight_arguments(weights, terms),
         x.stride(0), 0 if lora_x is None else lora_x.stride(0), out.stride(0), rows, in_features, tiles, 128,
         WEIGHTS=len(weights), NESTED=nested, HAS_LORA=lora_x is not None, HAS_BIAS=terms.biases[0] is not None,
-        ACTIVATION=activation, STAGES=space.stages, X_BYTES=space.x_bytes, TABLED=WORDS_BY_TABLE,
-        WHOLE=in_features % (COLUMNS_OF_UNIT * WARPS) == 0, EARLY=early,
-        num_warps=WARPS, maxnreg=MOST_REGISTERS, enable_fp_fusion=False,
-        launch_pdl=early,
+        ACTIVATION=activation, STAGES=space.stages, X_BYTES=space.x_bytes,
+        WHOLE=in_features % (WARPS * COLUMNS_OF_UNIT) == 0, EARLY=early,
+        num_warps=WARPS, maxnreg=MOST_REGISTERS, enable_fp_fusion=False, launch_pdl=early,
     )  # fmt: skip
     return out
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count

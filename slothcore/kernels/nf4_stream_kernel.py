@@ -58,13 +58,11 @@ def nf4_stream_kernel(
     N_0, N_1, N_2, rank_0, rank_1, rank_2, scaling_0, scaling_1, scaling_2,
     stride_x_row, stride_lora_x_row, stride_out_row, M, K, tiles, bytes_of_entry,
     WEIGHTS: gl.constexpr, NESTED: gl.constexpr, HAS_LORA: gl.constexpr, HAS_BIAS: gl.constexpr,
-    ACTIVATION: gl.constexpr, STAGES: gl.constexpr, X_BYTES: gl.constexpr, TABLED: gl.constexpr, WHOLE: gl.constexpr,
-    EARLY: gl.constexpr,
+    ACTIVATION: gl.constexpr, STAGES: gl.constexpr, X_BYTES: gl.constexpr, WHOLE: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """This program computes every so many-th tile of 16 weight rows, or of 8 gate's and 8 of up, for all tokens.
 
     X_BYTES: of x in shared memory, and behind it of the barriers.
-    TABLED: how many of the 8 words of a block are decoded by the table.
     WHOLE: the units of a row are a multiple of WARPS.
     bytes_of_entry: 128; a constant would be turned into a shift, which is the permutes' unit's.
     """
@@ -74,7 +72,7 @@ def nf4_stream_kernel(
     UNIT: gl.constexpr = NESTED_UNIT if NESTED else FLAT_UNIT
     RING: gl.constexpr = WARPS * STAGES * UNIT
     TABLE_AT: gl.constexpr = RING + 2 * SUMS
-    X_AT: gl.constexpr = TABLE_AT + (TABLE if TABLED else 0)
+    X_AT: gl.constexpr = TABLE_AT + TABLE
     BYTES: gl.constexpr = X_AT + X_BYTES
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     shared = gl.allocate_shared_memory(gl.int32, [BYTES // 128, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -126,8 +124,7 @@ def nf4_stream_kernel(
         fetch_round = gl.where(fetch_round == rounds, 0, fetch_round)
     gl.inline_asm_elementwise(MAKE_BARRIERS, "=r,r,r", [barriers, thread], dtype=gl.int32, is_pure=False, pack=1)
     table = smem + TABLE_AT + lane % 16 * 8
-    if TABLED:
-        fill_table(smem + TABLE_AT, thread)
+    fill_table(smem + TABLE_AT, thread)
     if EARLY:
         gl.inline_asm_elementwise(WAIT_EARLY, "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1)
     x_row = smem + X_AT + gl.minimum(row, M - 1) * (blocks * PITCH + BETWEEN)
@@ -165,11 +162,8 @@ def nf4_stream_kernel(
             next_0, next_1, next_absmax_0, next_absmax_1 = read(
                 following, at, slot * UNIT, next_step < steps, STAGES, NESTED, WHOLE
             )
-            planes_0 = ()
-            planes_1 = ()
-            if TABLED < 8:
-                planes_0 = planes_of(absmax_0, DTYPE)
-                planes_1 = planes_of(absmax_1, DTYPE)
+            planes_0 = planes_of(absmax_0, DTYPE)
+            planes_1 = planes_of(absmax_1, DTYPE)
             block = (r * WARPS + warp) * 4 + four
             if not WHOLE:
                 block = gl.minimum(block, blocks - 1)
@@ -177,7 +171,7 @@ def nf4_stream_kernel(
                 x = load_x(x_row + block * PITCH + 16 * i)
                 sums = multiply(
                     sums, words_0[i], absmax_0, planes_0, words_1[i], absmax_1, planes_1, table, bytes_of_entry, x,
-                    (i + 1) * TABLED // 8 > i * TABLED // 8, DTYPE,
+                    i % 2 == 1, DTYPE,
                 )  # fmt: skip
         of_tile = (sums[0] + sums[4], sums[1] + sums[5], sums[2] + sums[6], sums[3] + sums[7])
         if HAS_LORA:

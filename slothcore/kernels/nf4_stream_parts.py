@@ -1,8 +1,8 @@
 """Parts of nf4_stream_kernel.py: what a lane or a warp of it does, in Gluon.
 
-Decoding is what the time goes to, so it is divided between parts of the multiprocessor: some words are decoded by a
-table in shared memory, which holds both codes of a byte in float32, in 16 copies, so that no two lanes ask one bank for
-different words; the others by byte permutes (nf4_permute.py). Both give dtype(code * absmax), to the bit.
+Decoding is what the time goes to, so it is divided between parts of the multiprocessor: every other word is decoded by
+a table in shared memory, which holds both codes of a byte in float32, in 16 copies, so that no two lanes ask one bank
+for different words; the others by byte permutes (nf4_permute.py). Both give dtype(code * absmax), to the bit.
 The LoRA term is one more product of the tensor cores: a warp has 16 ranks.
 
 Shared memory  the rings [warp][stage][unit], two buffers of sums [warp][lane][4], the table [byte][copy][2],

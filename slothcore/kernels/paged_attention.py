@@ -29,13 +29,13 @@ from torch import Tensor
 
 from slothcore.kernels.attention_blocks import HIDDEN, add_weighted_rows, dot_rows, scale_rows, visible, zero_rows
 from slothcore.kernels.attention_tiles import (
-    device_capability,
     head_columns,
     scalar_tile,
     score_arguments,
     shared_memory_kib,
 )
 from slothcore.kernels.early import begins_early, signal_early, wait_early
+from slothcore.kernels.gpu import device_capability
 from slothcore.kernels.launch import ceil_div, next_power_of_2, warps_for
 from slothcore.kernels.math import exponential, tanh
 

@@ -213,3 +213,12 @@ def test_nothing_there(tmp_path: Path) -> None:
         find_sources(tmp_path / "absent.jsonl")
     with pytest.raises(ValueError, match="no data file was given"):
         open_dataset([])
+
+
+@pytest.mark.parametrize("files", [("data-00000-of-00001.arrow", "state.json"), ("dataset_dict.json",)])
+def test_a_folder_that_datasets_has_saved_is_not_taken_for_data(files: tuple[str, ...], tmp_path: Path) -> None:
+    """What stands beside the Arrow files are notes about them."""
+    for file in files:
+        (tmp_path / file).write_text('{"splits": ["train"]}')
+    with pytest.raises(ValueError, match=r"^the folder .* was written by save_to_disk of datasets, .* to_parquet"):
+        find_sources(tmp_path)

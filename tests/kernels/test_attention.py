@@ -11,11 +11,11 @@ from slothcore.kernels.attention_tiles import (
     Tile,
     Tiles,
     attention_tiles,
-    device_capability,
     head_columns,
     key_gradient_parts,
     shared_memory_kib,
 )
+from slothcore.kernels.gpu import device_capability
 from tests.numerics import assert_as_accurate_as_eager
 
 FUSED = (attention.attention_forward, attention_backward.attention_backward)

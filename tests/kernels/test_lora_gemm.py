@@ -130,22 +130,6 @@ def test_every_path_on_gpu(rows: int, out: int, inner: int, rank: int, dtype: to
     check_input_grad(t, path, lora=False)
 
 
-def test_copy_engine_reads_rows_that_are_apart() -> None:
-    matrix = torch.zeros(8, 64)
-    assert lora_gemm._tma_can_read(matrix)
-    assert lora_gemm._tma_can_read(matrix[:, :32])
-    unreadable = {
-        "transposed": matrix.t(),
-        "unaligned start": matrix[:, 1:33],
-        "unaligned rows": torch.zeros(8, 63),
-        "expanded along rows, as the gradient of a sum over tokens": matrix[:1].expand(8, 64),
-        "overlapping rows": matrix.as_strided((4, 64), (32, 1)),
-        "empty": matrix[:0],
-    }
-    for what, view in unreadable.items():
-        assert not lora_gemm._tma_can_read(view), what
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layouts_that_the_copy_engine_cannot_read(dtype: torch.dtype) -> None:

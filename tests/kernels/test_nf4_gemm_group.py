@@ -1,6 +1,5 @@
 """Products with groups of NF4 weights by specialised warps, against dequantise-then-multiply."""
 
-import sys
 from dataclasses import replace
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from slothcore.kernels import lora_gemm_eager, nf4_eager, nf4_gemm_group
+from slothcore.kernels.gpu import has_gluon
 from slothcore.kernels.launch import ceil_div
 from slothcore.kernels.nf4_gemm_group import cut_and_share, pays
 from slothcore.kernels.nf4_tensor import Nf4Tensor
@@ -28,7 +28,7 @@ SHAPES = {
 
 @pytest.fixture
 def hopper() -> None:
-    if torch.cuda.get_device_capability()[0] != 9 or not nf4_gemm_group.has_gluon():
+    if torch.cuda.get_device_capability()[0] != 9 or not has_gluon():
         pytest.skip("the kernel is for Hopper, and for a Triton with Gluon")
 
 
@@ -235,13 +235,6 @@ def test_rule_takes_rows_by_direction_and_by_what_the_cache_holds() -> None:
     ):
         assert pays(rows, summands, backward=False) == forward, (rows, summands)
         assert pays(rows, summands, backward=True) == backward, (rows, summands)
-
-
-def test_a_triton_without_gluon_decodes_first(monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "triton.experimental.gluon", None)
-    nf4_gemm_group.has_gluon.cache_clear()
-    assert not nf4_gemm_group.has_gluon()
-    nf4_gemm_group.has_gluon.cache_clear()
 
 
 def test_on_a_cpu_weights_are_decoded_first() -> None:

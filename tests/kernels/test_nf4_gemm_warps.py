@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from slothcore.kernels import nf4_gemm_group
+from slothcore.kernels.gpu import has_gluon
 
 LARGEST_SHARED_MEMORY = 227 * 1024
 """Of a program on an H100."""
@@ -28,7 +28,7 @@ class Hopper:
         return 0
 
 driver.set_active(Hopper())
-nf4_gemm_group._gpu = lambda index: (9, 132)
+nf4_gemm_group.multiprocessors = lambda device: 132
 nf4_gemm_group._flags_for = lambda device: torch.zeros(264, dtype=torch.int32)
 launch, compiled = JITFunction.run, []
 JITFunction.run = lambda self, *a, grid, warmup, **k: compiled.append(launch(self, *a, grid=grid, warmup=True, **k))
@@ -47,7 +47,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not nf4_gemm_group.has_gluon(), reason="this Triton has no Gluon")
+@pytest.mark.skipif(not has_gluon(), reason="this Triton has no Gluon")
 def test_kernel_compiles_for_hopper_and_fits_its_shared_memory() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from slothcore.kernels import nf4_eager, nf4_few_eager, nf4_stream
+from slothcore.kernels.gpu import has_gluon
 from slothcore.kernels.nf4_few_eager import Terms
 from slothcore.kernels.nf4_stream import plan
 from slothcore.kernels.nf4_tensor import Nf4Tensor
@@ -24,7 +25,7 @@ from tests.numerics import assert_as_accurate_as_eager
 def test_plan_has_room_for_everything(rows: int, in_features: int, nested: bool) -> None:
     space = plan(rows, in_features, nested=nested)
     ring = 8 * (2176 if nested else 2304)
-    rest = 2 * 8 * 512 + (32768 if nf4_stream.WORDS_BY_TABLE else 0)
+    rest = 2 * 8 * 512 + 32768
     x_bytes = rows * (in_features // 64 * 144 + 64)
     if space is None:
         assert 2 * ring + rest + x_bytes + 127 > nf4_stream.MOST_SHARED
@@ -37,13 +38,17 @@ def test_plan_has_room_for_everything(rows: int, in_features: int, nested: bool)
     assert space.x_bytes >= x_bytes
 
 
-def test_a_multiprocessor_has_as_many_places_as_programs() -> None:
-    """Of 228 KB, of which each program takes one more than it asks for; registers come in 65,536."""
-    room = 228 * 1024
-    programs, least, most = nf4_stream.PROGRAMS_EACH, nf4_stream.LEAST_SHARED, nf4_stream.MOST_SHARED
-    assert programs * (most + 1024) <= room
-    assert (programs + 1) * (least + 1024) > room
-    assert programs * 256 * nf4_stream.MOST_REGISTERS <= 65536
+def test_a_multiprocessor_has_one_place() -> None:
+    """Of 228 KB, of which each program takes one more than it asks for; and 20 thousand registers are left over."""
+    assert nf4_stream.MOST_SHARED + 1024 <= 228 * 1024
+    assert 2 * (nf4_stream.LEAST_SHARED + 1024) > 228 * 1024
+    assert 32 * nf4_stream.WARPS * nf4_stream.MOST_REGISTERS <= 65536 - 20000
+
+
+def test_plan_of_real_shapes() -> None:
+    assert plan(1, 4096, nested=True).stages == plan(4, 4096, nested=True).stages == nf4_stream.MOST_STAGES
+    assert plan(4, 14336, nested=True).stages == plan(4, 14336, nested=False).stages == 2
+    assert plan(4, 28672, nested=True) is None
 
 
 def test_takes_whole_units_that_can_be_copied() -> None:
@@ -100,7 +105,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not nf4_stream.has_gluon(), reason="this Triton has no Gluon")
+@pytest.mark.skipif(not has_gluon(), reason="this Triton has no Gluon")
 def test_kernel_compiles_for_hopper_and_has_the_planned_shared_memory() -> None:
     """To the byte: the kernel counts its addresses from the first, so Triton must not put anything of its own there."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -115,10 +120,9 @@ def test_kernel_compiles_for_hopper_and_has_the_planned_shared_memory() -> None:
 
 
 @pytest.fixture
-def hopper(monkeypatch) -> None:
-    if torch.cuda.get_device_capability()[0] != 9 or not nf4_stream.has_gluon():
+def hopper() -> None:
+    if torch.cuda.get_device_capability()[0] != 9 or not has_gluon():
         pytest.skip("the kernel is for Hopper, and for a Triton with Gluon")
-    monkeypatch.setattr(nf4_stream, "IS_ON", True)
 
 
 def operands(
@@ -171,7 +175,7 @@ CASES = {
     "many ranks": (3, 4096, (512, 136, 40), (16, 0, 150)),
     "three weights": (4, 4096, (4096, 1024, 1024), (16, 16, 16)),
     "more tiles than programs": (3, 2048, (9001,), (70,)),
-    "long rows": (1, 14336, (4096,), (16,)),
+    "long rows": (4, 14336, (4096,), (16,)),
 }
 GATED = {
     "one weight": (3, 1280, (40,), (8,)),
