@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -54,6 +55,10 @@ def logits_of(model: Any, ids: Tensor) -> Tensor:
     return logits.float()
 
 
+def weights_in(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
 def through_transformers(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
 
@@ -71,6 +76,13 @@ def test_transformers_loads_the_merged_model_of_every_family(variant: Variant, b
     assert (logits_of(through_transformers(tmp_path / "float32"), token_ids(2, LONG)) - ours).abs().max() < FLOAT32
     export_model(model, None, tmp_path / "bfloat16")
     rounded = logits_of(through_transformers(tmp_path / "bfloat16"), token_ids(2, LONG))
+    # The weights are those of the other folder, rounded once; and of the rounded ones both make the same logits.
+    exact, stored = (weights_in(tmp_path / dtype) for dtype in ("float32", "bfloat16"))
+    assert exact.keys() == stored.keys()
+    for name in exact:
+        assert torch.equal(stored[name], exact[name].to(torch.bfloat16)), name
+    again = load_model(tmp_path / "bfloat16", bits=32, device="cpu").eval()
+    assert (logits_of(again, token_ids(2, LONG)) - rounded).abs().max() < FLOAT32
     # Weights as large as a tiny model's round more than others, and where experts are chosen by them, others may be.
     assert distance(rounded, ours) < (3 if model.config.moe is None else 20) * BFLOAT16
 
@@ -120,6 +132,8 @@ def test_transformers_loads_the_merged_folder(bits: int, base: Any, trained: Pat
     assert (logits_of(merged, ids) - ours).abs().max() < FLOAT32
     rounded = through_transformers(tmp_path / "bfloat16")
     assert distance(logits_of(rounded, ids), ours) < BFLOAT16
+    again, _ = load(tmp_path / "bfloat16", bits=32, device="cpu")
+    assert (logits_of(again, ids) - logits_of(rounded, ids)).abs().max() < FLOAT32
     # And computed in bfloat16, as it is stored.
     assert distance(logits_of(through_transformers(tmp_path / "bfloat16", torch.bfloat16), ids), ours) < 3 * BFLOAT16
     assert Tokenizer.from_folder(tmp_path / "float32").encode("Tom had") == tokenizer.encode("Tom had")
