@@ -1,6 +1,7 @@
 """The `slothcore` command: finds the command that is meant, runs it, and says in one line what went wrong."""
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -100,6 +101,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _run(argv: list[str]) -> int:
     parser = build_parser()
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise UsageError(f"there is no command {argv[0]!r}{hint}; the commands are {', '.join(COMMANDS)}")
     arguments, unknown = parser.parse_known_args([_with_dashes(word) for word in argv])
     if arguments.command is None:
         parser.print_help()

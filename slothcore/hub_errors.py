@@ -2,6 +2,7 @@
 
 import errno
 import re
+import socket
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,8 @@ from huggingface_hub.errors import (
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 HUB_ADDRESS = re.compile(r"https?://[^/]+/([^/]+/[^/]+)")
+UNREACHABLE = "the Hugging Face Hub cannot be reached; check the connection, and HF_ENDPOINT if it is set"
+NO_WAY = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN)
 SIGN_IN = "run `hf auth login`, set HF_TOKEN or pass token="
 
 
@@ -68,10 +71,8 @@ def explain(
             f"the Hugging Face Hub answered with status {status} for {name}{at_revision}, and the download cache lacks "
             "it; try again later"
         )
-    if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
-        reason = without_network(local_files_only) or (
-            "the Hugging Face Hub cannot be reached; check the connection, and HF_ENDPOINT if it is set"
-        )
+    if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled) or _is_unreachable(error):
+        reason = without_network(local_files_only) or UNREACHABLE
         return f"{name}{at_revision} is neither {local} nor complete in the download cache, and {reason}"
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
@@ -115,6 +116,8 @@ def explain_upload(error: Exception, name: str) -> str:
             f"the Hugging Face Hub answered with status {status} to the upload to {name}, where nothing has changed; "
             "try again later"
         )
+    if _is_unreachable(error):
+        return f"nothing was uploaded to {name}: {UNREACHABLE}"
     reason = _reason(error)
     return f"uploading to {name} on the Hugging Face Hub failed: {reason}; nothing has changed there, so start again"
 
@@ -142,6 +145,17 @@ def _status(error: BaseException | None) -> int | None:
             return int(status)
         error = error.__cause__
     return None
+
+
+def _is_unreachable(error: BaseException | None) -> bool:
+    """Whether no connection came about; what the HTTP libraries raise comes from what the system has told them."""
+    while error is not None:
+        if isinstance(error, ConnectionRefusedError | socket.gaierror) or type(error).__name__ == "ConnectTimeout":
+            return True
+        if isinstance(error, OSError) and error.errno in NO_WAY:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _tokens_url() -> str:

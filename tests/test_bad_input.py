@@ -278,6 +278,13 @@ def test_output_folder_that_cannot_be_made(here, capsys, monkeypatch) -> None:
     )
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no file system at hand that takes no folder")
+def test_output_folder_where_none_can_be_made_is_found_before_the_data_are_read(here, capsys) -> None:
+    (here / "data.jsonl").write_text("not read")
+    message = r"output_dir /proc/x: /proc (takes no new folder \(.+\)|may not be written into); choose another folder"
+    refused(train_flags(here, Path("/proc/x")), capsys, message)
+
+
 @pytest.mark.parametrize("seed", ["-1", "99999999999999999999"])
 def test_seed_out_of_range(good, here, capsys, seed) -> None:
     refused_training(here, capsys, rf"seed must .*got {seed}", "--seed", seed)
@@ -303,6 +310,13 @@ def test_resume_folder_of_another_model(good, here, capsys) -> None:
 def test_resume_folder_without_a_checkpoint(here, capsys, name) -> None:
     where = str(here / "model") if name == "model" else name
     refused_training(here, capsys, r"no checkpoint to resume from|does not exist", "--resume-from-checkpoint", where)
+
+
+def test_resume_from_a_checkpoint_that_is_not_there_lists_those_that_are(good, here, capsys) -> None:
+    absent = good / "run" / "checkpoint-99"
+    message = rf"the checkpoint folder {absent} does not exist; {good / 'run'} has checkpoint-2\n"
+    refused_training(here, capsys, message, "--resume-from-checkpoint", str(absent))
+    refused(train_flags(good, good / "run", "--resume-from-checkpoint", "checkpoint-99"), capsys, "has checkpoint-2\n")
 
 
 def test_generate_without_a_prompt(good, capsys) -> None:

@@ -399,6 +399,7 @@ def test_names_of_other_programs_lead_to_the_option_here(capsys) -> None:
         ("serve", "max-model-len", "max_length"),
         ("serve", "lora-modules", "adapter"),
         ("generate", "max-length", "max_new_tokens"),
+        ("generate", "do-sample", "temperature"),
         ("export", "quantization-method", "dtype"),
         ("export", "push-to-hub", "push"),
     ):
@@ -407,8 +408,9 @@ def test_names_of_other_programs_lead_to_the_option_here(capsys) -> None:
             == 2
         )
         assert f"did you mean '{here}'?" in capsys.readouterr().err, other
-    assert main(["train", "--push-to-hub", "x"]) == 2
-    assert "slothcore has nothing like it" in capsys.readouterr().err
+    for words in (["train", "--push-to-hub", "x"], ["generate", "--model", "./absent", "--num-beams", "4"]):
+        assert main(words) == 2
+        assert "slothcore has nothing like it" in capsys.readouterr().err
     options = set()
     for command in COMMANDS.values():
         if not command.takes_config:
@@ -416,6 +418,13 @@ def test_names_of_other_programs_lead_to_the_option_here(capsys) -> None:
             command.add_options(parser)
             options |= {action.dest for action in parser._actions}
     assert set(OTHER_FLAGS.values()) <= options
+
+
+@pytest.mark.parametrize(("word", "hint"), [("trian", " (did you mean train?)"), ("xyz", "")])
+def test_a_word_that_is_no_command(word, hint, capsys) -> None:
+    assert main([word, "--model", "m"]) == 2
+    said = capsys.readouterr().err
+    assert said == f"slothcore: error: there is no command {word!r}{hint}; the commands are {', '.join(COMMANDS)}\n"
 
 
 def test_the_package_runs_as_a_module() -> None:

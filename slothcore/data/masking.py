@@ -102,6 +102,7 @@ def tokenise_stream(
     only_completions = completion_only_loss is not False
     chats = ChatRows(tokenizer, "last turn" if mask_history else "turns" if only_completions else "all")
     running = FullRows(max_seq_length)
+    unknown = tokenizer.unk_token_id
     batches = _batches(records, chats, on_bad_row, format, text_field)
     for batch, rows in _encoded_ahead(batches, tokenizer, chats, only_completions):
         whole_rows = iter(rows)
@@ -126,6 +127,7 @@ def tokenise_stream(
                 stats.rows += 1
                 stats.tokens += len(fitted.input_ids)
                 stats.targets += targets
+                stats.unknown_targets += 0 if unknown is None else fitted.labels[1:].count(unknown)
                 yield fitted
     if not stats.rows:
         raise ValueError(nothing_left(stats, max_seq_length))

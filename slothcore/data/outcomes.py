@@ -19,6 +19,7 @@ class TokenizeStats:
         rows: how many rows they gave.
         tokens: tokens of all rows.
         targets: tokens that are learned.
+        unknown_targets: those of them that stand for characters that the vocabulary lacks.
         truncated: rows cut at the maximum length.
         dropped_overlength: rows left out because they were longer than that.
         dropped_without_target: rows left out because nothing in them is learned.
@@ -30,6 +31,7 @@ class TokenizeStats:
     rows: int = 0
     tokens: int = 0
     targets: int = 0
+    unknown_targets: int = 0
     truncated: int = 0
     dropped_overlength: int = 0
     dropped_without_target: int = 0

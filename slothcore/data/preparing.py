@@ -30,6 +30,9 @@ BATCH = 1000
 CACHED_FROM = 4 << 20
 # New objects after which Python searches for garbage in cycles.
 SEARCHED_AFTER = 100_000
+# Part of the name under which tokens are kept. Raise it with every change that makes other rows, labels or counts of
+# the same records, tokenizer and settings: formats, masking, chat templates, TokenizeStats. Releases differ anyway.
+PREPARING_REVISION = 2
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -70,7 +73,8 @@ def prepare_dataset(dataset: Dataset, tokenizer: Tokenizer, settings: Settings, 
     content = dataset.digest() if size is not None and size >= CACHED_FROM else None
     if content is None:
         return _in_memory(dataset, tokenizer, settings, progress)
-    key = cache_key({"content": content, "tokenizer": tokenizer.fingerprint(), "settings": asdict(settings)})
+    facts = {"content": content, "tokenizer": tokenizer.fingerprint(), "settings": asdict(settings)}
+    key = cache_key({**facts, "revision": PREPARING_REVISION})
     if found := find_prepared(key):
         store, about = found
         note = f"{len(store):,} prepared rows were found in {prepared_folder(key)}"

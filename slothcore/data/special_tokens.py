@@ -39,6 +39,14 @@ def id_of(core: TokenizerCore, special_tokens: Mapping[str, str], name: str, fol
     return token_id
 
 
+def unk_token_id(core: TokenizerCore, configured: str | None, eos_token_id: int | None) -> int | None:
+    """What stands for characters that the vocabulary lacks: None if nothing does, or what ends a text (GPT-2)."""
+    # A byte-level vocabulary lacks none, whatever is configured; of a Unigram model only the configuration tells.
+    token = getattr(core.model, "unk_token", configured)
+    token_id = core.token_to_id(token) if token else None
+    return None if token_id == eos_token_id else token_id
+
+
 def pad_token_id(core: TokenizerCore, configured: str | None, eos_token_id: int | None) -> int | None:
     """By the order in the docstring of `Tokenizer`."""
     for token in (configured, *DEDICATED_PAD_TOKENS):

@@ -67,6 +67,7 @@ class Tokenizer:
         self.bos_token_id = tokens.id_of(core, special_tokens, "bos_token", folder)
         self.eos_token_id = tokens.id_of(core, special_tokens, "eos_token", folder)
         self.pad_token_id = tokens.pad_token_id(core, special_tokens.get("pad_token"), self.eos_token_id)
+        self.unk_token_id = tokens.unk_token_id(core, special_tokens.get("unk_token"), self.eos_token_id)
         self.padding_side: PaddingSide = config.get("padding_side") or "right"
         _check_side(self.padding_side, f"{folder}: padding_side")
         self._special_tokens = dict(special_tokens)
@@ -97,10 +98,8 @@ class Tokenizer:
         token_map = files.read_json(folder / "special_tokens_map.json")
         special_tokens = {}
         for name in tokens.SPECIAL_TOKEN_NAMES:
-            token = files.token_text(config.get(name), name, folder) or files.token_text(
-                token_map.get(name), name, folder
-            )
-            if token is not None:
+            texts = (files.token_text(source.get(name), name, folder) for source in (config, token_map))
+            if token := next(filter(None, texts), None):
                 special_tokens[name] = token
         return cls(
             core,

@@ -72,7 +72,12 @@ def model_folder(
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise ValueError(f"{name} is a file; give the folder that holds config.json")
+        if folder.suffix == ".gguf":
+            raise ValueError(
+                f"{name} is a GGUF file, which slothcore writes and does not read; give the Hugging Face folder that "
+                "it was made from, or its name on the Hub"
+            )
+        raise ValueError(f"{name} is a file; give the folder that holds it, {folder.parent}")
     if address := HUB_ADDRESS.match(name):
         raise ValueError(f"{name} is an address; give the repository's name, {address[1]}")
     if not HUB_NAME.fullmatch(name):

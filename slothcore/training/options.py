@@ -17,6 +17,8 @@ import yaml
 from slothcore.training.other_names import OTHER_NAMES, OTHER_VALUES, WITHOUT_COUNTERPART
 
 WORDS_FOR_NONE = {"none", "null", "~"}
+# How alike, from 0 to 1, two names are spelled of which one may be meant by the other.
+CLOSE = 0.7
 DEVICE = re.compile(r"(cpu|cuda)(:\d+)?")
 WORDS_FOR_BOOL = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
@@ -33,7 +35,7 @@ def option(default: Any, text: str, *, group: str, shown: bool = True) -> Any:
 def check_names(
     given: Iterable[str], known: Iterable[str], *, source: str, others: Mapping[str, str] = OTHER_NAMES
 ) -> None:
-    """Raise ValueError for the first name in `given` that is not in `known`, naming the nearest known one.
+    """Raise ValueError for the first name in `given` that is not in `known`, naming one that is spelled much like it.
 
     Args:
         others: names that other programs have, and which one here is meant by each.
@@ -45,10 +47,8 @@ def check_names(
         meant = others.get(str(name))
         if meant not in known and name in WITHOUT_COUNTERPART:
             raise ValueError(f"unknown option {name!r} in {source}; slothcore has nothing like it: leave it out")
-        near = [meant] if meant in known else difflib.get_close_matches(str(name), known, n=1)
+        near = [meant] if meant in known else difflib.get_close_matches(str(name), known, n=1, cutoff=CLOSE)
         hint = f"did you mean {near[0]!r}?" if near else "--help lists the options"
-        if not near and (far := difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)):
-            hint += f", of which {far[0]!r} is spelled most like it"
         raise ValueError(f"unknown option {name!r} in {source}; {hint}")
 
 

@@ -168,6 +168,13 @@ def _tokenised(dataset: Iterable[Any], tokenizer: Tokenizer, config: TrainConfig
     say(f"{what}: {prepared.stats.describe(config.max_seq_length)}")
     if prepared.stats.first_skipped:
         say(f"{what}: the first left out: {prepared.stats.first_skipped}")
+    if unknown := prepared.stats.unknown_targets:
+        assert tokenizer.unk_token_id is not None
+        token = tokenizer.decode([tokenizer.unk_token_id], skip_special_tokens=False)
+        say(
+            f"{what}: {token!r}, which stands for characters that the vocabulary lacks, is learned "
+            f"{counted(unknown, 'time')}; replace these characters, or add them with new_tokens"
+        )
     for note in prepared.notes:
         say(f"{what}: {note}")
     return prepared.store

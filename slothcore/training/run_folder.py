@@ -14,6 +14,7 @@ output_dir/
 
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,13 +76,20 @@ def _check_base_is_elsewhere(config: TrainConfig) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise ValueError unless `folder` is one that can be written into, or can be made; nothing is written yet."""
+    """Raise ValueError unless `folder` is one that can be written into, or can be made; nothing is left in it."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
         where = "is a file" if nearest == folder else f"would lie in {nearest}, which is a file"
         raise ValueError(f"output_dir {folder} {where}; choose a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise ValueError(f"output_dir {folder}: {nearest} may not be written into; choose another folder")
+    try:
+        # Some file systems, such as /proc, say that they can be written into, and take nothing.
+        Path(tempfile.mkdtemp(prefix=".slothcore-", dir=nearest)).rmdir()
+    except OSError as error:
+        raise ValueError(
+            f"output_dir {folder}: {nearest} takes no new folder ({error.strerror}); choose another folder"
+        ) from error
 
 
 def claim_output_dir(config: TrainConfig) -> Path:

@@ -151,7 +151,10 @@ def find_checkpoint(resume_from: str, output_dir: Path) -> Path:
     else:
         folder = Path(resume_from)
         if not folder.is_dir():
-            raise FileNotFoundError(f"the checkpoint folder {folder} does not exist")
+            there = checkpoints(folder.parent) or checkpoints(output_dir)
+            names = ", ".join(path.name for path in there)
+            hint = f"; {there[0].parent} has {names}" if there else ""
+            raise FileNotFoundError(f"the checkpoint folder {folder} does not exist{hint}")
         if (folder / STATE_FILE).is_file():
             return folder
     found = checkpoints(folder)

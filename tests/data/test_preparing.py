@@ -10,17 +10,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as TokenizerCore
+from tokenizers import models
 
 from slothcore.data import preparing
 from slothcore.data.dataset import open_dataset
 from slothcore.data.masking import TokenizedRow, tokenise_dataset
 from slothcore.data.prepared_cache import HOME_VARIABLE, PreparedFolder, cache_home, find_prepared
 from slothcore.data.preparing import Settings, prepare_dataset
+from slothcore.data.special_tokens import unk_token_id
 from slothcore.data.token_store import IDS_FILE, TokenStore, TokenWriter, rows_of
 from slothcore.data.tokenizer import Tokenizer
 from slothcore.training.config import TrainConfig
 from slothcore.training.preparation import prepare_rows
-from tests.data.tiny_tokenizers import CHATML, write_byte_tokenizer
+from tests.data.tiny_tokenizers import CHATML, write_byte_tokenizer, write_sentencepiece_tokenizer
 from tests.training.tiny import random_rows
 
 CHAT = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
@@ -97,7 +100,9 @@ def test_the_second_time_finds_the_first(home: Path, tmp_path: Path, tokenizer: 
     assert second.notes == [f"8 prepared rows were found in {folder}"]
 
 
-def test_whatever_changes_tokens_makes_another_folder(home: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_whatever_changes_tokens_makes_another_folder(
+    home: Path, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write(tmp_path / "a.jsonl", [{"messages": CHAT}, {"messages": CHAT}])
 
     def prepare(settings: Settings, using: Tokenizer = tokenizer) -> int:
@@ -114,6 +119,8 @@ def test_whatever_changes_tokens_makes_another_folder(home: Path, tmp_path: Path
     assert prepare(Settings(200), other) == 5
     write(path, [{"messages": CHAT}])
     assert prepare(Settings(200)) == 6
+    monkeypatch.setattr(preparing, "PREPARING_REVISION", preparing.PREPARING_REVISION + 1)
+    assert prepare(Settings(200)) == 7
 
 
 def test_a_damaged_folder_is_made_again(home: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -233,6 +240,33 @@ def test_what_packing_made_is_said(tokenizer: Tokenizer, count: int, said: str, 
     config = TrainConfig(max_seq_length=9, packing=True)
     prepare_rows([{"text": "abcdef"}] * count, tokenizer, config, what="training")
     assert f"training: {said}" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("home")
+def test_characters_that_the_vocabulary_lacks_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only where they are learned, and also of rows that are found again."""
+    tokenizer = Tokenizer.from_folder(write_sentencepiece_tokenizer(tmp_path / "pieces"))
+    path = write(tmp_path / "a.jsonl", [{"prompt": "ä ö", "completion": "a ü b ß"}, {"prompt": "a", "completion": "b"}])
+    said = "training: '<unk>', which stands for characters that the vocabulary lacks, is learned 2 times; "
+    for _ in range(2):
+        prepare_rows(open_dataset(path), tokenizer, TrainConfig(max_seq_length=50), what="training")
+        assert capsys.readouterr().out.count(said) == 1
+    prepare_rows([{"prompt": "ä", "completion": "b"}], tokenizer, TrainConfig(max_seq_length=50), what="training")
+    assert "vocabulary lacks" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (models.BPE({"<unk>": 0, "</s>": 1}, [], unk_token="<unk>"), 0),
+        (models.BPE({"<unk>": 0, "</s>": 1}, [], unk_token="</s>"), None),
+        (models.BPE({"<unk>": 0, "</s>": 1}, []), None),
+        (models.Unigram([("<unk>", 0.0), ("</s>", -1.0)], unk_id=0, byte_fallback=False), 0),
+    ],
+)
+def test_which_token_is_the_unknown_one(model: models.Model, expected: int | None) -> None:
+    """As GPT-2 has it, the one that ends a text; one that is configured beside bytes never comes."""
+    assert unk_token_id(TokenizerCore(model), "<unk>", 1) == expected
 
 
 DATASETS = {

@@ -110,6 +110,12 @@ def folder(name: str, **options: Any) -> dict[str, Any]:
     return {"folder": str(found), "files": sorted(str(f.relative_to(found)) for f in found.rglob("*") if f.is_file())}
 
 
+def dataset(name: str, **options: Any) -> list[str]:
+    from slothcore.data.hub_files import dataset_files
+
+    return [str(file) for file in dataset_files(name, **options)]
+
+
 def push(name: str, repo_id: str, **options: Any) -> str:
     import slothcore
 
@@ -129,7 +135,14 @@ def command(*argv: str) -> dict[str, Any]:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    actions = {"load": load, "load_adapter": load_adapter, "folder": folder, "push": push, "command": command}
+    actions = {
+        "load": load,
+        "load_adapter": load_adapter,
+        "folder": folder,
+        "dataset": dataset,
+        "push": push,
+        "command": command,
+    }
     before = dict(os.environ)
     os.environ.update(request["environment"])
     try:

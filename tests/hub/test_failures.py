@@ -20,8 +20,13 @@ def test_a_file_that_the_server_stumbles_over_once_is_asked_for_again(client, se
 def test_without_cache_and_without_network(client, offline, server, tmp_path) -> None:
     with server.unreachable():
         message = client.refused("load", "org/model", cache_dir=tmp_path)
+        of_dataset = client.refused("dataset", "org/data", cache_dir=tmp_path)
     assert "org/model is neither a local folder nor complete in the download cache" in message
     assert "the Hugging Face Hub cannot be reached; check the connection" in message
+    assert of_dataset == (
+        "org/data is neither a local file or folder nor complete in the download cache, and "
+        "the Hugging Face Hub cannot be reached; check the connection, and HF_ENDPOINT if it is set"
+    )
     message = client.refused("load", "org/model", cache_dir=tmp_path, local_files_only=True)
     assert message.endswith("local_files_only is set; unset it once to download")
     message = offline.refused("load", "org/model", revision="v1", cache_dir=tmp_path)

@@ -36,8 +36,11 @@ def test_a_missing_folder_is_not_looked_up(name: str, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_hub")
 def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ValueError, match="is a file; give the folder"):
+    with pytest.raises(ValueError, match=f"is a file; give the folder that holds it, {tmp_path}$"):
         model_folder(tmp_path / "model.safetensors")
+    (tmp_path / "model.Q4_K_M.gguf").touch()
+    with pytest.raises(ValueError, match=r"is a GGUF file, .* writes and does not read; give the Hugging Face folder"):
+        model_folder(tmp_path / "model.Q4_K_M.gguf")
 
 
 @pytest.mark.parametrize(
