@@ -9,6 +9,7 @@ from slothcore.kernels.glu import glu_forward
 from slothcore.kernels.nf4_few_eager import Terms
 from slothcore.kernels.nf4_gemm import LinearConfig, linear_by_permutes
 from slothcore.kernels.nf4_tensor import Nf4Tensor
+from tests.kernels.few_rows import exact_linear
 from tests.numerics import assert_as_accurate_as_eager
 
 # Rows, in_features, out_features of each weight. The blocks of a row: fewer than a step, a step and one, whole steps of
@@ -40,19 +41,6 @@ def operands(
     biases = [torch.randn(n).to(device, dtype) if biased else None for n in out_features]
     x = torch.randn(rows, in_features).to(device, dtype)
     return x, weights, lora_A, Terms(None, lora_B, [0.5 * (i + 1) for i in range(len(ranks))], biases)
-
-
-def exact_linear(x: Tensor, weights: list[Nf4Tensor], terms: Terms) -> Tensor:
-    """The answer in float64 for weights and factors as rounded to x.dtype, which is part of the definition."""
-    outputs, first = [], 0
-    for weight, B, scaling, bias in zip(weights, terms.lora_B, terms.scalings, terms.biases, strict=True):
-        y = x.double() @ nf4_eager.nf4_dequantize(weight, dtype=x.dtype).double().T
-        if B is not None:
-            assert terms.lora_x is not None
-            u = terms.lora_x[:, first : first + B.shape[1]].double()
-            y, first = y + u @ (B.float() * scaling).to(x.dtype).double().T, first + B.shape[1]
-        outputs.append(y if bias is None else y + bias.double())
-    return torch.cat(outputs, dim=1)
 
 
 def with_input(x: Tensor, lora_A: list[Tensor | None], terms: Terms) -> Terms:

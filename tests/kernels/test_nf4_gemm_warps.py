@@ -1,38 +1,18 @@
 """What can be said of the specialised warps without their GPU: that this Triton compiles them for it, and they fit."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
 from slothcore.kernels.gpu import has_gluon
+from tests.kernels.for_hopper import found_by
 
 LARGEST_SHARED_MEMORY = 227 * 1024
 """Of a program on an H100."""
 
 SCRIPT = """
-import json, torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 from slothcore.kernels import nf4_eager, nf4_gemm_group
 
-class Hopper:
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-    def get_current_device(self):
-        return 0
-    def get_current_stream(self, device=None):
-        return 0
-
-driver.set_active(Hopper())
 nf4_gemm_group.multiprocessors = lambda device: 132
 nf4_gemm_group._flags_for = lambda device: torch.zeros(264, dtype=torch.int32)
-launch, compiled = JITFunction.run, []
-JITFunction.run = lambda self, *a, grid, warmup, **k: compiled.append(launch(self, *a, grid=grid, warmup=True, **k))
-found = []
 for backward in (False, True):
     weights = [nf4_eager.nf4_quantize(torch.ones(256, 512)) for _ in range(2)]
     left, out = torch.ones(8, 512), torch.ones(8, 512)
@@ -42,17 +22,13 @@ for backward in (False, True):
     nf4_gemm_group._launch(tensors[0], weights, *tensors[1:], bias, out.bfloat16(), backward=backward)
     kernel = compiled.pop()
     found.append([kernel.metadata.shared, kernel.asm["ptx"].count("wgmma.mma_async"), len(kernel.asm["cubin"])])
-print(json.dumps(found))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not has_gluon(), reason="this Triton has no Gluon")
 def test_kernel_compiles_for_hopper_and_fits_its_shared_memory() -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = found_by(SCRIPT)
     assert len(found) == 2
     for shared, products, size in found:
         assert shared <= LARGEST_SHARED_MEMORY

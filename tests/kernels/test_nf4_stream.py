@@ -1,9 +1,5 @@
 """Products of few rows with NF4 weights as a stream, against dequantise-then-multiply."""
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -16,6 +12,8 @@ from slothcore.kernels.gpu import has_gluon
 from slothcore.kernels.nf4_few_eager import Terms
 from slothcore.kernels.nf4_stream import plan
 from slothcore.kernels.nf4_tensor import Nf4Tensor
+from tests.kernels.few_rows import exact_linear
+from tests.kernels.for_hopper import found_by
 from tests.numerics import assert_as_accurate_as_eager
 
 
@@ -67,27 +65,11 @@ def test_takes_whole_units_that_can_be_copied() -> None:
 
 
 SCRIPT = """
-import json, torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 from slothcore.kernels import nf4_eager, nf4_stream
 from slothcore.kernels.nf4_few_eager import Terms
 
-class Hopper:
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-    def get_current_device(self):
-        return 0
-    def get_current_stream(self, device=None):
-        return 0
-
-driver.set_active(Hopper())
 nf4_stream.multiprocessors = lambda device: 132
 nf4_stream.begins_early = lambda x: True
-launch, compiled = JITFunction.run, []
-JITFunction.run = lambda self, *a, grid, warmup, **k: compiled.append(launch(self, *a, grid=grid, warmup=True, **k))
-found = []
 for rows, count, activation, nested, dtype in (
     (1, 3, None, True, torch.bfloat16), (4, 2, "silu", True, torch.bfloat16), (2, 1, "silu", False, torch.float16),
 ):
@@ -100,7 +82,6 @@ for rows, count, activation, nested, dtype in (
     kernel = compiled.pop()
     ptx, planned = kernel.asm["ptx"], nf4_stream.plan(rows, 4096, nested=nested).total
     found.append([kernel.metadata.shared, planned, ptx.count("cp.async.cg"), ptx.count("griddepcontrol.wait")])
-print(json.dumps(found))
 """
 
 
@@ -108,10 +89,7 @@ print(json.dumps(found))
 @pytest.mark.skipif(not has_gluon(), reason="this Triton has no Gluon")
 def test_kernel_compiles_for_hopper_and_has_the_planned_shared_memory() -> None:
     """To the byte: the kernel counts its addresses from the first, so Triton must not put anything of its own there."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = found_by(SCRIPT)
     assert len(found) == 3
     for shared, planned, copies, waits in found:
         assert shared == planned
@@ -139,19 +117,6 @@ def operands(
     biases = [normal(n).to(dtype) if biased else None for n in out_features]
     terms = Terms(u, lora_B, [0.5 * (i + 1) for i in range(len(ranks))], biases)
     return normal(rows, in_features).to(dtype), weights, terms
-
-
-def exact_linear(x: Tensor, weights: list[Nf4Tensor], terms: Terms) -> Tensor:
-    """In float64, of weights and factors as rounded to x.dtype, which is part of the definition."""
-    outputs, first = [], 0
-    for weight, B, scaling, bias in zip(weights, terms.lora_B, terms.scalings, terms.biases, strict=True):
-        y = x.double() @ nf4_eager.nf4_dequantize(weight, dtype=x.dtype).double().T
-        if B is not None:
-            assert terms.lora_x is not None
-            u = terms.lora_x[:, first : first + B.shape[1]].double()
-            y, first = y + u @ (B.float() * scaling).to(x.dtype).double().T, first + B.shape[1]
-        outputs.append(y if bias is None else y + bias.double())
-    return torch.cat(outputs, dim=1)
 
 
 def streamed(x: Tensor, weights: list[Nf4Tensor], terms: Terms, activation: str | None = None) -> Tensor:
