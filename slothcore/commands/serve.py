@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,10 +109,10 @@ def run(values: dict[str, Any]) -> int:
     silent = ", ".join(each.name for each in served if each.tokenizer.chat_template is None)
     if silent:
         print(f"slothcore: no chat template for {silent}: {NO_TEMPLATE}", file=sys.stderr, flush=True)
-    try:
+    # A process that a script has put into the background is told nothing of Ctrl-C once the server has ended with it.
+    with suppress(KeyboardInterrupt):
         server.run(ready=lambda: print(f"serving {names} at {port.url}; Ctrl-C ends", flush=True))
-    except KeyboardInterrupt:
-        print("stopped", flush=True)
+    print("stopped", flush=True)
     return 0
 
 

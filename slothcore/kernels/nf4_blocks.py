@@ -13,16 +13,18 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from slothcore.kernels.nf4_permute import pairs_ptx, products_ptx
+from slothcore.kernels.nf4_permute import (
+    EIGHT_INT32,
+    PRODUCTS_BFLOAT16,
+    PRODUCTS_FLOAT16,
+    PRODUCTS_REGISTERS,
+    pairs_ptx,
+)
 from slothcore.kernels.nf4_tensor import Nf4Tensor
 
-PRODUCTS_BFLOAT16 = gl.constexpr(products_ptx("cvt.rn.bf16x2.f32"))
-PRODUCTS_FLOAT16 = gl.constexpr(products_ptx("cvt.rn.f16x2.f32"))
-PRODUCTS_REGISTERS = gl.constexpr(",".join(["=r"] * 8 + ["f"]))
 PAIRS = gl.constexpr(pairs_ptx())
 # Written before all planes are read: no output may share a register with an input.
 PAIRS_REGISTERS = gl.constexpr(",".join(["=&r"] * 4 + ["r"] * 9))
-EIGHT_INT32 = gl.constexpr((gl.int32,) * 8)
 FOUR_INT32 = gl.constexpr((gl.int32,) * 4)
 
 UNIT = gl.constexpr(4)  # steps whose scales are loaded at a time; tiles are cut between units

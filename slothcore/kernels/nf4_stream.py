@@ -7,8 +7,6 @@ Early     As there: a program begins while the kernel in front ends, and has the
 """
 
 from collections.abc import Sequence
-from functools import cache
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -17,6 +15,7 @@ from slothcore.kernels.glu_eager import Activation
 from slothcore.kernels.gpu import has_gluon, is_hopper, multiprocessors
 from slothcore.kernels.launch import ceil_div
 from slothcore.kernels.nf4_few_eager import Terms
+from slothcore.kernels.nf4_stream_layout import WARPS, plan
 from slothcore.kernels.nf4_tensor import Nf4Tensor
 from slothcore.kernels.nf4_weights import weight_arguments
 
@@ -24,50 +23,8 @@ MOST_ROWS = 4
 """With more rows the kernel by permutes is as fast: x is what they wait for."""
 COLUMNS_OF_UNIT = 256
 ROWS_OF_TILE = 16
-WARPS = 8
 MOST_REGISTERS = 144
 """Of a thread, with room beside it for the small kernels between two products."""
-
-# A program takes more than half of a multiprocessor's shared memory, so that one finds place on each. The next product
-# begins while this one runs: its programs then come where this one's have left, and fill their rings while the small
-# kernels in between run. With two places some got two programs on one multiprocessor, while others idled. A step of
-# Llama-3.1-8B with 1 and with 4 rows, in ms: without this kernel 3.52 and 3.98, with two places 3.27 and 3.81, with one
-# 3.22 and 3.51.
-LEAST_SHARED = 115 * 1024
-MOST_SHARED = 203 * 1024
-MOST_STAGES = 6
-
-RING_BYTES = {True: 2048 + 64 + 64, False: 2048 + 256}
-"""Of a unit, by whether absmax is nested."""
-SUMS_BYTES = WARPS * 512
-TABLE_BYTES = 256 * 128
-BLOCK_BYTES, BETWEEN_TOKENS = 144, 64
-
-
-class Plan(NamedTuple):
-    """How the shared memory of a program is used.
-
-    Attributes:
-        stages: units in the ring of each warp.
-        x_bytes: what is left for x and, at its end, the barriers.
-        total: all of it, in bytes.
-    """
-
-    stages: int
-    x_bytes: int
-    total: int
-
-
-@cache
-def plan(rows: int, in_features: int, *, nested: bool) -> Plan | None:
-    """As many stages as fit; None if x leaves no room for two."""
-    x_bytes = ceil_div(rows * (in_features // 64 * BLOCK_BYTES + BETWEEN_TOKENS), 128) * 128
-    for stages in range(MOST_STAGES, 1, -1):
-        total = WARPS * stages * RING_BYTES[nested] + 2 * SUMS_BYTES + TABLE_BYTES + x_bytes
-        if total <= MOST_SHARED:
-            padding = max(0, LEAST_SHARED - total)
-            return Plan(stages, x_bytes + padding, total + padding)
-    return None
 
 
 def takes(x: Tensor, weights: Sequence[Nf4Tensor]) -> bool:

@@ -15,19 +15,20 @@ A place        the weights of a tile's rows r and r + 8, as nf4_weights.py has t
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from slothcore.kernels import nf4_stream_layout as layout
 from slothcore.kernels import nf4_stream_ptx as ptx
 from slothcore.kernels.glu import activate
 from slothcore.kernels.nf4_permute import EIGHT_INT32, PRODUCTS_BFLOAT16, PRODUCTS_FLOAT16, PRODUCTS_REGISTERS
 from slothcore.kernels.nf4_tensor import NF4_CODE
 from slothcore.kernels.nf4_weights import chosen_weight
 
-WARPS = gl.constexpr(8)
-NESTED_UNIT = gl.constexpr(2048 + 64 + 64)
-FLAT_UNIT = gl.constexpr(2048 + 256)
-SUMS = gl.constexpr(8 * 512)
-TABLE = gl.constexpr(256 * 128)
-PITCH = gl.constexpr(144)  # of a block of x
-BETWEEN = gl.constexpr(64)  # tokens of x
+WARPS = gl.constexpr(layout.WARPS)
+NESTED_UNIT = gl.constexpr(layout.UNIT_BYTES[True])
+FLAT_UNIT = gl.constexpr(layout.UNIT_BYTES[False])
+SUMS = gl.constexpr(layout.SUMS_BYTES)
+TABLE = gl.constexpr(layout.TABLE_BYTES)
+PITCH = gl.constexpr(layout.BLOCK_BYTES)
+BETWEEN = gl.constexpr(layout.BETWEEN_TOKENS)
 CODE = gl.constexpr(NF4_CODE)
 
 SHARED_BASE = gl.constexpr(ptx.base())
@@ -47,11 +48,11 @@ LORA = gl.constexpr([ptx.lora(dtype) for dtype in ("bf16", "f16")])
 LORA_REGISTERS = gl.constexpr(ptx.registers("ffff", "f" * 16))
 GIVE = gl.constexpr(ptx.give())
 GIVE_REGISTERS = gl.constexpr(ptx.registers("r", "rrrrrffff"))
-TAKE = gl.constexpr(ptx.take(8))
+TAKE = gl.constexpr(ptx.take(layout.WARPS))
 TAKE_REGISTERS = gl.constexpr(ptx.registers("ffff", "rrrrrr"))
 COPY_X = gl.constexpr(ptx.copy_x())
 STORE_ENTRY = gl.constexpr(ptx.store_entry())
-MAKE_BARRIERS = gl.constexpr(ptx.make_barriers(8))
+MAKE_BARRIERS = gl.constexpr(ptx.make_barriers(layout.WARPS))
 LOAD_SHARED = gl.constexpr(ptx.LOAD_SHARED)
 EVERYBODY = gl.constexpr(ptx.EVERYBODY)
 WAIT_EARLY = gl.constexpr(ptx.WAIT_EARLY)

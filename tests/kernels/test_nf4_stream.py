@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from slothcore.kernels import nf4_eager, nf4_few_eager, nf4_stream
+from slothcore.kernels import nf4_eager, nf4_few_eager, nf4_stream, nf4_stream_layout
 from slothcore.kernels.gpu import has_gluon
 from slothcore.kernels.nf4_few_eager import Terms
-from slothcore.kernels.nf4_stream import plan
+from slothcore.kernels.nf4_stream_layout import plan
 from slothcore.kernels.nf4_tensor import Nf4Tensor
 from tests.kernels.few_rows import exact_linear
 from tests.kernels.for_hopper import found_by
@@ -26,25 +26,25 @@ def test_plan_has_room_for_everything(rows: int, in_features: int, nested: bool)
     rest = 2 * 8 * 512 + 32768
     x_bytes = rows * (in_features // 64 * 144 + 64)
     if space is None:
-        assert 2 * ring + rest + x_bytes + 127 > nf4_stream.MOST_SHARED
+        assert 2 * ring + rest + x_bytes + 127 > nf4_stream_layout.MOST_SHARED
         return
-    assert 2 <= space.stages <= nf4_stream.MOST_STAGES
+    assert 2 <= space.stages <= nf4_stream_layout.MOST_STAGES
     assert space.total == space.stages * ring + rest + space.x_bytes
     assert space.total % 128 == 0
-    assert nf4_stream.LEAST_SHARED <= space.total <= nf4_stream.MOST_SHARED
+    assert nf4_stream_layout.LEAST_SHARED <= space.total <= nf4_stream_layout.MOST_SHARED
     # The barriers are the last 32 bytes: behind the last token, of whose part the last 80 are padding.
     assert space.x_bytes >= x_bytes
 
 
 def test_a_multiprocessor_has_one_place() -> None:
     """Of 228 KB, of which each program takes one more than it asks for; and 20 thousand registers are left over."""
-    assert nf4_stream.MOST_SHARED + 1024 <= 228 * 1024
-    assert 2 * (nf4_stream.LEAST_SHARED + 1024) > 228 * 1024
-    assert 32 * nf4_stream.WARPS * nf4_stream.MOST_REGISTERS <= 65536 - 20000
+    assert nf4_stream_layout.MOST_SHARED + 1024 <= 228 * 1024
+    assert 2 * (nf4_stream_layout.LEAST_SHARED + 1024) > 228 * 1024
+    assert 32 * nf4_stream_layout.WARPS * nf4_stream.MOST_REGISTERS <= 65536 - 20000
 
 
 def test_plan_of_real_shapes() -> None:
-    assert plan(1, 4096, nested=True).stages == plan(4, 4096, nested=True).stages == nf4_stream.MOST_STAGES
+    assert plan(1, 4096, nested=True).stages == plan(4, 4096, nested=True).stages == nf4_stream_layout.MOST_STAGES
     assert plan(4, 14336, nested=True).stages == plan(4, 14336, nested=False).stages == 2
     assert plan(4, 28672, nested=True) is None
 
@@ -65,7 +65,7 @@ def test_takes_whole_units_that_can_be_copied() -> None:
 
 
 SCRIPT = """
-from slothcore.kernels import nf4_eager, nf4_stream
+from slothcore.kernels import nf4_eager, nf4_stream, nf4_stream_layout
 from slothcore.kernels.nf4_few_eager import Terms
 
 nf4_stream.multiprocessors = lambda device: 132
@@ -80,7 +80,7 @@ for rows, count, activation, nested, dtype in (
     out = torch.empty(rows, 32 * count if activation is None else 16 * count, dtype=dtype)
     nf4_stream.launch(x, weights, terms, out, activation=activation)
     kernel = compiled.pop()
-    ptx, planned = kernel.asm["ptx"], nf4_stream.plan(rows, 4096, nested=nested).total
+    ptx, planned = kernel.asm["ptx"], nf4_stream_layout.plan(rows, 4096, nested=nested).total
     found.append([kernel.metadata.shared, planned, ptx.count("cp.async.cg"), ptx.count("griddepcontrol.wait")])
 """
 
