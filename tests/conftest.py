@@ -5,8 +5,13 @@ is defined, so the variable is set here, before anything imports slothcore.
 """
 
 import os
+import signal
 
 import torch
+
+# What a script starts in the background ignores Ctrl-C, and so would all that the tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
