@@ -4,6 +4,7 @@ Without a GPU the Triton kernels run in Triton's interpreter on CPU tensors. The
 is defined, so the variable is set here, before anything imports slothcore.
 """
 
+import gc
 import os
 import signal
 
@@ -18,11 +19,15 @@ if not torch.cuda.is_available():
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.family_table import write_table
+
+MEMORY_KEPT = 2**30
+"""Bytes that a process may keep of a GPU between tests."""
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -40,6 +45,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def room_for_other_workers(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Give a GPU back what a test took of it: several processes test on one, and what a cache keeps others lack."""
+    yield
+    if "gpu" in request.keywords and torch.cuda.is_initialized() and torch.cuda.memory_reserved() > MEMORY_KEPT:
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture

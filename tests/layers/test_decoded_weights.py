@@ -169,13 +169,11 @@ def test_what_cannot_be_kept_is_refused() -> None:
             replace(weight, decoded=wrong)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_kept_copies_change_no_bit_on_a_gpu(dtype) -> None:
-    """With more rows than are multiplied by codes in the kernel."""
+def results_by_codes_and_by_copies(rows: int, dtype: torch.dtype) -> list[list[Tensor]]:
+    """The output of a group on a GPU and all its gradients, twice: without decoded copies, and with them."""
     sizes = (4096, 1024, 1024)
     group = [layer(out, 4096, lora=True).to("cuda") for out in sizes]
-    x = torch.randn(512, 4096, dtype=dtype, device="cuda", requires_grad=True)
+    x = torch.randn(rows, 4096, dtype=dtype, device="cuda", requires_grad=True)
     results = []
     for _ in range(2):
         y = project_together(x, group)
@@ -183,4 +181,21 @@ def test_kept_copies_change_no_bit_on_a_gpu(dtype) -> None:
         results.append([y, *torch.autograd.grad(y, [x, *parameters], torch.ones_like(y))])
         keep_decoded_together(group, dtype)
         assert decoded_together([linear.base_weight() for linear in group], dtype).shape == (sum(sizes), 4096)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    return results
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_kept_copies_change_no_bit_on_a_gpu(dtype) -> None:
+    """With so many rows that weights are decoded first, copies or not."""
+    by_codes, by_copies = results_by_codes_and_by_copies(8192, dtype)
+    assert all(torch.equal(a, b) for a, b in zip(by_codes, by_copies, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [64, 512, 1024])
+def test_kept_copies_agree_with_weights_decoded_in_the_product(rows, dtype) -> None:
+    """With fewer rows the copies are multiplied by another kernel, which adds the same products up in another order."""
+    for a, b in zip(*results_by_codes_and_by_copies(rows, dtype), strict=True):
+        assert (a - b).float().norm() <= torch.finfo(dtype).eps * b.float().norm()
