@@ -12,8 +12,9 @@ Order     u of a row does not depend on the rows beside it or on their number; n
           unless K is so large that nf4_stream.py has room for x of fewer rows only.
 Early     These kernels begin while the one in front of them ends (programmatic dependent launch), and read what they
           can of their weights until x is there. So what is launched just before may write anything but a weight.
-Kernels   nf4_stream.py for what it takes; else nf4_lanes.py up to LANE_ROWS rows, nf4_gemm_permute.py above. All are
-          for Hopper. Elsewhere `takes` says no, and the caller takes nf4_gemm.py.
+Kernels   nf4_stream.py and, from 33 rows on, nf4_gemm_group.py for what they take; else nf4_lanes.py up to LANE_ROWS
+          rows, nf4_gemm_permute.py above. All are for Hopper. Elsewhere `takes` says no, and the caller takes
+          nf4_gemm.py.
 Source    Dettmers et al. 2023, arXiv:2305.14314; Hu et al. 2021, arXiv:2106.09685.
 """
 
@@ -25,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slothcore.kernels import nf4_stream
+from slothcore.kernels import nf4_gemm_group, nf4_stream
 from slothcore.kernels.early import begins_early, signal_early, wait_early
 from slothcore.kernels.glu_eager import Activation
 from slothcore.kernels.launch import ceil_div, next_power_of_2, warps_for, with_contiguous_rows
@@ -172,6 +173,8 @@ def linear(x: Tensor, weights: Sequence[Nf4Tensor], terms: Terms) -> Tensor:
     Returns: [M, sum of N_i] of x.dtype.
     """
     streams = nf4_stream.takes(x, weights)
+    if nf4_gemm_group.takes_few(x, weights, terms):
+        return nf4_gemm_group.nf4_linear_few(x, weights, terms)
     if not streams and x.shape[0] > LANE_ROWS:
         return linear_by_permutes(x, weights, terms, early=begins_early(x))
     out = torch.empty(x.shape[0], sum(weight.shape[0] for weight in weights), dtype=x.dtype, device=x.device)

@@ -13,9 +13,9 @@ The weight is the first operand of the product, so that a decoded weight meets 2
 shared memory less than they would with x first. Backward they read the same tile of weights the other way.
 
 Tiles that do not fill all multiprocessors once more are cut: their steps, one tile's after another's in units of four,
-are dealt out evenly. A program that begins inside a tile leaves its sums, in float32, to the program with the first
-steps of that tile, which adds them in order: always the same one. A program's parts of tiles come before its whole
-tiles, and what it leaves to another before what it waits for, so nobody waits in a circle.
+are dealt out evenly. How the parts are added up stands in nf4_gemm_sums.py.
+
+The kernel may begin while the one in front of it ends (early.py): it reads weights until x is there.
 
 Barriers: `ready` of a stage has two arrivals, that of the expected bytes and that of the decode; `empty` one from each
 consumer. A producer awaits `empty` with the opposite parity, so that the first round passes.
@@ -34,16 +34,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from slothcore.kernels.nf4_blocks import UNIT, choose, decode, fetch_scales, read_words, request
-
-# Its name until Triton 3.6, and since.
-warpgroup_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+from slothcore.kernels import nf4_stream_ptx as ptx
+from slothcore.kernels.nf4_blocks import UNIT, choose, decode, fetch_scales, read_words, request, weight_of
+from slothcore.kernels.nf4_gemm_sums import PIECES, store_tile
 
 ROWS = gl.constexpr(128)
 STAGES = gl.constexpr(4)
 BAND = gl.constexpr(8)  # tiles of tokens that are walked down before going right: they share a weight in the L2 cache
 PRODUCERS = gl.constexpr(2)
-PIECES = gl.constexpr(4)  # of a tile's tokens, stored one after another: the buffer then fits beside the stages
+WAIT_EARLY = gl.constexpr(ptx.WAIT_EARLY)
+SIGNAL_EARLY = gl.constexpr(ptx.SIGNAL_EARLY)
 
 
 def describe(matrix: Tensor, rows: int) -> TensorDescriptor:
@@ -89,10 +89,21 @@ def _next(stage, phase):
 
 
 @gluon.jit
+def _ranks_of(weight, ranks, COUNT: gl.constexpr):
+    """Of a weight, the ranks that its factors have, and the first of them in u."""
+    first = 0
+    if COUNT > 1:
+        first = gl.where(weight > 0, ranks[0], 0)
+    if COUNT > 2:
+        first += gl.where(weight > 1, ranks[1], 0)
+    return choose(weight, ranks, COUNT), first
+
+
+@gluon.jit
 def _produce(
     x_desc, lora_x_desc, lora_w_desc, words_descs, weights, starts, x_bufs, w_bufs, ready, empty, ring, arrived,
-    M, N, K, R, cut, share,
-    COUNT: gl.constexpr, NESTED: gl.constexpr, TOKENS: gl.constexpr, BACKWARD: gl.constexpr,
+    M, N, K, R, cut, share, ranks,
+    COUNT: gl.constexpr, NESTED: gl.constexpr, TOKENS: gl.constexpr, BACKWARD: gl.constexpr, APART: gl.constexpr,
     WHICH: gl.constexpr,
 ):  # fmt: skip
     """Four warps that fill every second stage, from number WHICH on.
@@ -117,6 +128,7 @@ def _produce(
                 words_descs, starts, output, first * UNIT + place, place, ring, arrived, first < last, COUNT, BACKWARD
             )
         absmax, scale, weight = fetch_scales(weights, starts, output, first, N, K, COUNT, NESTED, BACKWARD)
+        gl.inline_asm_elementwise(WAIT_EARLY, "=r,r", [stage], dtype=gl.int32, is_pure=False, pack=1)
         for unit in range(first, last):
             if NESTED:
                 offset = gl.load(choose(weight, weights[2], COUNT))
@@ -146,38 +158,37 @@ def _produce(
                     )
                 stage, phase = _next(stage, phase)
             ring_phase ^= 1
+        rank_first = 0
+        if APART:
+            lora_steps, rank_first = _ranks_of(weight_of(output, starts, COUNT), ranks, COUNT)
+            lora_steps = gl.minimum(lora_steps, 1)
         for step in range(gl.where(last == units, lora_steps, 0)):
             if step % PRODUCERS == WHICH:
                 w_buf = w_bufs.index(stage)._reinterpret(x_desc.dtype, [ROWS, 64], lora_w_desc.layout)
                 mbarrier.wait(empty.index(stage), phase)
-                mbarrier.expect(ready.index(stage), X_BYTES + ROWS * 128)
+                mbarrier.expect(ready.index(stage), X_BYTES if APART else X_BYTES + ROWS * 128)
                 tma.async_copy_global_to_shared(
-                    lora_x_desc, [token, step * 64], ready.index(stage), x_bufs.index(stage)
+                    lora_x_desc, [token, rank_first + step * 64], ready.index(stage), x_bufs.index(stage)
                 )
-                for panel in gl.static_range(ROWS // 64):
+                for panel in gl.static_range(0 if APART else ROWS // 64):
                     at = [step * 64, output + 64 * panel] if BACKWARD else [output + 64 * panel, step * 64]
                     tma.async_copy_global_to_shared(lora_w_desc, at, ready.index(stage), w_buf.slice(64 * panel, 64))
                 mbarrier.arrive(ready.index(stage), count=1)
             stage, phase = _next(stage, phase)
-
-
-@gluon.jit
-def _piece_offsets(piece: gl.constexpr, TOKENS: gl.constexpr, layout: gl.constexpr):
-    """Where a piece of a consumer's sums [64, TOKENS] lies among them: in squares of 8 x 8, as a warp has them."""
-    row = gl.arange(0, 64, gl.SliceLayout(1, layout))
-    column = gl.arange(0, TOKENS // PIECES, gl.SliceLayout(0, layout)) + piece * (TOKENS // PIECES)
-    return gl.expand_dims(row % 8 * 8 + row // 8 * 64, 1) + gl.expand_dims(column % 8 + column // 8 * 512, 0)
+    # Not before: programs of the next kernel find no room beside this one, but on multiprocessors that have none of it.
+    gl.inline_asm_elementwise(SIGNAL_EARLY, "=r,r", [stage], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
 def _consume(
     bias_ptr, out_desc, x_bufs, w_bufs, out_buf, ready, empty, sums_ptr, flags_ptr, M, N, K, R, cut, share,
-    WHICH: gl.constexpr, HAS_BIAS: gl.constexpr, TOKENS: gl.constexpr, BACKWARD: gl.constexpr,
+    starts, lora_Bs, ranks, scalings, COUNT: gl.constexpr, HAS_BIAS: gl.constexpr, TOKENS: gl.constexpr,
+    TOGETHER: gl.constexpr, BACKWARD: gl.constexpr, APART: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
     """Four warps that sum 64 outputs of each tile, from 64 * WHICH on, for all of its tokens."""
     outputs = K if BACKWARD else N
     units = gl.cdiv(N if BACKWARD else K, 64 * UNIT)
-    lora_steps = gl.cdiv(R, 64)
+    lora_steps = 0 if APART else gl.cdiv(R, 64)
     tiles_m = gl.cdiv(M, TOKENS)
     tiles_n = gl.cdiv(outputs, ROWS)
     program = gl.program_id(0)
@@ -185,16 +196,26 @@ def _consume(
     whole = gl.cdiv(gl.maximum(tiles_m * tiles_n - cut - program, 0), gl.num_programs(0))
     # 256 tokens in one instruction want 154 registers a thread when the kernel starts, which more than 12 warps cannot
     # have.
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS // 2, 16])
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, min(128, TOKENS), 16])
     stage = 0
     phase = 0
     for number in range(parts + whole):
         tile, first, last = _segment(number, begin, end, parts, cut, units)
         token, output = _tile_position(tile, tiles_m, tiles_n, TOKENS)
+        if APART:
+            weight = weight_of(output, starts, COUNT)
+            rank = choose(weight, ranks, COUNT)
+            operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+            row = output + 64 * WHICH + gl.arange(0, 64, gl.SliceLayout(1, operand))
+            own_row = gl.expand_dims(row - choose(weight, starts, COUNT), 1)
+            column = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(0, operand)), 0)
+            wanted = gl.expand_dims(row < N, 1) & (column < rank) & (last == units)
+            lora_B = gl.load(choose(weight, lora_Bs, COUNT) + own_row * rank + column, mask=wanted, other=0.0)
         output += 64 * WHICH
         steps = (last - first) * UNIT + gl.where(last == units, lora_steps, 0)
         sums = gl.zeros([64, TOKENS], gl.float32, layout)
         if HAS_BIAS:
+            gl.inline_asm_elementwise(WAIT_EARLY, "=r,r", [stage], dtype=gl.int32, is_pure=False, pack=1)
             row = output + gl.arange(0, 64, gl.SliceLayout(1, layout))
             bias = gl.load(bias_ptr + row, mask=(row < N) & (first == 0), other=0.0)
             sums += gl.expand_dims(bias.to(gl.float32), 1)
@@ -210,51 +231,40 @@ def _consume(
             stage, phase = _next(stage, phase)
         sums = warpgroup_mma_wait(num_outstanding=0, deps=(sums,))
         mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), count=1)
-        half_0, half_1 = gl.split(gl.permute(gl.reshape(sums, [64, 2, TOKENS // 2]), (0, 2, 1)))
-        piece_0, piece_1 = gl.split(gl.permute(gl.reshape(half_0, [64, 2, TOKENS // 4]), (0, 2, 1)))
-        piece_2, piece_3 = gl.split(gl.permute(gl.reshape(half_1, [64, 2, TOKENS // 4]), (0, 2, 1)))
-        pieces = (piece_0, piece_1, piece_2, piece_3)
-        if first > 0:
-            own_ptr = sums_ptr + (program * 2 + WHICH) * (64 * TOKENS)
-            for piece in gl.static_range(PIECES):
-                offsets = _piece_offsets(piece, TOKENS, gl.constexpr(pieces[piece].type.layout))
-                gl.store(own_ptr + offsets, pieces[piece])
-            warpgroup_barrier()
-            gl.atomic_xchg(flags_ptr + program * 2 + WHICH, 1, sem="release", scope="gpu")
-        else:
-            # Those who have the rest of this tile, in order; none if this program has all of it.
-            for other in range(program + 1, gl.where(last < units, gl.cdiv((tile + 1) * units, share), 0)):
-                while gl.atomic_add(flags_ptr + other * 2 + WHICH, 0, sem="acquire", scope="gpu") == 0:
-                    pass
-                gl.atomic_xchg(flags_ptr + other * 2 + WHICH, 0, sem="relaxed", scope="gpu")
-                their_ptr = sums_ptr + (other * 2 + WHICH) * (64 * TOKENS)
-                added = ()
-                for piece in gl.static_range(PIECES):
-                    offsets = _piece_offsets(piece, TOKENS, gl.constexpr(pieces[piece].type.layout))
-                    added += (pieces[piece] + gl.load(their_ptr + offsets, cache_modifier=".cg"),)
-                pieces = added
-            for piece in gl.static_range(PIECES):
-                tma.store_wait(0)
-                out_buf.permute((1, 0)).store(pieces[piece].to(out_desc.dtype))
-                fence_async_shared()
-                tma.async_copy_shared_to_global(out_desc, [token + piece * (TOKENS // PIECES), output], out_buf)
+        # Two conditions, because the first is decided when the kernel is compiled.
+        if APART:  # noqa: SIM102
+            if (last == units) & (rank > 0):
+                mbarrier.wait(ready.index(stage), phase)
+                lora_B_rounded = (lora_B.to(gl.float32) * choose(weight, scalings, COUNT)).to(out_desc.dtype)
+                sums = warpgroup_mma(lora_B_rounded, x_bufs.index(stage).permute((1, 0)), sums)
+                mbarrier.arrive(empty.index(stage), count=1)
+                stage, phase = _next(stage, phase)
+        store_tile(
+            sums, tile, first, last, units, share, token, output, out_desc, out_buf, sums_ptr, flags_ptr,
+            WHICH, TOKENS, TOGETHER,
+        )  # fmt: skip
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["M", "N", "R", "start_1", "start_2", "cut", "share"])
+@gluon.jit(do_not_specialize=["M", "N", "R", "start_1", "start_2", "cut", "share", "rank_0", "rank_1", "rank_2"])
 def nf4_gemm_warps_kernel(
     x_desc, lora_x_desc, lora_w_desc, bias_ptr, out_desc,
     words_0_desc, absmax_0_ptr, nested_absmax_0_ptr, nested_offset_0_ptr, nested_code_0_ptr,
     words_1_desc, absmax_1_ptr, nested_absmax_1_ptr, nested_offset_1_ptr, nested_code_1_ptr,
     words_2_desc, absmax_2_ptr, nested_absmax_2_ptr, nested_offset_2_ptr, nested_code_2_ptr,
     start_1, start_2, sums_ptr, flags_ptr, cut, share, M, N, K, R,
+    lora_B_0_ptr, lora_B_1_ptr, lora_B_2_ptr, rank_0, rank_1, rank_2, scaling_0, scaling_1, scaling_2,
     COUNT: gl.constexpr, NESTED: gl.constexpr, HAS_BIAS: gl.constexpr, BACKWARD: gl.constexpr, TOKENS: gl.constexpr,
+    TOGETHER: gl.constexpr, APART: gl.constexpr,
 ):  # fmt: skip
     """out [M, outputs] = x W^T + lora_x lora_w^T + bias, BACKWARD without the transpositions.
 
     The first `cut` tiles are dealt out, `share` units a program; of the others this program takes every
     num_programs-th. Weights 1 and 2 begin at rows start_1 and start_2 of the N that all have together; those beyond
     COUNT repeat the last. flags: a zero for each consumer of each program, in the end too.
+    TOGETHER: in how many equal parts the cut tiles are, if their programs add them up together; else 1.
+    APART: instead of lora_w, each weight has a factor of its own [N_i, rank_i], which is multiplied by its scaling and
+    then rounded; at most 64 ranks each, which follow one another in lora_x.
     """
     words_layout: gl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
     x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, TOKENS, 64], x_desc.layout)
@@ -278,23 +288,28 @@ def nf4_gemm_warps_kernel(
         (nested_code_0_ptr, nested_code_1_ptr, nested_code_2_ptr),
     )
     starts = (0, start_1, start_2)
+    lora_Bs = (lora_B_0_ptr, lora_B_1_ptr, lora_B_2_ptr)
+    ranks = (rank_0, rank_1, rank_2)
+    scalings = (scaling_0, scaling_1, scaling_2)
     gl.warp_specialize(
         [
             (_consume, (
                 bias_ptr, out_desc, x_bufs, w_bufs, out_bufs.index(0), ready, empty, sums_ptr, flags_ptr,
-                M, N, K, R, cut, share, 0, HAS_BIAS, TOKENS, BACKWARD,
+                M, N, K, R, cut, share, starts, lora_Bs, ranks, scalings,
+                COUNT, HAS_BIAS, TOKENS, TOGETHER, BACKWARD, APART, 0,
             )),
             (_consume, (
                 bias_ptr, out_desc, x_bufs, w_bufs, out_bufs.index(1), ready, empty, sums_ptr, flags_ptr,
-                M, N, K, R, cut, share, 1, HAS_BIAS, TOKENS, BACKWARD,
+                M, N, K, R, cut, share, starts, lora_Bs, ranks, scalings,
+                COUNT, HAS_BIAS, TOKENS, TOGETHER, BACKWARD, APART, 1,
             )),
             (_produce, (
                 x_desc, lora_x_desc, lora_w_desc, words_descs, weights, starts, x_bufs, w_bufs, ready, empty,
-                ring, arrived, M, N, K, R, cut, share, COUNT, NESTED, TOKENS, BACKWARD, 0,
+                ring, arrived, M, N, K, R, cut, share, ranks, COUNT, NESTED, TOKENS, BACKWARD, APART, 0,
             )),
             (_produce, (
                 x_desc, lora_x_desc, lora_w_desc, words_descs, weights, starts, x_bufs, w_bufs, ready, empty,
-                ring, arrived, M, N, K, R, cut, share, COUNT, NESTED, TOKENS, BACKWARD, 1,
+                ring, arrived, M, N, K, R, cut, share, ranks, COUNT, NESTED, TOKENS, BACKWARD, APART, 1,
             )),
         ],
         [4, 4, 4],

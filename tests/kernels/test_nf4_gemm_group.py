@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from slothcore.kernels import lora_gemm_eager, nf4_eager, nf4_gemm_group
+from slothcore.kernels import lora_gemm_eager, nf4_eager, nf4_few_eager, nf4_gemm_group
 from slothcore.kernels.gpu import has_gluon
 from slothcore.kernels.launch import ceil_div
-from slothcore.kernels.nf4_gemm_group import cut_and_share, pays
+from slothcore.kernels.nf4_few_eager import Terms
+from slothcore.kernels.nf4_gemm_group import PIECES, cut_and_share, parts_together, pays
 from slothcore.kernels.nf4_tensor import Nf4Tensor
+from tests.kernels.few_rows import exact_linear
 from tests.numerics import assert_as_accurate_as_eager, widened
 
 # Rows, out_features of each weight, in_features, rank: partial tiles of tokens and outputs, tiles cut between two and
@@ -22,6 +24,10 @@ SHAPES = {
     "no LoRA": (256, (256, 256), 512, 0),
     "a tile cut into many": (300, (256,), 14336, 16),
     "tiles cut in two": (512, (4096,), 4096, 16),
+    "tiles cut in four": (256, (4096,), 4096, 16),
+    "few rows, tiles cut in four": (40, (4096,), 4096, 72),
+    "few rows, several weights": (64, (4096, 1024, 1024), 2048, 48),
+    "parts of tiles and whole ones": (512, (14336, 4096), 2048, 16),
     "several tiles a program": (2049, (4096, 1024, 1024), 2048, 48),
 }
 
@@ -89,6 +95,21 @@ def test_kernel_as_accurate_as_eager(nan_filled_empty, hopper, shape, dtype) -> 
     rows, out_features, in_features, rank = shape
     t, weights = operands(rows, out_features, in_features, rank, dtype, double_quant=rank != 72)
     check(t, weights, bias=rank != 16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ranks", [(16, 0, 64), (0, 0, 0), (8, 24, 40)], ids=str)
+def test_factors_may_lie_apart(nan_filled_empty, hopper, ranks, dtype) -> None:
+    """Factors in float32, each with a scaling, as decoding has them; a weight without LoRA, and the most ranks."""
+    t, weights = operands(40, (1024, 256, 200), 4096, 0, dtype)
+    lora_B = [
+        torch.randn(w.shape[0], r, device="cuda") * 0.1 if r else None for w, r in zip(weights, ranks, strict=True)
+    ]
+    u = torch.randn(40, sum(ranks), device="cuda").to(dtype) if any(ranks) else None
+    terms = Terms(u, lora_B, [0.5, 1.0, 3.0], [None] * 3)
+    y = nf4_gemm_group.nf4_linear_few(t["x"], weights, terms)
+    assert_as_accurate_as_eager(y, nf4_few_eager.linear(t["x"], weights, terms), exact_linear(t["x"], weights, terms))
 
 
 @pytest.mark.gpu
@@ -182,7 +203,8 @@ def test_what_the_kernel_cannot_take_is_decoded_first(hopper) -> None:
         (96, 16, 96, 12),  # whole tiles would leave a quarter of the GPU idle
         (96, 112, 96, 84),  # not 82: programs that begin at 56 places would read dy from memory 56 times
         (64, 43, 64, 21),  # no better way to cut 43
-        (144, 16, 12, 8),  # 132 whole ones and 12 in halves, not in eighths that are long added up
+        (32, 16, 32, 4),
+        (144, 16, 12, 4),  # 132 whole ones and 12 in quarters, not in eighths that are long added up
         (224, 16, 92, 12),
         (448, 16, 52, 8),
         (256, 112, 0, 112),  # next to nothing saved
@@ -200,8 +222,9 @@ def test_every_unit_is_summed_once_and_every_sum_is_collected_once() -> None:
         for units in (1, 2, 3, 14, 16, 56, 112):
             cut, share = cut_and_share(tiles, units, multiprocessors=132)
             programs = ceil_div(cut * units, share) if cut == tiles else min(tiles, 132)
+            together = parts_together(units, share) if cut else 1
             summed: list[tuple[int, int]] = []
-            left, collected = [], []
+            left, collected, pieces = [], [], []
             for program in range(programs):
                 begin = min(program * share, cut * units)
                 end = min(begin + share, cut * units)
@@ -213,18 +236,30 @@ def test_every_unit_is_summed_once_and_every_sum_is_collected_once() -> None:
                 for number, (tile, first, last) in enumerate(segments):
                     assert first < last
                     summed += [(tile, unit) for unit in range(first, last)]
-                    if first > 0:
+                    if together > 1 and last - first < units:
+                        assert len(segments) == 1 or number == 0, "all parts of a tile are summed at once"
+                        own = first * together // units
+                        pieces += [
+                            (tile, piece) for piece in range(own * PIECES // together, (own + 1) * PIECES // together)
+                        ]
+                        left += [program] * (together - 1)
+                        collected += [program - own + other for other in range(together) if other != own]
+                    elif first > 0:
                         assert number == 0, "what others wait for comes first, so that nobody waits in a circle"
                         left.append(program)
                     elif last < units:
                         collected += range(program + 1, ceil_div((tile + 1) * units, share))
             assert sorted(summed) == [(tile, unit) for tile in range(tiles) for unit in range(units)]
             assert sorted(collected) == left
+            assert not pieces or sorted(pieces) == [(tile, piece) for tile in range(cut) for piece in range(PIECES)]
 
 
 def test_rule_takes_rows_by_direction_and_by_what_the_cache_holds() -> None:
     for rows, summands, forward, backward in (
-        (63, 4096, False, False),
+        (32, 4096, False, False),
+        (33, 4096, True, False),
+        (63, 4096, True, False),
+        (65, 4096, False, True),
         (128, 4096, False, True),
         (129, 4096, True, True),
         (1024, 28672, True, True),
@@ -235,6 +270,27 @@ def test_rule_takes_rows_by_direction_and_by_what_the_cache_holds() -> None:
     ):
         assert pays(rows, summands, backward=False) == forward, (rows, summands)
         assert pays(rows, summands, backward=True) == backward, (rows, summands)
+
+
+def test_few_rows_are_taken_where_nothing_needs_joining(monkeypatch) -> None:
+    monkeypatch.setattr(nf4_gemm_group, "LEAST_WEIGHTS", 256 * 256)
+    monkeypatch.setattr(nf4_gemm_group, "MOST_WEIGHTS_OF_FEW", 512 * 256)
+    monkeypatch.setattr(nf4_gemm_group, "can_take", lambda *operands, backward: True)
+    weight, small = (nf4_eager.nf4_quantize(torch.ones(n, 256)) for n in (256, 128))
+
+    def taken(rows: int, weights: list[Nf4Tensor], *, rank: int = 16, bias: Tensor | None = None) -> bool:
+        terms = Terms(torch.ones(rows, rank), [torch.ones(256, rank)], [2.0], [bias])
+        return nf4_gemm_group.takes_few(torch.ones(rows, 256), weights, terms)
+
+    assert taken(33, [weight])
+    assert taken(64, [weight, weight])
+    assert not taken(32, [weight])
+    assert not taken(65, [weight])
+    assert not taken(200, [weight]), "more rows have factors that are joined"
+    assert not taken(64, [small])
+    assert not taken(64, [weight, weight, small])
+    assert not taken(64, [weight], rank=65)
+    assert not taken(64, [weight], bias=torch.ones(256))
 
 
 def test_on_a_cpu_weights_are_decoded_first() -> None:

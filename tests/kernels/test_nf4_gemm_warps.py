@@ -10,16 +10,19 @@ LARGEST_SHARED_MEMORY = 227 * 1024
 
 SCRIPT = """
 from slothcore.kernels import nf4_eager, nf4_gemm_group
+from slothcore.kernels.nf4_few_eager import Terms
 
 nf4_gemm_group.multiprocessors = lambda device: 132
 nf4_gemm_group._flags_for = lambda device: torch.zeros(264, dtype=torch.int32)
-for backward in (False, True):
-    weights = [nf4_eager.nf4_quantize(torch.ones(256, 512)) for _ in range(2)]
-    left, out = torch.ones(8, 512), torch.ones(8, 512)
-    factors = (torch.ones(8, 16), torch.ones(16, 512) if backward else torch.ones(512, 16))
-    tensors = [t.bfloat16() for t in (left, *factors)]
-    bias = None if backward else torch.ones(512).bfloat16()
-    nf4_gemm_group._launch(tensors[0], weights, *tensors[1:], bias, out.bfloat16(), backward=backward)
+weights = [nf4_eager.nf4_quantize(torch.ones(256, 512)) for _ in range(2)]
+# Tiles of many tokens and of few, each with factors that are joined; of few with factors apart.
+kinds = (300, False, False), (300, True, False), (8, False, False), (8, True, False), (8, False, True)
+for rows, backward, apart in kinds:
+    left, out, u = (torch.ones(rows, n).bfloat16() for n in (512, 512, 32))
+    joined = None if apart else (torch.ones(32, 512) if backward else torch.ones(512, 32)).bfloat16()
+    terms = Terms(u, [torch.ones(256, 16)] * 2, [0.5, 2.0], [None] * 2) if apart else None
+    bias = None if backward or apart else torch.ones(512).bfloat16()
+    nf4_gemm_group._launch(left, weights, u, joined, bias, out, backward=backward, apart=terms)
     kernel = compiled.pop()
     found.append([kernel.metadata.shared, kernel.asm["ptx"].count("wgmma.mma_async"), len(kernel.asm["cubin"])])
 """
@@ -29,7 +32,7 @@ for backward in (False, True):
 @pytest.mark.skipif(not has_gluon(), reason="this Triton has no Gluon")
 def test_kernel_compiles_for_hopper_and_fits_its_shared_memory() -> None:
     found = found_by(SCRIPT)
-    assert len(found) == 2
+    assert len(found) == 5
     for shared, products, size in found:
         assert shared <= LARGEST_SHARED_MEMORY
         assert products >= 8, "64 summands are four instructions of each consumer"
