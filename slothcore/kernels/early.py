@@ -19,7 +19,8 @@ from torch import Tensor
 from slothcore.kernels.gpu import is_hopper
 
 MOST_ROWS = 64
-"""With more rows a pass is no step of decoding, and its launches overlap with nothing that counts."""
+"""With more rows a pass is no step of decoding, and its launches overlap with nothing that counts: but those of
+nf4_gemm_warps.py, which begin early with any number of rows, to read codes meanwhile."""
 
 
 def begins_early(x: Tensor) -> bool:
