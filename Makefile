@@ -29,5 +29,6 @@ $(READY): setup.py constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test,plots]"
 	touch $(READY)
 
+# Of runs/ the demo's alone: your own may lie beside it.
 clean:
-	rm -rf .venv build runs *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build runs/ledger *.egg-info .pytest_cache .mypy_cache .ruff_cache

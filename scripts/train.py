@@ -1,6 +1,6 @@
 """Fine-tune a model: the same as `slothcore train`, from a checkout and without installing it.
 
-python scripts/train.py --config examples/run.yaml
+python scripts/train.py --config examples/ledger/train.yaml
 python scripts/train.py --model NAME --data FILE --bits 4 --max-steps 100 --output-dir runs/first
 python scripts/train.py --help
 """

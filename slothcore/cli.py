@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -53,19 +54,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     The status is 0 for success, 1 for a failure, 2 for a call that cannot be meant so: a wrong option or value.
     """
     status = FAILURE
+    _make_outputs_usable()
     try:
         status = _run(sys.argv[1:] if argv is None else list(argv))
-        if sys.stdout is not None:  # as `>&-` leaves it
-            sys.stdout.flush()
+        sys.stdout.flush()
         return status
     except BrokenPipeError:
-        # As in `slothcore generate ... | head -1`. Whatever is left to flush at exit goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # As in `slothcore generate ... | head -1`.
+        _drop_output()
         return BROKEN_PIPE
     except UsageError as error:
         status, message = USAGE_ERROR, str(error)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         message = str(error)
+    except OSError as error:
+        status, message = FAILURE, str(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = _full_disk(error)
+            _drop_output()
     except RuntimeError as error:
         message = _out_of_memory(error)
     except KeyboardInterrupt:
@@ -107,6 +113,8 @@ def _run(argv: list[str]) -> int:
         raise UsageError(f"there is no command {argv[0]!r}{hint}; the commands are {', '.join(COMMANDS)}")
     arguments, unknown = parser.parse_known_args([_with_dashes(word) for word in argv])
     if arguments.command is None:
+        if unknown:
+            raise UsageError(f"{unknown[0]!r} is no option of slothcore itself; name a command before its options")
         parser.print_help()
         return USAGE_ERROR
     values = vars(arguments)
@@ -132,6 +140,33 @@ def _with_dashes(word: str) -> str:
 
 def _option_name(word: str) -> str:
     return word.lstrip("-").partition("=")[0].replace("-", "_")
+
+
+def _make_outputs_usable() -> None:
+    """Have standard output spell what its encoding lacks, \\u65e5: no run is to fail over its last line.
+
+    An output that is closed, as `>&-` leaves it, takes everything and shows nothing. Its number may else become that
+    of a file of the run, into which a library then writes its warnings.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+    if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _drop_output() -> None:
+    """Have what standard output does not take go nowhere: it would fail again where Python flushes it at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _full_disk(error: OSError) -> str:
+    """What to say where a file could be opened and not written."""
+    what = error.filename or "a file, or standard output,"
+    return f"{what} cannot be written: {error.strerror}; make room, or write to another disk"
 
 
 def _out_of_memory(error: RuntimeError) -> str:

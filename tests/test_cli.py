@@ -1,6 +1,7 @@
 """The command: help that teaches, flags that reach the call, and a round from training to an answer."""
 
 import argparse
+import io
 import json
 import re
 import shlex
@@ -355,6 +356,68 @@ def test_report_writes_a_page_beside_the_run(run, tmp_path, capsys) -> None:
     assert both.is_file()
 
 
+@pytest.mark.parametrize("flags", [[], ["-o", "page.html"]])
+def test_a_run_that_is_misspelled_is_not_to_be_made(flags, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", "rnu", *flags]) == 1
+    assert capsys.readouterr().err == "slothcore: error: the run folder rnu does not exist\n"
+
+
+def test_the_tilde_of_a_path_is_the_users_folder(folder, run, tmp_path, monkeypatch, capsys) -> None:
+    """In YAML and behind an = no shell has made a path of it."""
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    (home / "mine.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
+    (home / "run.yaml").write_text("output_dir: ~/runs/x\nchat_template: ~/mine.jinja\n", encoding="utf-8")
+    given = vars(build_parser().parse_args(["train", "~/run.yaml", "--resume-from-checkpoint=~/runs/x/checkpoint-1"]))
+    config = config_of(given)
+    assert config.output_dir == str(home / "runs" / "x")
+    assert config.chat_template == str(home / "mine.jinja")
+    assert config.resume_from_checkpoint == str(home / "runs" / "x" / "checkpoint-1")
+    (home / "rows.jsonl").write_text('{"prompt": "a"}\n', encoding="utf-8")
+    files = ["--prompts-file=~/rows.jsonl", "--output=~/answers.jsonl"]
+    assert main(["generate", "--model", str(run), *files, "--max-new-tokens", "1"]) == 0
+    assert (home / "answers.jsonl").is_file()
+    shutil.copytree(run, home / "run")
+    assert main(["report", "~/run", "--output=~/page.html"]) == 0
+    assert (home / "page.html").is_file()
+    assert list(here.iterdir()) == []
+
+
+def test_what_standard_output_cannot_encode_is_spelled(run, tmp_path, monkeypatch) -> None:
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    assert main(["report", str(run), "-o", str(tmp_path / "\u65e5.html")]) == 0
+    assert shown.buffer.getvalue().endswith(rb"\u65e5.html" + b"\n")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_a_closed_output_is_no_error(closed, folder) -> None:
+    """As a daemon's script, or a window without a console, starts programs."""
+    words = [sys.executable, "-m", "slothcore", "preview", "--model", folder / "model", "--data", folder / "data.jsonl"]
+    assert subprocess.run(f"exec {shlex.join(map(str, words))} {closed}", shell=True, timeout=60).returncode == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
+def test_a_full_disk_is_a_sentence_with_a_remedy(monkeypatch, capsys) -> None:
+    """And nothing is left that would fail once more as Python exits."""
+    with open("/dev/full", "w") as full, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", full)
+        assert main(["doctor", "--json"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("slothcore: error: a file, or standard output, cannot be written: No space left on device;")
+
+
+@pytest.mark.parametrize("format", ["gguf", "gguf-adapter", "ollama"])
+def test_a_package_that_an_export_lacks_is_said_before_a_model_is_loaded(format, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("slothcore.export.gguf_file.find_spec", lambda name: None)
+    assert main(["export", "--model", "./absent", "--format", format, "--output-dir", str(tmp_path / "out")]) == 1
+    assert "install it with: pip install 'slothcore[gguf]'" in capsys.readouterr().err
+
+
 def test_the_script_works_from_a_checkout(tmp_path) -> None:
     """Away from the repository, where only the script's own path leads to the package."""
     result = subprocess.run(
@@ -425,6 +488,13 @@ def test_a_word_that_is_no_command(word, hint, capsys) -> None:
     assert main([word, "--model", "m"]) == 2
     said = capsys.readouterr().err
     assert said == f"slothcore: error: there is no command {word!r}{hint}; the commands are {', '.join(COMMANDS)}\n"
+
+
+def test_an_option_before_any_command_is_not_passed_over(capsys) -> None:
+    assert main(["--verson"]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("slothcore: error: '--verson' is no option of slothcore itself; name a command")
+    assert said.out == ""
 
 
 def test_the_package_runs_as_a_module() -> None:

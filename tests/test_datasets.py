@@ -20,7 +20,7 @@ DATASETS = {
     "alpaca_4k.json": ("format alpaca; 3,999 of 4,000 rows are used", "1,242"),
     "alpaca_libre_3k.json": ("format alpaca; 3,097 of 3,102 rows are used", "1,569"),
     "dolly_3k.jsonl": ("format dolly; 2,996 of 2,996 rows are used", "744"),
-    "dpo_en_demo.json": ("format preference; 300 of 300 rows are used", "232"),
+    "dpo_en_demo.json": ("format preference; 300 of 300 rows are used", "261"),
     "gsm8k_test.jsonl": ("format question; 1,319 of 1,319 rows are used", "1,246"),
     "kto_en_demo.json": ("format kto; 150 of 300 rows are used", "117"),
     "oasst_100_sharegpt.json": ("format conversations; 100 of 100 rows are used", "55"),

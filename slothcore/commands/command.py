@@ -1,6 +1,7 @@
 """What a command is, and what several of them share: options of a run as flags, the options that name a model."""
 
 import argparse
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ WIDEST_HELP = 110
 # Choices beside a flag; more are listed in its help.
 LONGEST_METAVAR = 60
 CONFIG_IN_RUN = "config.yaml"
+# Files that hold data by their names; one that ends in .json may hold options, since all JSON is YAML.
+DATA_FILES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".gz")
 
 
 class UsageError(ValueError):
@@ -68,9 +71,13 @@ def add_run_options(parser: argparse.ArgumentParser, *, groups: tuple[str, ...] 
         groups: those that `--help` lists; the options of others are accepted and not shown. None: all.
     """
     parser.add_argument(
-        "config_file", nargs="?", metavar="CONFIG.yaml", help="options from a file; or from a run, by its folder"
+        "config_file",
+        nargs="?",
+        type=os.path.expanduser,
+        metavar="CONFIG.yaml",
+        help="options from a file; or from a run, by its folder",
     )
-    parser.add_argument("--config", metavar="FILE.yaml", help="the same")
+    parser.add_argument("--config", type=os.path.expanduser, metavar="FILE.yaml", help="the same")
     sections: dict[str, Any] = {}
     types = field_types()
     for item in fields(TrainConfig):
@@ -99,8 +106,8 @@ def config_of(values: dict[str, Any]) -> TrainConfig:
     if values["config"] and values["config_file"]:
         raise UsageError(f"{values['config_file']} and --config {values['config']} both name a file; drop one of them")
     path = values["config"] or values["config_file"]
-    if path is not None and (Path(path) / CONFIG_IN_RUN).is_file():
-        path = Path(path) / CONFIG_IN_RUN
+    if path is not None:
+        path = _config_file(Path(path))
     types = field_types()
     with wrong_call():
         flags = {name: _from_words(name, value, types[name]) for name, value in values.items() if name in types}
@@ -158,7 +165,10 @@ def add_adapter_option(parser: argparse.ArgumentParser) -> None:
 def add_template_option(group: argparse._ActionsContainer) -> None:
     """How a conversation is written."""
     group.add_argument(
-        "--chat-template", metavar="NAME", help="a built-in template or a .jinja file; default: the model's own"
+        "--chat-template",
+        type=os.path.expanduser,
+        metavar="NAME",
+        help="a built-in template or a .jinja file; default: the model's own",
     )
 
 
@@ -183,6 +193,17 @@ def check_model_options(values: dict[str, Any]) -> None:
 def model_options(values: dict[str, Any]) -> dict[str, Any]:
     """The values of `add_model_options` but for the model, as `open_result` takes them."""
     return {name: values[name] for name in ("bits", "device", "revision", "token", "local_files_only")}
+
+
+def _config_file(path: Path) -> Path:
+    """The file of options that is meant. Raises UsageError for what is more likely a model or data."""
+    if (path / CONFIG_IN_RUN).is_file():
+        return path / CONFIG_IN_RUN
+    if path.is_dir():
+        raise UsageError(f"the folder {path} has no {CONFIG_IN_RUN}, so it is no run; give a model as --model {path}")
+    if path.suffix.lower() in DATA_FILES:
+        raise UsageError(f"{path} is no file of options; give data as --data {path}")
+    return path
 
 
 def _from_words(name: str, value: Any, annotation: Any) -> Any:

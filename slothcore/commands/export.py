@@ -24,6 +24,8 @@ EXAMPLES = """\
   slothcore export --model runs/alpaca --format ollama --chat-template alpaca --output-dir ollama
   slothcore export --model runs/alpaca --format adapter --push me/alpaca-lora
 """
+# Formats that the package gguf writes; that it is missing is said before a model is loaded.
+WITH_GGUF = ("gguf", "gguf-adapter", "ollama")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -81,11 +83,14 @@ def run(values: dict[str, Any]) -> int:
     if values["public"] and not values["push"]:
         raise UsageError("--public is of no use without --push OWNER/NAME; give both or neither")
     from slothcore.export.export import export_model
+    from slothcore.export.gguf_file import require_library
     from slothcore.export.hub_upload import push_to_hub
     from slothcore.export.new_folder import place_of, require_new
     from slothcore.run import open_result
     from slothcore.training.run_folder import run_behind
 
+    if name in WITH_GGUF:
+        require_library()
     target = place_of(values["output_dir"]) if values["output_dir"] else None
     if target is not None:
         require_new(target)

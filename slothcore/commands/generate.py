@@ -1,6 +1,7 @@
 """`slothcore generate`."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,11 +43,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     prompts.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts to continue")
     prompts.add_argument(
         "--prompts-file",
+        type=os.path.expanduser,
         metavar="FILE",
         help="the same, one on each line (-: of standard input); or rows of a .jsonl file, with --output",
     )
     prompts.add_argument(
         "--output",
+        type=os.path.expanduser,
         metavar="FILE.jsonl",
         help="each row of --prompts-file (with prompt, messages, or instruction and input) and what was generated; "
         "rows that are there already are not done again",

@@ -105,6 +105,14 @@ def run(values: dict[str, Any]) -> int:
         capacity=values["max_length"],
         cache_tokens=values["cache_tokens"],
     )
+    limit = model.config.longest_document
+    if values["max_length"] is not None and values["max_length"] > limit:
+        print(
+            f"slothcore: --max-length {values['max_length']} goes beyond the {limit} positions that the model was made "
+            "for (max_position_embeddings); longer texts may degrade",
+            file=sys.stderr,
+            flush=True,
+        )
     names = ", ".join(each.name for each in served)
     silent = ", ".join(each.name for each in served if each.tokenizer.chat_template is None)
     if silent:
@@ -165,13 +173,19 @@ def open_base(
     Raises: ValueError, in one sentence, if a name stands for nothing, or the adapters turn positions unlike each other.
     """
     from slothcore.locating import locate
+    from slothcore.models.load import read_config
     from slothcore.run import load_both, require_tokenizer
     from slothcore.training.run_folder import find_source
 
     places = {each: locate(name, adapter=place, **hub) for each, place in adapters.items()}
-    scalings = {each: found.rope_scaling for each, found in places.items()}
-    if any(scaling != next(iter(scalings.values())) for scaling in scalings.values()):
-        told = ", ".join(f"{each} by {scaling}" for each, scaling in scalings.items())
+    first = next(iter(places.values()))
+    turned = {
+        each: read_config(found.folder, max_seq_length=found.max_seq_length, rope_scaling=found.rope_scaling)[2]
+        for each, found in places.items()
+    }
+    # By the angles themselves: without a word of scaling they depend on the length that a run was given.
+    if len({(config.rope, config.local_rope) for config in turned.values()}) > 1:
+        told = ", ".join(f"{each}: {c.rope.rope_type}, {c.longest_document} positions" for each, c in turned.items())
         raise ValueError(
             f"the adapters were trained with positions scaled unlike each other ({told}); serve them apart"
         )
@@ -183,7 +197,7 @@ def open_base(
         dtype=runs[0].dtype if runs and runs[0].bits == bits else None,
         device=device,
         max_seq_length=max((found.max_seq_length for found in places.values() if found.max_seq_length), default=None),
-        rope_scaling=next(iter(scalings.values())),
+        rope_scaling=first.rope_scaling,
         **hub,
     )
     tokenizers = {each: require_tokenizer(found.tokenizer(), name) for each, found in places.items()}

@@ -1,5 +1,6 @@
 """`slothcore train`."""
 
+from pathlib import Path
 from typing import Any
 
 from slothcore.commands.command import Command, add_run_options, config_of, require_set, wrong_call
@@ -19,11 +20,13 @@ def run(values: dict[str, Any]) -> int:
     config = config_of(values)
     require_set(config, "model", "data")
     from slothcore.run import train_from_config
+    from slothcore.training.folder_lock import held
     from slothcore.training.preparation import check_evaluation
 
     with wrong_call():
         check_evaluation(config, has_data=bool(config.eval_data or config.eval_fraction))
-    result = train_from_config(config)
+    with held(Path(config.output_dir)):
+        result = train_from_config(config)
     return INTERRUPTED if result.interrupted else 0
 
 

@@ -8,7 +8,8 @@ which mark what the assistant says.
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
@@ -53,6 +54,26 @@ class GenerationBlock(Extension):
         return f"{GENERATED_BEGIN}{text}{GENERATED_END}" if context.get(MARKS_VARIABLE) else text
 
 
+class Clock:
+    """Tells templates that write the day which one it is."""
+
+    def __init__(self) -> None:
+        self._held: datetime | None = None
+
+    def now(self) -> datetime:
+        """The time by which templates write."""
+        return self._held or datetime.now()
+
+    @contextmanager
+    def held(self, moment: datetime) -> Iterator[None]:
+        """Within, it is this time: what was written on another day is written alike."""
+        before, self._held = self._held, moment
+        try:
+            yield
+        finally:
+            self._held = before
+
+
 class ChatTemplate:
     """One compiled template.
 
@@ -60,11 +81,17 @@ class ChatTemplate:
         source: the Jinja source, as in `chat_template.jinja`.
         special_tokens: names such as `bos_token` with their text, which templates may use.
         name: what a message about its syntax calls it, such as its file.
+        clock: for `strftime_now`; None: one of its own.
     Raises: ValueError if the source is not valid Jinja, with the line.
     """
 
     def __init__(
-        self, source: str, *, special_tokens: Mapping[str, str] | None = None, name: str = "the chat template"
+        self,
+        source: str,
+        *,
+        special_tokens: Mapping[str, str] | None = None,
+        name: str = "the chat template",
+        clock: Clock | None = None,
     ) -> None:
         self.source = source
         self._special_tokens = dict(special_tokens or {})
@@ -76,6 +103,8 @@ class ChatTemplate:
             raise ValueError(f"{name} is not valid Jinja: {error}") from error
         # Each rendering copies them; jinja2's chain of mappings takes three times as long to copy as a dict.
         self._template.globals = dict(self._template.globals)
+        time = clock or Clock()
+        self._template.globals["strftime_now"] = lambda pattern: time.now().strftime(pattern)
 
     @property
     def marks_generation(self) -> bool:
@@ -244,16 +273,11 @@ def _environment() -> ImmutableSandboxedEnvironment:
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
     return environment
 
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
 
 
 def _tojson(

@@ -49,6 +49,11 @@ def read_messages(value: Any, *, where: str, system: Any = None) -> tuple[Messag
     return tuple(messages)
 
 
+def as_prompt(messages: Sequence[Any]) -> list[Any]:
+    """The messages before an answer that is to be learned, as yet unread: of theirs none is, as of a prompt in text."""
+    return [{**m, "weight": 0} if isinstance(m, Mapping) and _is_answer(m) else m for m in messages]
+
+
 def read_tools(value: Any, where: str) -> tuple[Mapping[str, Any], ...] | None:
     """The descriptions of functions, or None for none. Raises ValueError if they are no list of objects."""
     value = parsed(value)
@@ -92,6 +97,11 @@ def check_turns(messages: Sequence[Message], where: str) -> None:
         before = role
     if all(message["role"] != "assistant" for message in messages):
         raise ValueError(f"{where}: nobody answers in this conversation; add the assistant's turn, or drop the row")
+
+
+def _is_answer(message: Record) -> bool:
+    speaker = str(message.get("role", message.get("from"))).strip().lower()
+    return speaker in CALLS or ROLES.get(speaker) == "assistant"
 
 
 def _message(message: Any, where: str) -> Message:

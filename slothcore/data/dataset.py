@@ -149,6 +149,10 @@ def open_dataset(
     """
     columns = None if completion_template is None else ColumnTemplates(completion_template, prompt_template or "")
     reading = Reading(check_format_name(format), text_field, columns)
+    if isinstance(data, Mapping):
+        # As load_dataset of datasets gives all splits.
+        names = ", ".join(map(repr, data)) or "nothing"
+        raise ValueError(f"the dataset is a {type(data).__name__} with {names}; give the records, such as one of these")
     groups: list[list[Source]]
     if is_records(data):
         groups = [[MemorySource(data)]]  # type: ignore[arg-type]
@@ -189,7 +193,7 @@ def _checked(source: Source, reading: Reading, on_bad_row: OnBadRow, *, progress
             check_size(record, where)
             if by_first and reading.format == "auto" and isinstance(record, Mapping):
                 reading = replace(reading, format=detect_format(record, text_field=reading.text_field, where=where))
-            if reading.columns is None and counts.is_judged_bad(record, reading.format):
+            if reading.columns is None and counts.is_judged_bad(record, where, reading):
                 continue
             example = _example(reading, record, where, mixed=by_first)
             if counts.is_empty(example, where):

@@ -19,14 +19,15 @@
 | document      | document                                              | running text, cut into full rows         |
 
 Layouts that go through Alpaca's template may have a system prompt (`system`, `system_prompt`), which stands before it.
-Fields beyond these are ignored. Records are numbered from 1 in messages to the user.
+Of a prompt nothing is learned; of one in messages, none of the answers in it. Fields beyond these are ignored. Records
+are numbered from 1 in messages to the user.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from slothcore.data.conversations import read_messages, read_tools
+from slothcore.data.conversations import as_prompt, read_messages, read_tools
 from slothcore.data.preferences import CONVERSATIONS, VERDICTS, chosen_record, judged_record, verdict
 from slothcore.data.values import Record, field_names, text_value
 
@@ -233,7 +234,7 @@ def _judged_example(record: Record, text_field: str, where: str) -> Example:
 def _prompt_example(record: Record, where: str) -> Example:
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        messages = read_messages([*prompt, *completion], where=where, system=record.get("system"))
+        messages = read_messages([*as_prompt(prompt), *completion], where=where, system=record.get("system"))
         return ChatExample(messages, read_tools(record.get("tools"), where))
     return TextExample(text_value(record, "prompt", where), text_value(record, "completion", where))
 

@@ -7,6 +7,7 @@ layouts that hold a question. Judged (KTO): any layout with an answer, and `labe
 from collections.abc import Mapping
 from typing import Any
 
+from slothcore.data.conversations import as_prompt
 from slothcore.data.values import Record, boolean, field_names, parsed
 
 VERDICTS = ("label", "kto_tag")
@@ -44,7 +45,7 @@ def chosen_record(record: Record, where: str) -> Record:
     earlier = next((parsed(rest[field]) for field in (*CONVERSATIONS, "prompt") if field in rest), None)
     if isinstance(chosen, str):
         if isinstance(earlier, list):
-            return _conversation(rest, [*earlier, {"role": "assistant", "content": chosen}])
+            return _conversation(rest, [*as_prompt(earlier), {"role": "assistant", "content": chosen}])
         question = next((field for field in ANSWERS if field in rest), None)
         if question is None:
             return {"text": chosen}  # the whole dialogue is written out twice, as in Anthropic's hh-rlhf
@@ -56,8 +57,9 @@ def chosen_record(record: Record, where: str) -> Record:
             f"{where}: 'chosen' must be an answer or a list of messages, got {type(chosen).__name__} "
             f"beside {field_names(rest)}; write the chosen answer as text"
         )
-    if isinstance(earlier, list) and turns[: len(earlier)] != earlier:
-        return _conversation(rest, [*earlier, *turns])
+    if isinstance(earlier, list):
+        answers = turns[len(earlier) :] if turns[: len(earlier)] == earlier else turns
+        return _conversation(rest, [*as_prompt(earlier), *answers])
     if isinstance(earlier, str) and _speaker(turns[0]) in ("assistant", "gpt"):
         return _conversation(rest, [{"role": "user", "content": earlier}, *turns])
     return _conversation(rest, turns)

@@ -29,6 +29,7 @@ from typing import IO, Any, cast
 from slothcore.data.beginnings import BYTE_ORDER_MARK, check_beginning
 from slothcore.data.formats import PIECE_FIELD
 from slothcore.data.pieces import pieces_of
+from slothcore.data.values import without_fillers
 
 Located = tuple[str, Any]  # where a record stands, for messages, and the record or what is wrong with it
 Reader = Callable[[Path], Iterator[Located]]
@@ -205,7 +206,10 @@ def _read_csv(path: Path) -> Iterator[Located]:
                 else:
                     yield where, ValueError(_ragged(where, row, header))
         except csv.Error as error:
-            raise ValueError(f"{path}, line {number}: not valid CSV ({error}); repair its quotes") from None
+            where, remedy = f"{path}, line {number}", "repair its quotes"
+            if "new-line character" in str(error):  # as old programs of the Macintosh end their lines
+                remedy = "a carriage return ends lines there: save the file with line feeds, or quote the value"
+            raise ValueError(f"{where}: not valid CSV ({error}); {remedy}") from None
 
 
 def _ragged(where: str, row: list[str], header: list[str]) -> str:
@@ -268,7 +272,7 @@ def _read_parquet(path: Path) -> Iterator[Located]:
     number = 0
     for batch in file.iter_batches(batch_size=PARQUET_BATCH):
         for number, record in enumerate(batch.to_pylist(), start=number + 1):  # noqa: B020 (counts through batches)
-            yield f"{path}, row {number}", record
+            yield f"{path}, row {number}", without_fillers(record)
 
 
 READERS: dict[str, Reader] = {

@@ -51,11 +51,13 @@ class RowCounts:
         self._first_repeated = ""
         self._num_empty = 0
 
-    def is_judged_bad(self, record: Any, format: str) -> bool:
+    def is_judged_bad(self, record: Any, where: str, reading: Reading) -> bool:
         """Whether the record's answer is one to avoid; counted and left out then."""
         if not isinstance(record, Mapping) or ("label" not in record and "kto_tag" not in record):
             return False
-        if format not in ("kto", "auto") or verdict(record) is not False or detect_format(record) != "kto":
+        if reading.format not in ("kto", "auto") or verdict(record) is not False:
+            return False
+        if detect_format(record, text_field=reading.text_field, where=where) != "kto":
             return False
         self._judged_bad += 1
         self.repeats.append(0)

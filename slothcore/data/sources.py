@@ -6,6 +6,8 @@ its digest, so that tokens prepared from the same content are found again.
 
 import glob
 import hashlib
+import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +15,11 @@ from typing import Any, Protocol
 
 from slothcore.data.hub_files import dataset_files, names_dataset
 from slothcore.data.readers import READERS, Located, extension, is_running_text, read_records, reader_of
+from slothcore.data.values import without_fillers
 
 DIGEST_BLOCK = 1 << 20
+# What a folder of data, such as a clone from the Hub, holds beside them.
+ABOUT_DATA = re.compile(r"(\.|(readme|licen[cs]e|changelog|requirements)[^.]*\.(md|txt)$|dataset_infos?\.json$)", re.I)
 
 
 class Source(Protocol):
@@ -70,7 +75,7 @@ class FileSource:
 class MemorySource:
     """Records of a list, a generator, a `datasets.Dataset`: whatever gives one mapping after another.
 
-    What can be gone through only once is kept as a list.
+    What can be gone through only once, or is asked by number, is kept as a list.
     """
 
     rows: Iterable[Any]
@@ -78,12 +83,17 @@ class MemorySource:
     is_running_text: bool = False
 
     def __post_init__(self) -> None:
-        if iter(self.rows) is self.rows:
-            object.__setattr__(self, "rows", list(self.rows))
+        rows: Any = self.rows
+        if not isinstance(rows, Iterable):
+            object.__setattr__(self, "rows", [rows[number] for number in range(len(rows))])
+        elif iter(rows) is rows:
+            object.__setattr__(self, "rows", list(rows))
 
     def records(self) -> Iterator[Located]:
+        # As a `datasets.Dataset` has, which is a table.
+        is_table = hasattr(self.rows, "column_names")
         for number, record in enumerate(self.rows, start=1):
-            yield f"record {number}", record
+            yield f"record {number}", without_fillers(record) if is_table else record
 
     def size(self) -> None:
         return None
@@ -102,6 +112,7 @@ def find_sources(
             `owner/name:validation`).
         token, local_files_only: for the Hub.
     Raises: ValueError if there is nothing that can be read; FileNotFoundError if the file does not exist.
+    Warns: if a folder holds a README, a licence or the like beside its data, which is left out.
     """
     here = Path(path).expanduser()
     if here.is_dir():
@@ -114,6 +125,13 @@ def find_sources(
         inside = sorted(p for p in here.iterdir() if p.is_file() and extension(p) in READERS)
         if not inside:
             raise ValueError(f"the folder {here} holds no data file; known are {', '.join(READERS)}")
+        about = [file for file in inside if ABOUT_DATA.match(file.name)]
+        if about and len(about) < len(inside):
+            names = ", ".join(file.name for file in about)
+            warnings.warn(
+                f"{names} in the folder {here} is not read: it is about the data; name a file to learn it", stacklevel=2
+            )
+            inside = [file for file in inside if file not in about]
         return [FileSource(file) for file in inside]
     if here.is_file():
         reader_of(here)
@@ -135,6 +153,7 @@ def find_sources(
 
 def is_records(data: Any) -> bool:
     """Whether `data` gives records itself, instead of naming files."""
-    if isinstance(data, str | Path | Mapping) or not isinstance(data, Iterable):
+    # A dataset of torch's that is asked by number has no __iter__.
+    if isinstance(data, str | Path | Mapping) or not (isinstance(data, Iterable) or hasattr(data, "__getitem__")):
         return False
     return not (isinstance(data, Sequence) and all(isinstance(item, str | Path) for item in data))

@@ -9,7 +9,6 @@ written.
 import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
-from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,10 +20,11 @@ from torch import Tensor
 
 from slothcore.data import special_tokens as tokens
 from slothcore.data import tokenizer_files as files
-from slothcore.data.chat import ChatTemplate, Message
+from slothcore.data.chat import ChatTemplate, Clock, Message
 from slothcore.data.new_tokens import check_new_tokens
 from slothcore.data.templates import BUILTIN_TEMPLATES, PLAIN_TEMPLATES, control_tokens, template_source
 from slothcore.data.token_ends import TokenEnds
+from slothcore.data.values import whole_characters
 
 PaddingSide = Literal["left", "right"]
 
@@ -73,8 +73,10 @@ class Tokenizer:
         self._special_tokens = dict(special_tokens)
         self._chosen_template: str | None = None
         self._new_tokens: list[AddedToken] = []
+        self.clock = Clock()  # of its chat templates
         self._templates = {
-            name: ChatTemplate(source, special_tokens=special_tokens) for name, source in (chat_templates or {}).items()
+            name: ChatTemplate(source, special_tokens=special_tokens, clock=self.clock)
+            for name, source in (chat_templates or {}).items()
         }
 
     @classmethod
@@ -124,14 +126,13 @@ class Tokenizer:
         """Token ids of `text`; special tokens written out in the text become their own ids.
 
         Args:
-            text: any text.
             add_special_tokens: add the begin (and end) tokens that this tokenizer adds around a text.
         """
         return self._core.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """`encode` for a text that goes on: one begin token even if the text writes its own, and no added end token."""
-        ids = self.single_begin(self.encode(text, add_special_tokens=add_special_tokens))
+        ids = self.single_begin(self.encode(whole_characters(text, "the prompt"), add_special_tokens))
         adds_end = add_special_tokens and self.encode("a")[-1] == self.eos_token_id
         return ids[:-1] if adds_end else ids
 
@@ -210,8 +211,8 @@ class Tokenizer:
         """
         source = template_source(chosen)
         name = f"the chat template {chosen}"
-        self._templates = {"default": ChatTemplate(source, special_tokens=self._special_tokens, name=name)}
-        self._chosen_template = source
+        template = ChatTemplate(source, special_tokens=self._special_tokens, name=name, clock=self.clock)
+        self._templates, self._chosen_template = {"default": template}, source
         lacking = [token for token in control_tokens(source) if self.token_id(token) is None]
         if lacking:
             warnings.warn(
@@ -281,7 +282,7 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """A hash of all that decides how text and conversations become ids, the day where a template tells it."""
         sources = {name: template.source for name, template in self._templates.items()}
-        today = str(date.today()) if any("strftime_now" in source for source in sources.values()) else None
+        today = str(self.clock.now().date()) if any("strftime_now" in s for s in sources.values()) else None
         facts = (self.to_json(), self.bos_token_id, self.eos_token_id, self._special_tokens, sources, today)
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 

@@ -65,6 +65,30 @@ def parsed(value: Any) -> Any:
         return value
 
 
+def without_fillers(record: Any) -> Any:
+    """A row of a table without the nulls that tables put into objects: each gets every key that any in its column has.
+
+    So a call to `weather(city)` would be learned with the arguments of all other functions. Columns, and a message's
+    own keys, keep their nulls, since whoever reads them knows what they mean.
+    """
+    if not isinstance(record, Mapping):
+        return record
+    return {name: _filled(value) if name == "tools" else _with_filled(value) for name, value in record.items()}
+
+
+def _with_filled(value: Any) -> Any:
+    """A column: messages, or one of them."""
+    if isinstance(value, Mapping):
+        return {key: _filled(item) for key, item in value.items()}
+    return [_with_filled(item) for item in value] if isinstance(value, list) else value
+
+
+def _filled(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _filled(item) for key, item in value.items() if item is not None}
+    return [_filled(item) for item in value] if isinstance(value, list) else value
+
+
 def boolean(value: Any) -> bool | None:
     """True or false as JSON, CSV and Python write them; None for anything else."""
     if isinstance(value, bool):

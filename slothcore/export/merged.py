@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slothcore.data.chat_rows import turn_end
 from slothcore.data.tokenizer import Tokenizer
+from slothcore.data.tokenizer_files import ADDITIONAL_TEMPLATES, TOKENIZER_FILES
 from slothcore.export import nf4_state
 from slothcore.export.new_folder import flush, folder_beside, place_of, require_room
 from slothcore.export.self_check import (
@@ -32,6 +34,13 @@ MERGED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_DISTANCE = 0.25
 # Four bits more, in a small model: what is measured of it is said.
 LARGEST_DISTANCE_4BIT = 0.75
+# What a model has in its folder beside config.json and its tokenizer.
+MODEL_FILES = (
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "generation_config.json",
+)
 
 
 @dataclass(frozen=True)
@@ -171,7 +180,7 @@ def write_model(
         written_as.state(model),
         folder,
         hf_config=config,
-        generation_config=model.generation_config,
+        generation_config=_with_turn_end(model, tokenizer),
         max_shard_bytes=max_shard_bytes,
         outline=written_as.outline(model),
         progress="merging",
@@ -222,23 +231,35 @@ def merged_config(model: Decoder) -> dict[str, Any]:
     return config
 
 
+def _with_turn_end(model: Decoder, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """`generation_config.json`, with the token that ends an answer by the chat template among those that end a text.
+
+    A base model that has learned conversations has files that do not name it, and others would write on behind it.
+    """
+    ends, end = model.eos_token_ids, None if tokenizer is None else turn_end(tokenizer)
+    if not isinstance(end, int) or end in ends or end >= model.config.vocab_size:
+        return model.generation_config
+    # Where there was no such file, readers took these from config.json.
+    others = {"bos_token_id": model.config.bos_token_id, "pad_token_id": model.config.pad_token_id}
+    before = model.generation_config or {name: token for name, token in others.items() if token is not None}
+    return {**before, "eos_token_id": [*ends, end]}
+
+
 def _put_in_place(building: Path, folder: Path) -> None:
     """Give the finished folder its name; where a folder has it, its files take the place of an older model's there."""
     if not folder.exists():
         building.replace(folder)
         return
-    names = {file.name for file in building.iterdir()}
+    names = {file.relative_to(building) for file in building.rglob("*") if file.is_file()}
     # Without it the folder is no model, whatever happens before the last file has moved.
     (folder / CONFIG_FILE).unlink(missing_ok=True)
-    model_files = (
-        "model.safetensors",
-        "model-*-of-*.safetensors",
-        "model.safetensors.index.json",
-        "generation_config.json",
-    )
-    for pattern in model_files:
+    brings_tokenizer = (building / TOKENIZER_FILES[0]).is_file()
+    # A chat template of the older model's would be taken for this one's.
+    older = (*MODEL_FILES, *TOKENIZER_FILES, f"{ADDITIONAL_TEMPLATES}/*.jinja") if brings_tokenizer else MODEL_FILES
+    for pattern in older:
         for file in folder.glob(pattern):
-            if file.name not in names:
+            if file.relative_to(folder) not in names:
                 file.unlink()
-    for name in sorted(names, key=lambda name: name == CONFIG_FILE):
+    for name in sorted(names, key=lambda name: name == Path(CONFIG_FILE)):
+        (folder / name).parent.mkdir(exist_ok=True)
         (building / name).replace(folder / name)

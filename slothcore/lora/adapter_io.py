@@ -62,6 +62,7 @@ def save_adapter(model: Decoder, path: str | Path) -> None:
     if model.taken_out:
         config, state = doubled(config, state, _factors_by_name(plan, model.taken_out))
     told = with_ranks_for_peft(as_parameters(config, plan, model), config, plan, model)
+    told = told.with_paths([name for target in plan.targets.values() for name in target.names])
     if told.target_parameters and told.use_dora:
         warnings.warn(
             f"PEFT has no DoRA for {told.target_parameters[0]}, which it can only take as a parameter beside experts, "

@@ -61,6 +61,11 @@ def add_lora(
     check_init(init_lora_weights)
     if loftq_iter < 1:
         raise ValueError(f"loftq_iter must be at least 1, got {loftq_iter}")
+    if layers_pattern and layers_to_transform is None:
+        raise ValueError(
+            f"layers_pattern {layers_pattern!r} names the list in which layers_to_transform counts, and that is not "
+            "given; give both or neither"
+        )
     config = LoraConfig(
         r=r,
         lora_alpha=lora_alpha,

@@ -116,6 +116,8 @@ class LoraConfig:
             raise ValueError(f"bias must be one of {', '.join(get_args(Bias))}, got {self.bias!r}")
         if self.init_lora_weights not in ALONE:
             check_init(self.init_lora_weights)
+        if not all(type(layer) is int for layer in self.layers_to_transform or ()):
+            raise ValueError(f"layers_to_transform must be a list of whole numbers, got {self.layers_to_transform!r}")
         if not self.target_modules and not self.target_parameters:
             raise ValueError("target_modules is empty; name linear layers, or 'all-linear'")
         patterns = [p for p in (self.target_modules, self.exclude_modules) if isinstance(p, str)]
@@ -144,11 +146,15 @@ class LoraConfig:
 
         Raises: ValueError if none does, listing the names that would.
         """
-        chosen = [path for path in linears if self._is_target(path, head)]
+        chosen = self.matching(linears, head=head)
         if not chosen:
             said = (self.target_modules,) if isinstance(self.target_modules, str) else self.target_modules
             raise ValueError(unmatched_names(said, linears))
         return chosen
+
+    def matching(self, linears: Sequence[str], *, head: str = "lm_head") -> list[str]:
+        """Those paths in `linears` that get a LoRA term; may be none, where parameters get one."""
+        return [path for path in linears if self._is_target(path, head)]
 
     def require_all_match(self, linears: Sequence[str]) -> None:
         """Raises: ValueError, listing the known names, if one in `target_modules` stands for no path in `linears`."""
@@ -176,6 +182,8 @@ class LoraConfig:
             return False
         if self.target_modules == ALL_LINEAR:
             named = path != head
+        elif path in self.target_modules and not isinstance(self.target_modules, str):
+            return True  # by its whole path, such as the head, which is in no layer (as in PEFT)
         else:
             named = matches(self.target_modules, path)
         return named and self._is_in_chosen_layers(path)
@@ -184,9 +192,9 @@ class LoraConfig:
         if not self.layers_to_transform:
             return True
         for name in self.layers_pattern or (r"[^.]*",):
-            found = re.match(rf"(?:^|.*?\.){name}\.(\d+)\.", path)
+            found = re.match(rf"(?:^|.*?\.){name}\.(?P<index>\d+)\.", path)
             if found:
-                return int(found[1]) in self.layers_to_transform
+                return int(found["index"]) in self.layers_to_transform
         return False
 
     def with_names(self, targets: Sequence[str]) -> "LoraConfig":
@@ -194,6 +202,12 @@ class LoraConfig:
         if self.target_modules != ALL_LINEAR:
             return self
         return replace(self, target_modules=tuple(sorted({path.rpartition(".")[2] for path in targets})))
+
+    def with_paths(self, targets: Sequence[str]) -> "LoraConfig":
+        """The same with an expression that is for some layers only, which PEFT refuses, written out as whole paths."""
+        if not isinstance(self.target_modules, str) or self.layers_to_transform is None:
+            return self
+        return replace(self, target_modules=tuple(targets), layers_to_transform=None, layers_pattern=None)
 
     def to_json(self) -> str:
         """The text of `adapter_config.json`, as PEFT lays it out."""

@@ -146,10 +146,14 @@ def _with_expert_names(
         # First in its dictionary, so that it counts before an expression that was meant for linear layers.
         ranks[pattern], alphas[pattern] = kind
     linears = [path for path, layer in lora_layers(model).items() if isinstance(layer, Linear)]
+    modules = config.target_modules
+    if modules and (config.exclude_modules or config.layers_to_transform):
+        # PEFT asks neither about parameters, so neither may be asked about the experts.
+        modules = tuple(config.matching(linears))
     ranks.update(_used_by(linears, config.rank_pattern))
     alphas.update(_used_by(linears, config.alpha_pattern))
-    if default != (config.r, config.lora_alpha) and config.target_modules:
-        pattern = "|".join(map(re.escape, config.target_modules))
+    if default != (config.r, config.lora_alpha) and modules:
+        pattern = "|".join(map(re.escape, modules))
         ranks.setdefault(pattern, config.r)
         alphas.setdefault(pattern, config.lora_alpha)
     if len(layers) < model.config.num_hidden_layers:
@@ -160,8 +164,11 @@ def _with_expert_names(
         config,
         r=default[0],
         lora_alpha=default[1],
-        target_modules=(*config.target_modules, *names),
+        target_modules=(*modules, *names),
         target_parameters=(),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
         rank_pattern=ranks,
         alpha_pattern=alphas,
     )

@@ -20,7 +20,7 @@ from slothcore.lora.plan import AdapterPlan, LoraLayer
 from slothcore.models.decoder import Decoder
 from slothcore.models.originals import stored_originals
 from slothcore.models.reading import StoredTensor, read_tensors
-from slothcore.models.vocabulary import EMBEDDING, HEAD, vocabulary_tables
+from slothcore.models.vocabulary import EMBEDDING, HEAD, TABLES
 from slothcore.models.writing import Outline
 
 Base = Literal["loaded", "original"]
@@ -65,6 +65,14 @@ class MergedWeight:
             return merged_weight(self.layer, dtype, base)
         assert self.parameter is not None
         return (self.parameter if base is None else base).detach().to(dtype)
+
+    def unmerged(self, dtype: torch.dtype) -> Tensor:
+        """The loaded weight in `dtype`, without the adapter."""
+        if isinstance(self.layer, ExpertLinear):
+            return self.layer.dequantized_expert(self.index, dtype)
+        if self.layer is not None:
+            return self.layer.dequantized(dtype).detach()
+        return self.merged(dtype)
 
 
 def merged_weight(linear: Linear, dtype: torch.dtype, base: Tensor | None = None) -> Tensor:
@@ -159,7 +167,7 @@ def original_state(model: Decoder, dtype: torch.dtype) -> Iterator[tuple[str, Te
     """
     require_base(model, "original")
     for weight, value in _original_values(model):
-        yield weight.name, weight.merged(dtype) if value is None else value.to(dtype)
+        yield weight.name, weight.unmerged(dtype) if value is None else value.to(dtype)
 
 
 def require_base(model: Decoder, base: str) -> None:
@@ -185,7 +193,7 @@ def head_stays_tied(model: Decoder) -> bool:
 
 
 def _original_values(model: Decoder) -> Iterator[tuple[MergedWeight, Tensor | None]]:
-    """Each weight with its value before anything was quantised; None where it trains as a whole."""
+    """Each weight with its value before anything was quantised; None where it trains as a whole, or has new tokens."""
     stored, layers = _stored(model), groupby(merged_weights(model), key=lambda weight: block_of(weight.name))
     for _, block in layers:
         weights = {weight.name: weight for weight in block}
@@ -213,7 +221,8 @@ def _stored(model: Decoder) -> dict[str, StoredTensor]:
     config = lora_config_of(model)
     assert config is not None
     plan = AdapterPlan.of(model, config)
-    changed = vocabulary_tables(model) if model.vocabulary_changed else ()
+    # Both, also where a head with LoRA has the embedding's rows.
+    changed = TABLES if model.vocabulary_changed else ()
     trained = {*plan.biases, *plan.saved, *changed}
     wanted = {weight.name: weight for weight in merged_weights(model) if weight.name not in trained}
     # A head that has left the embedding began as its weight.

@@ -68,6 +68,8 @@ def with_ranks_for_peft(told: LoraConfig, config: LoraConfig, plan: AdapterPlan,
         r=default[0],
         lora_alpha=default[1],
         use_rslora=config.use_rslora and not as_quotient,
+        # PEFT draws factors before it reads them, and fails to draw some kinds for fused parameters.
+        init_lora_weights=told.init_lora_weights is not False,
         rank_pattern=ranks,
         alpha_pattern=alphas,
     )
@@ -82,6 +84,7 @@ def _kind(config: LoraConfig, target: Target, as_quotient: bool) -> Kind:
 def _fused(plan: AdapterPlan, kinds: Mapping[str, Kind], model: Decoder) -> dict[str, Kind]:
     """Name of each fused parameter with a LoRA term -> its rank and alpha."""
     found: dict[str, Kind] = {}
+    alone: set[str] = set()
     for path, module in model.named_modules():
         if not isinstance(module, Experts):
             continue
@@ -100,6 +103,16 @@ def _fused(plan: AdapterPlan, kinds: Mapping[str, Kind], model: Decoder) -> dict
             found[f"{theirs}.{GATE_UP}"] = together, alpha + alpha_up if rank == rank_up else alpha / rank * together
         if down in kinds:
             found[f"{theirs}.{DOWN}"] = kinds[down]
+        has_all = {gate, up, down} <= kinds.keys()
+        if not has_all and not {gate, up}.isdisjoint(kinds):
+            alone.update(module.names)
+    if alone:
+        warnings.warn(
+            "PEFT, whose experts are fused, takes LoRA of gate and up only together and beside that of down, and "
+            f"cannot use all of this adapter; slothcore reads it, and for PEFT name all of {', '.join(sorted(alone))} "
+            "in target_modules, or export the format merged",
+            stacklevel=4,
+        )
     return found
 
 

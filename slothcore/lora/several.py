@@ -141,7 +141,11 @@ class SeveralAdapters:
         self._scaled[path] = layer
         self._places.append(layer.lora_magnitude_vector)
         for name, (lora_A, lora_B) in factors.items():
-            norms = row_norms(layer.base_weight(), lora_A, lora_B, scaling=1.0, dtype=self._model.dtype)
+            # An adapter may replace this weight as a whole, whose lengths are then those of its own.
+            whole = {} if name is None else _whole_parameters(self._model, stored[name])
+            own = whole.get(f"{path}.weight")
+            weight = layer.base_weight() if own is None else own.to(layer.weight)
+            norms = row_norms(weight, lora_A, lora_B, scaling=1.0, dtype=self._model.dtype)
             self._norms[name][path] = norms
             # Without DoRA the rows keep the lengths that they have: a quotient of exactly one.
             self._values[name].append(learned[name].to(magnitude) if name in learned else norms)

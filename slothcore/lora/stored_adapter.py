@@ -179,7 +179,7 @@ def _check(
     file: Path,
     config: LoraConfig,
 ) -> None:
-    """Raise ValueError unless the names and shapes in the file are those expected."""
+    """Raise ValueError unless the names and shapes in the file are those expected, and numbers are what it holds."""
     base = f"; it was made for {config.base_model_name_or_path}" if config.base_model_name_or_path else ""
     missing = sorted(expected.keys() - found.keys())
     if missing:
@@ -193,3 +193,9 @@ def _check(
         actual = tuple(found[name].shape)
         if actual != shape:
             raise ValueError(f"{file}: {name} has the shape {actual}, but this model needs {shape}{base}")
+        if not found[name].is_floating_point():
+            stored_as = str(found[name].dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{file}: {name} is stored as {stored_as}, codes of a quantisation that PEFT does not have; save the "
+                "adapter in 16 or 32 bits"
+            )

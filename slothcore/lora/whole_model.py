@@ -51,8 +51,18 @@ def config_in_part(config: LoraConfig, model: Decoder, names: Iterable[str]) -> 
     if not any(name.startswith(IN_WHOLE) for name in names):
         return config
     paths = {name_in_whole(path): path for path in lora_layers(model)}
-    saved = tuple(map(name_in_part, config.modules_to_save))
-    return _renamed(config, {name: paths[name] for name in config.targets(list(paths))}, saved)
+    saved = dict.fromkeys(part for name in config.modules_to_save for part in _modules_in_part(name, model))
+    return _renamed(config, {name: paths[name] for name in config.targets(list(paths))}, tuple(saved))
+
+
+def _modules_in_part(name: str, model: Decoder) -> list[str]:
+    """Names in the text part for those of its modules that a name in the whole model stands for."""
+    modules = [path for path, _ in model.named_modules() if path]
+    name = name_in_part(name)
+    if any(path.endswith(name) for path in modules):
+        return [name]
+    # Such as language_model.norm, whose beginning the text part does not have.
+    return [path for path in modules if name_in_whole(path).endswith(name)] or [name]
 
 
 def _renamed(config: LoraConfig, targets: Mapping[str, str], modules_to_save: tuple[str, ...]) -> LoraConfig:

@@ -4,6 +4,8 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,15 @@ from tqdm import tqdm
 
 from slothcore.models.families import Family
 from slothcore.models.hf_config import read_json
-from slothcore.models.reading import StoredTensor, read_header
+from slothcore.models.reading import DTYPES, StoredTensor, read_bytes, read_header
 from slothcore.models.writing import Outline, PieceWriter, TensorFile, nbytes_of, outline_of
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 LARGEST_SHARD = 5 * 10**9
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")
+# Numbers of each of two weights that are in memory to be compared.
+COMPARED_AT_ONCE = 2**21
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
@@ -118,6 +122,40 @@ def check_against(stored: Mapping[str, StoredTensor], expected: Mapping[str, tup
     for name in stored:
         if name not in expected and not _is_ignorable(name, expected):
             raise ValueError(f"{stored[name].file} has a weight that this model has no place for: {name}")
+
+
+def require_same_head(stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError if a head that a model does not ask for has other values than the embedding that is its head.
+
+    Such files come from programs that trained the head of a tied model and left config.json as it was. Some readers
+    take the embedding then, others the head. Quantised ones are not compared.
+    """
+    head, embedding = (stored.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    if head is None or embedding is None or "lm_head.weight" in expected:
+        return
+    if {head.dtype, embedding.dtype} <= set(STORED_DTYPES) and not _have_same_values(head, embedding):
+        raise ValueError(
+            f"{head.file}: lm_head.weight has other values than model.embed_tokens.weight, though tie_word_embeddings "
+            "says that they are one weight; if that head is meant, set tie_word_embeddings to false in config.json, "
+            "else remove it from the file"
+        )
+
+
+def _have_same_values(first: StoredTensor, second: StoredTensor) -> bool:
+    """Compare two weights a piece at a time."""
+    if first.shape != second.shape:
+        return False
+    for begin in range(0, prod(first.shape), COMPARED_AT_ONCE):
+        pieces = []
+        for weight in (first, second):
+            dtype = DTYPES[weight.dtype]
+            count = min(COMPARED_AT_ONCE, prod(weight.shape) - begin)
+            offset, nbytes = weight.offset + begin * dtype.itemsize, count * dtype.itemsize
+            data = bytearray(read_bytes(replace(weight, offset=offset, nbytes=nbytes)))
+            pieces.append(torch.frombuffer(data, dtype=dtype))
+        if not torch.equal(pieces[0].double(), pieces[1].double()):
+            return False
+    return True
 
 
 def save_pretrained(

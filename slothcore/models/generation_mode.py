@@ -66,8 +66,9 @@ class GenerationMode:
             if any(module.training for module in modules):
                 self._model.eval()
             with self.passes():
-                shared.norms.compute(modules, self._model.dtype)
+                # First the factors, which may have changed since: DoRA's norms are made of what is kept of them.
                 self.refresh_factors()
+                shared.norms.compute(modules, self._model.dtype)
 
     @torch.no_grad()
     def refresh_factors(self) -> None:

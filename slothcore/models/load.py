@@ -13,7 +13,7 @@ from slothcore.kernels.nf4_tensor import Nf4Tensor
 from slothcore.layers.experts import ExpertLinear, stack_path
 from slothcore.layers.linear import Linear
 from slothcore.layers.norm import RMSNorm
-from slothcore.models.checkpoint import check_against, names_in_model, stored_tensors
+from slothcore.models.checkpoint import check_against, names_in_model, require_same_head, stored_tensors
 from slothcore.models.config import DecoderConfig
 from slothcore.models.decoder import Decoder
 from slothcore.models.families import Family, decoder_config, family_of, text_config
@@ -117,6 +117,7 @@ def _read_weights(model: Decoder, folder: Path, family: Family, *, device: torch
     stored = split_fused_experts(stored, model.config.moe)
     quantized = quantized_weights(stored)
     check_against(as_if_dense(stored, quantized), expected, folder)
+    require_same_head(stored, expected)
     if ignored:
         warnings.warn(f"{folder}: {ignored} weights that belong to no text model were not loaded", stacklevel=4)
 

@@ -83,17 +83,21 @@ def write_report(runs: Sequence[str | Path], output: str | Path) -> Path:
     """
     if not runs:
         raise ValueError("no run was given; name at least one run's folder")
-    output = Path(output)
+    # First: a run that is not there is most often misspelled, and its page has no place because of that.
+    saved = [SavedRun(Path(folder).expanduser()) for folder in runs]
+    output = Path(output).expanduser()
     if output.is_dir():
         raise ValueError(f"the page {output} is a folder; name a file in it, such as {output / REPORT_FILE}")
     if not output.parent.is_dir():
         raise ValueError(
             f"the page {output} would lie in {output.parent}, which is no folder; make it, or name another"
         )
-    saved = [SavedRun(Path(folder)) for folder in runs]
     if len(saved) > 1:
         name_apart(saved)
-    replace_text(output, page(saved))
+    try:
+        replace_text(output, page(saved))
+    except OSError as error:
+        raise OSError(f"the page {output} cannot be written ({error}); make room, or check the disk") from error
     return output
 
 

@@ -180,8 +180,10 @@ async def _body(request: Request) -> dict[str, Any]:
         if len(body) > LARGEST_BODY:
             raise ApiError(413, f"the body has more than {LARGEST_BODY} bytes")
     try:
-        values = json.loads(body)
-        if b"\\u" in body:
+        # Left to itself, json takes the bytes of half a character for one.
+        text = body.decode(json.detect_encoding(body))
+        values = json.loads(text)
+        if "\\u" in text:
             json.dumps(values, ensure_ascii=False).encode()  # half a character, as \ud800 writes it, is no text
     except (ValueError, RecursionError) as error:
         raise wrong(f"the body is not valid JSON: {error}") from error

@@ -4,6 +4,7 @@ The options themselves stand in `option_groups.py`; here is what holds between t
 """
 
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -81,6 +82,10 @@ class TrainConfig(RunOptions, OptimizationOptions, LoraOptions, DataOptions, Mod
         object.__setattr__(self, "report_to", _trackers(self.report_to))
         if isinstance(self.resume_from_checkpoint, bool):
             object.__setattr__(self, "resume_from_checkpoint", "latest" if self.resume_from_checkpoint else None)
+        # As in transformers; models, adapters and data are found at ~ wherever they are named.
+        for name in ("output_dir", "logging_dir", "resume_from_checkpoint", "chat_template", "sample_prompts"):
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, os.path.expanduser(value))
         self._check_ranges()
         self._check_combinations()
         self._check_beginning()

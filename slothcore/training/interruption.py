@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -38,7 +39,10 @@ class Interruption:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self.requested:
+        if self.requested:
+            return
+        self.requested = True
+        # Whoever reads may have gone: Ctrl-C ends `tee` as well.
+        with suppress(OSError):
             # Not by print: the signal may have come in the middle of one.
             os.write(STDERR, b"\nstopping after this step; Ctrl-C again stops at once, without a checkpoint\n")
-        self.requested = True

@@ -63,7 +63,8 @@ class PassSample:
 
 
 def sample_passes(cut: StepCut, schedule: StepSchedule, *, first_step: int) -> PassSample:
-    """The passes of up to SAMPLE_STEPS steps from `first_step` on."""
+    """The passes of up to SAMPLE_STEPS steps from `first_step` on; of the last one if none is left."""
+    first_step = min(first_step, schedule.total_steps - 1)
     steps = range(first_step, min(schedule.total_steps, first_step + SAMPLE_STEPS))
     every = [cut.passes(schedule.plan(step).rows) for step in steps]
     tokens = [cut.tokens(rows) for passes in every for rows in passes]

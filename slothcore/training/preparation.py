@@ -175,6 +175,11 @@ def _tokenised(dataset: Iterable[Any], tokenizer: Tokenizer, config: TrainConfig
             f"{what}: {token!r}, which stands for characters that the vocabulary lacks, is learned "
             f"{counted(unknown, 'time')}; replace these characters, or add them with new_tokens"
         )
+    if tokenizer.eos_token_id is None and not dataset.has_conversations():
+        say(
+            f"{what}: the tokenizer has no end token, so texts and answers end without one, and the model does not "
+            "learn to stop; name it as eos_token in tokenizer_config.json"
+        )
     for note in prepared.notes:
         say(f"{what}: {note}")
     return prepared.store

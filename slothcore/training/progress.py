@@ -16,9 +16,20 @@ LEAST_WANTED = ("bar", "memory", "skipped", "speed", "percent", "left", "loss")
 
 
 def say(text: str) -> None:
-    """One line to the user, above the progress bar if there is one."""
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
+    """One line to the user, above the progress bar if there is one; where nobody can read it, to nobody.
+
+    A run does not end because its terminal has gone, or the `tee` behind it, which the Ctrl-C that asks for a
+    checkpoint ends first; nor because an output of another encoding lacks a character of an answer.
+    """
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left to flush at exit goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError:
+        pass
 
 
 def is_terminal() -> bool:

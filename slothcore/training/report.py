@@ -4,16 +4,19 @@ import importlib
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 
+from slothcore.report.page import replace_text
 from slothcore.report.saved_run import LOG_FILE
 from slothcore.training.progress import ProgressLine, figures_of, in_words, is_terminal, say
 from slothcore.training.run_folder import PLOT_FILE
 from slothcore.training.run_record import RunRecord
+from slothcore.training.run_state import writing
 
 # Windows has no such module.
 resource = importlib.import_module("resource") if os.name == "posix" else None
@@ -50,7 +53,8 @@ class Report:
     ) -> None:
         self.total_steps = total_steps
         self.record = None if isinstance(run, Path) else run
-        self.file = ((run if isinstance(run, Path) else run.folder) / LOG_FILE).open("a", encoding="utf-8")
+        self.path = (run if isinstance(run, Path) else run.folder) / LOG_FILE
+        self.file = self.path.open("a", encoding="utf-8")
         self.bar = ProgressLine(step=step, total_steps=total_steps, disable=disable_tqdm or not is_terminal())
 
     def __enter__(self) -> "Report":
@@ -60,7 +64,8 @@ class Report:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.bar.close()
-        self.file.close()
+        with suppress(OSError):  # which was raised when the line was written
+            self.file.close()
         if self.record is not None and kind is not None:
             self.record.end("interrupted" if kind is KeyboardInterrupt else "failed", error)
 
@@ -70,8 +75,9 @@ class Report:
 
     def log(self, record: dict[str, Any]) -> None:
         """Write a line of the log and show its figures."""
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        with writing(self.path):
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
         if self.record is not None:
             self.record.line_written(record)
         if "eval_loss" in record:
@@ -105,9 +111,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def rewind_log(source: Path, target: Path, step: int) -> None:
     """Write to `target` the records of `source` up to `step`, so that a resumed run repeats no line."""
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in read_log(source) if record["step"] <= step]
-    temporary = target.with_suffix(".partial")
-    temporary.write_text("".join(lines), encoding="utf-8")
-    os.replace(temporary, target)
+    with writing(target):
+        replace_text(target, "".join(lines))
 
 
 def draw_loss(output_dir: Path) -> str:
@@ -133,5 +138,10 @@ def draw_loss(output_dir: Path) -> str:
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(output_dir / PLOT_FILE, dpi=120)
+    try:
+        figure.savefig(output_dir / PLOT_FILE, dpi=120)
+    except OSError as error:
+        # The result is saved by now; a half-drawn picture is of no use.
+        (output_dir / PLOT_FILE).unlink(missing_ok=True)
+        return f"{PLOT_FILE} was not drawn: {error}"
     return f"the loss is drawn in {output_dir / PLOT_FILE}"

@@ -1,9 +1,13 @@
 """From a run to a checkpoint and back, to the last bit."""
 
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
+from slothcore.data.tokenizer import Tokenizer
 from slothcore.report.saved_run import LOG_FILE, SAMPLES_FILE
 from slothcore.training.best import best_checkpoint, bring_best_along
 from slothcore.training.config import TrainConfig
@@ -12,7 +16,7 @@ from slothcore.training.meter import Meter
 from slothcore.training.optimizer import load_optimizer_state, optimizer_state
 from slothcore.training.progress import say
 from slothcore.training.report import rewind_log
-from slothcore.training.run_folder import CONFIG_FILE, check_output_dir, claim_output_dir
+from slothcore.training.run_folder import CONFIG_FILE, check_output_dir, claim_output_dir, has_result
 from slothcore.training.run_state import (
     OPTIMIZER_FILE,
     RNG_FILE,
@@ -56,6 +60,21 @@ WITHOUT_INFLUENCE = {
     "gradient_checkpointing",
     "local_files_only",
 }
+
+
+@contextmanager
+def time_of_run(config: TrainConfig, tokenizer: Tokenizer | None) -> Iterator[str]:
+    """Within, chat templates that write the day write that on which the rows of this run were made: before its
+    checkpoint, if it goes on from one. Gives that time.
+
+    Raises: FileNotFoundError if there is no such checkpoint, ValueError if it cannot be read.
+    """
+    moment = datetime.now().isoformat(timespec="seconds")
+    if config.resume_from_checkpoint:
+        checkpoint = find_checkpoint(str(config.resume_from_checkpoint), Path(config.output_dir))
+        moment = read_state(checkpoint).rows_made or moment
+    with tokenizer.clock.held(datetime.fromisoformat(moment)) if tokenizer else nullcontext():
+        yield moment
 
 
 def write_checkpoint(
@@ -131,7 +150,7 @@ def restore(learner: Learner, config: TrainConfig, fresh: RunState, *, total_ste
     if saved.config.get("memory_budget") != fresh.config["memory_budget"]:
         saved.token_budget = saved.decoded_layers = None
         saved.graphs_given_up = False
-    saved.config = fresh.config
+    saved.config, saved.rows_made = fresh.config, fresh.rows_made
     return saved
 
 
@@ -162,7 +181,9 @@ def _check_same_run(fresh: RunState, saved: RunState, checkpoint: Path, *, total
             f"{checkpoint} holds the state of optim {saved.config['optim']}, "
             f"and optim is {fresh.config['optim']}; set it back, or start a new run"
         )
-    if saved.step >= total_steps:
+    # A run that ended between its last checkpoint and its result has that left to do.
+    only_saves = saved.step == total_steps and not has_result(checkpoint)
+    if saved.step >= total_steps and not only_saves:
         length = "max_steps" if fresh.config["max_steps"] > 0 else "num_train_epochs"
         raise ValueError(f"{checkpoint} has already done {saved.step} of {total_steps} steps; raise {length} to go on")
     for name, value in fresh.config.items():

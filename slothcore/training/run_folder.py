@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slothcore.models.hub import ADAPTER_CONFIG_FILE
-from slothcore.report.page import REPORT_FILE
+from slothcore.report.page import REPORT_FILE, replace_text
 from slothcore.report.saved_run import LOG_FILE, NOTES_FILE, SAMPLES_FILE
 from slothcore.training.config import TrainConfig
-from slothcore.training.run_state import checkpoints, remove_folder, remove_partial
+from slothcore.training.run_state import STATE_FILE, checkpoints, remove_folder, remove_partial, writing
 
 CONFIG_FILE = "config.yaml"
 PLOT_FILE = "loss.png"
@@ -75,6 +75,13 @@ def _check_base_is_elsewhere(config: TrainConfig) -> None:
                 )
 
 
+def has_result(checkpoint: Path) -> bool:
+    """Whether the run of a checkpoint has written what it came to since; it may have been shorter before."""
+    written = (checkpoint / STATE_FILE).stat().st_mtime
+    results = [checkpoint.parent / name for name in (ADAPTER_FOLDER, MODEL_FOLDER)]
+    return any(path.exists() and path.stat().st_mtime >= written for path in results)
+
+
 def check_writable(folder: Path) -> None:
     """Raise ValueError unless `folder` is one that can be written into, or can be made; nothing is left in it."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -108,7 +115,8 @@ def claim_output_dir(config: TrainConfig) -> Path:
             shutil.rmtree(folder / result, ignore_errors=True)
         for file in (LOG_FILE, SAMPLES_FILE, PLOT_FILE, NOTES_FILE, REPORT_FILE):
             (folder / file).unlink(missing_ok=True)
-    (folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
+    with writing(folder / CONFIG_FILE):
+        replace_text(folder / CONFIG_FILE, config.to_yaml())
     return folder
 
 

@@ -12,7 +12,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class RunState:
     best_eval_loss: float | None = None
     evaluations_without_improvement: int = 0  # until now, in a row; for early stopping
     wandb_id: str | None = None  # of the run that its lines go to
+    rows_made: str | None = None  # when; chat templates may write the day
     optimizer_values: dict[str, dict[str, Any]] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
 
@@ -85,6 +87,15 @@ def save_checkpoint(
 def checkpoint_of(output_dir: Path, step: int) -> Path:
     """Where the checkpoint of a step lies, if there is one."""
     return output_dir / f"checkpoint-{step}"
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """For a block that writes `target`. Raises: OSError that names it and says what helps, if it cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{target} cannot be written ({error}); make room, or check the disk") from error
 
 
 def write_folder(target: Path, write: Callable[[Path], object]) -> Path:

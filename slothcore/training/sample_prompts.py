@@ -14,7 +14,7 @@ from slothcore.data.masking import TokenizedRow
 from slothcore.data.preferences import ANSWERS, CONVERSATIONS
 from slothcore.data.readers import read_records
 from slothcore.data.tokenizer import Tokenizer
-from slothcore.data.values import field_names
+from slothcore.data.values import field_names, whole_characters
 from slothcore.training.config import TrainConfig
 
 PROMPT_FILES = (".txt", ".jsonl")
@@ -55,6 +55,7 @@ def read_questions(config: TrainConfig, tokenizer: Tokenizer, first_record: Any)
         for where, value in _asked(config)
     ]
     for question in questions:
+        whole_characters(question.text, "a text of sample_prompts")
         if not tokenizer.encode_prompt(question.text, add_special_tokens=not question.by_template):
             raise ValueError(f"the sample prompt {question.prompt!r} has no token; give it some text")
     return questions

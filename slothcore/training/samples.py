@@ -20,7 +20,7 @@ from slothcore.models.decoder import Decoder
 from slothcore.report.saved_run import SAMPLES_FILE
 from slothcore.training.config import TrainConfig
 from slothcore.training.progress import say
-from slothcore.training.run_state import generator_states, restore_generators
+from slothcore.training.run_state import generator_states, restore_generators, writing
 from slothcore.training.sample_prompts import Question, read_questions
 
 # Said at each sampling, and how much of a text; all of it stands in the file.
@@ -84,7 +84,7 @@ class Samples:
         for question, output in zip(self.questions, answers, strict=True):
             expected = {} if question.expected is None else {"expected": question.expected}
             lines.append({"step": step, "prompt": question.prompt, "output": output, **expected})
-        with self.file.open("a", encoding="utf-8") as file:
+        with writing(self.file), self.file.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         for line in lines[:MOST_SAID]:
             say(f"step {step}: {_short(line['prompt'])!r} -> {_short(line['output'])!r}")

@@ -19,6 +19,7 @@ from slothcore.training.best import load_best
 from slothcore.training.config import TrainConfig
 from slothcore.training.decoded import keep_decoded_layers
 from slothcore.training.evaluation import EvalResult, evaluate
+from slothcore.training.folder_lock import held
 from slothcore.training.interruption import Interruption
 from slothcore.training.learner import Learner
 from slothcore.training.memory import memory_of
@@ -37,7 +38,7 @@ from slothcore.training.preparation import (
 from slothcore.training.progress import say
 from slothcore.training.readiness import make_ready
 from slothcore.training.report import Report, draw_loss
-from slothcore.training.resume import how_to_go_on, restore, write_checkpoint
+from slothcore.training.resume import how_to_go_on, restore, time_of_run, write_checkpoint
 from slothcore.training.run_folder import check_output_dir, claim_output_dir
 from slothcore.training.run_record import RunRecord
 from slothcore.training.run_state import RunState, model_fingerprint
@@ -101,11 +102,12 @@ class SFTTrainer:
         self.optimizer = create_optimizer(model, config)
         self.scaler = create_scaler(model)
         train_dataset = list(train_dataset) if iter(train_dataset) is train_dataset else train_dataset
-        self.train_rows = prepare_rows(train_dataset, tokenizer, config, what="training")
         self.eval_rows: RowSet | None = None
-        if eval_dataset is not None:
-            self.eval_rows = prepare_rows(eval_dataset, tokenizer, config, what="evaluation")
-        self.samples = Samples(model, tokenizer, train_dataset, config)
+        with time_of_run(config, tokenizer) as self.rows_made:
+            self.train_rows = prepare_rows(train_dataset, tokenizer, config, what="training")
+            if eval_dataset is not None:
+                self.eval_rows = prepare_rows(eval_dataset, tokenizer, config, what="evaluation")
+            self.samples = Samples(model, tokenizer, train_dataset, config)
         self.schedule = StepSchedule(
             self.train_rows,
             step_rows=config.step_rows,
@@ -133,14 +135,15 @@ class SFTTrainer:
 
         Ctrl-C ends the current step, saves a checkpoint and returns with `interrupted` set.
 
-        Raises: ValueError if the output folder holds another run, the checkpoint is of another model or other data,
-            or the loss is no longer finite. DoesNotFit, a torch.OutOfMemoryError, if a pass or an update does not
-            fit into the GPU.
+        Raises: ValueError if the output folder holds another run, or another process trains into it, the checkpoint is
+            of another model or other data, or the loss is no longer finite. DoesNotFit, a torch.OutOfMemoryError, if
+            a pass or an update does not fit into the GPU.
         """
-        try:
-            return self._train(self._begin())
-        finally:
-            self._give_back()
+        with held(Path(self.config.output_dir)):
+            try:
+                return self._train(self._begin())
+            finally:
+                self._give_back()
 
     def _train(self, state: RunState) -> TrainResult:
         config, learner, steps_per_epoch = self.config, self._learner(), self.schedule.steps_per_epoch
@@ -168,7 +171,7 @@ class SFTTrainer:
             config, state, log, evaluate=self.evaluate if self.eval_rows is not None else None, samples=self.samples
         )
         checkpoint: Path | None = None
-        finished, interrupted = milestones.stopped_early, False
+        finished, interrupted = milestones.stopped_early or state.step >= self.total_steps, False
         self.model.train()
         feed = StepFeed(self.schedule, self.cut, first_step=state.step)
         with report, log, feed, Interruption() as interruption:
@@ -246,6 +249,7 @@ class SFTTrainer:
             data_fingerprint=self.train_rows.fingerprint(),
             eval_fingerprint=self.eval_rows.fingerprint() if self.eval_rows else None,
             config=self.config.to_dict(),
+            rows_made=self.rows_made,
         )
         torch.manual_seed(self.config.seed)
         if self.config.resume_from_checkpoint:

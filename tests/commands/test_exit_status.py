@@ -43,6 +43,9 @@ OF_A_RUN = {
 }
 OF_ONE = {
     "train --data rows.jsonl": "model is not set; give --model NAME_OR_FOLDER",
+    "train rows.jsonl": "rows.jsonl is no file of options; give data as --data rows.jsonl",
+    "preview ROWS.CSV": "ROWS.CSV is no file of options; give data as --data ROWS.CSV",
+    "plan .": "the folder . has no config.yaml, so it is no run; give a model as --model .",
     f"train {ABSENT}": "data is not set; give --data FILE",
     f"preview {ABSENT}": "data is not set; give --data FILE",
     f"{CALLS['train']} --eval-steps 5": "eval_steps is 5, but there is no evaluation data",

@@ -1,9 +1,17 @@
 """Preference data: the chosen answer in every shape, and judged answers."""
 
+import json
+from pathlib import Path
+
 import pytest
 
+from slothcore.data.dataset import open_dataset
 from slothcore.data.formats import ChatExample, TextExample, alpaca_prompt, detect_format, format_example, plain_record
+from slothcore.data.masking import IGNORED_LABEL, tokenise_dataset
 from slothcore.data.preferences import verdict
+from slothcore.data.standardize import standardize
+from slothcore.data.tokenizer import Tokenizer
+from tests.training.tiny import write_tokenizer
 
 USER, GOOD = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
 BAD = {"role": "assistant", "content": "no"}
@@ -45,6 +53,39 @@ def test_the_chosen_answer(record: dict, example: TextExample | ChatExample) -> 
     assert format_example(record) == format_example(record, format="dpo") == example
 
 
+ASKED = [USER, {"role": "assistant", "content": "first"}, {"role": "user", "content": "more"}]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": ASKED, "completion": [GOOD]},
+        {"prompt": ASKED, "chosen": [GOOD], "rejected": [BAD]},
+        {"prompt": ASKED, "chosen": "ho", "rejected": "no"},
+        {"messages": ASKED, "chosen": GOOD, "rejected": BAD},
+        {"messages": ASKED, "chosen": [*ASKED, GOOD], "rejected": [*ASKED, BAD]},
+        {
+            "conversations": [{"from": ("human", "gpt")[n % 2], "value": m["content"]} for n, m in enumerate(ASKED)],
+            "chosen": {"from": "gpt", "value": "ho"},
+            "rejected": {"from": "gpt", "value": "no"},
+        },
+    ],
+)
+def test_answers_in_a_prompt_are_not_learned(tmp_path: Path, record: dict) -> None:
+    """As of a prompt in text, and in TRL, whose loss begins behind the prompt."""
+    tokenizer = Tokenizer.from_folder(write_tokenizer(tmp_path))
+    tokenizer.use_chat_template("vicuna")
+
+    def learned(**options: object) -> str:
+        (row,), _ = tokenise_dataset([record], tokenizer, max_seq_length=1000, **options)
+        return tokenizer.decode([label for label in row.labels if label != IGNORED_LABEL])
+
+    assert learned().strip() == "ho"
+    assert "first" in learned(completion_only_loss=False)
+    (standard,) = standardize([record])
+    assert [message.get("weight", 1) for message in standard["messages"]] == [1, 0, 1, 1]
+
+
 def test_judged_answers() -> None:
     good = {"prompt": "hi", "completion": "ho", "label": True}
     assert detect_format(good) == "kto"
@@ -62,6 +103,15 @@ def test_judged_answers() -> None:
 )
 def test_what_is_a_verdict(label: object, judged: bool | None) -> None:
     assert verdict({"label": label}) is judged
+
+
+def test_a_label_beside_a_text_is_a_class_whatever_the_field_of_the_text(tmp_path: Path) -> None:
+    records = [{"body": "some text", "label": label} for label in (False, True)]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    for data in (records, tmp_path / "a.json"):
+        assert [*open_dataset(data, text_field="body")] == records
+    with pytest.raises(ValueError, match=r"^record 3 has the fields 'other', 'label'"):
+        open_dataset([*records, {"other": "text", "label": False}], text_field="body")
 
 
 def test_a_chosen_answer_of_the_wrong_kind() -> None:

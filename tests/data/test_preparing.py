@@ -255,6 +255,23 @@ def test_characters_that_the_vocabulary_lacks_are_said(tmp_path: Path, capsys: p
     assert "vocabulary lacks" not in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("home")
+def test_that_nothing_ends_an_answer_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A chat template ends it in its own way, or refuses."""
+    folder = write_sentencepiece_tokenizer(tmp_path / "pieces")
+    told = json.loads((folder / "tokenizer_config.json").read_text())
+    del told["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    tokenizer = Tokenizer.from_folder(folder)
+    rows = [{"prompt": "a", "completion": "b"}]
+    prepare_rows(rows, tokenizer, TrainConfig(max_seq_length=50), what="training")
+    assert "training: the tokenizer has no end token, so texts and answers end without one" in capsys.readouterr().out
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    config = TrainConfig(max_seq_length=50, chat_template="chatml")
+    prepare_rows([{"messages": turns}], tokenizer, config, what="training")
+    assert "end token" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("model", "expected"),
     [

@@ -42,6 +42,41 @@ def test_a_file_whose_name_looks_like_a_pattern(tmp_path: Path) -> None:
     assert texts(open_dataset(str(write(tmp_path / "a[1].jsonl", "a")))) == ["a"]
 
 
+def test_what_is_about_the_data_of_a_folder_is_not_learned(tmp_path: Path) -> None:
+    """A clone from the Hub has a README; but a folder of texts alone may be just such."""
+    for name in ("README.md", "LICENSE.txt", "dataset_infos.json", "notes.md"):
+        (tmp_path / name).write_text("{}" if name.endswith("json") else f"# {name}\n")
+    write(tmp_path / "train.jsonl", "a")
+    write(tmp_path / ".hidden.jsonl", "b")
+    said = (
+        r"\.hidden\.jsonl, LICENSE\.txt, README\.md, dataset_infos\.json in the folder .* is not read: .*; name a file"
+    )
+    with pytest.warns(UserWarning, match=said):
+        dataset = open_dataset(tmp_path)
+    assert [part.source.path.name for part in dataset.parts] == ["notes.md", "train.jsonl"]
+    assert [*open_dataset(tmp_path / "README.md")] == [{"document": "# README.md\n"}]
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "README.md").write_text("words\n")
+    assert [*open_dataset(alone)] == [{"document": "words\n"}]
+
+
+class ByNumber:
+    """As a dataset of torch's: it is asked for each row, and does not tell where it ends."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, number: int) -> dict:
+        return {"text": f"text {number % 3}"}
+
+
+def test_objects_that_are_datasets_elsewhere() -> None:
+    assert texts(open_dataset(ByNumber())) == ["text 0", "text 1", "text 2"]
+    with pytest.raises(ValueError, match=r"^the dataset is a dict with 'train', 'test'; give the records, such as one"):
+        open_dataset({"train": [{"text": "a"}], "test": []})
+
+
 def test_packed_files(tmp_path: Path) -> None:
     for name, content in {"a.jsonl.gz": b'{"text": "a"}\n', "b.csv.GZ": b"text\nb\n", "c.txt.gz": b"c"}.items():
         (tmp_path / name).write_bytes(gzip.compress(content))
@@ -62,6 +97,41 @@ def test_parquet(tmp_path: Path) -> None:
     (tmp_path / "c.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match=r"c.parquet is not a Parquet file \(.*\); download or write it again"):
         open_dataset(tmp_path / "c.parquet")
+
+
+class Table(list):
+    """Rows as a `datasets.Dataset` gives them, which has names of columns."""
+
+    column_names = ("messages", "tools")
+
+
+def calling(name: str, argument: str, **more: object) -> dict:
+    """A record in which the assistant calls a function of one argument."""
+    schema = {"type": "object", "properties": {argument: {"type": "string", **more}}}
+    call = {"type": "function", "function": {"name": name, "arguments": {argument: "Rome"}}}
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "so", "tool_calls": [call]}]
+    return {"messages": turns, "tools": [{"type": "function", "function": {"name": name, "parameters": schema}}]}
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_what_a_table_fills_in_is_no_argument_of_a_call(tmp_path: Path, in_memory: bool) -> None:
+    """Arrow gives each call the arguments of all functions, null; none of them is to be learned."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    records = [calling("weather", "city"), calling("time", "zone", enum=["UTC"])]
+    table = pyarrow.Table.from_pylist(records)
+    assert table.to_pylist()[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {
+        "city": "Rome",
+        "zone": None,
+    }
+    parquet.write_table(table, tmp_path / "a.parquet")
+    examples = open_dataset(Table(table.to_pylist()) if in_memory else tmp_path / "a.parquet").examples()
+    for (_, example), record in zip(examples, records, strict=True):
+        assert [*example.messages] == record["messages"]
+        assert [*example.tools] == record["tools"]
+    # A list of Python's holds what its owner has put there.
+    _, example = next(iter(open_dataset(table.to_pylist()).examples()))
+    assert example.messages[1]["tool_calls"][0]["function"]["arguments"] == {"city": "Rome", "zone": None}
 
 
 def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

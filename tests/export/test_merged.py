@@ -120,7 +120,11 @@ def test_the_folder_is_complete(tmp_path: Path) -> None:
     assert {k: v for k, v in written.items() if "dtype" not in k} == {
         k: v for k, v in config.items() if "dtype" not in k
     }
-    assert json.loads((folder / "generation_config.json").read_text()) == model.generation_config
+    ends = [2, tokenizer.token_id("<|im_end|>")]
+    assert json.loads((folder / "generation_config.json").read_text()) == {
+        **model.generation_config,
+        "eos_token_id": ends,
+    }
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     for shard in shards:
         assert shard.stat().st_size < 120_000
@@ -174,6 +178,51 @@ def test_an_existing_folder_is_replaced(tmp_path: Path) -> None:
     assert {p.name for p in folder.iterdir()} == {"config.json", "model.safetensors", "notes.txt"}
 
 
+def test_an_existing_tokenizer_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    """Nothing of it is left to be read as the new model's; one is not lost where the new model brings none."""
+    model = adapted(write_tiny_llama(tmp_path / "base"), r=4)
+    plain = Tokenizer.from_folder(write_byte_tokenizer(tmp_path / "plain"))
+    talking = write_byte_tokenizer(tmp_path / "talking")
+    (talking / "chat_template.jinja").write_text("{{ messages }}")
+    (talking / "additional_chat_templates").mkdir()
+    (talking / "additional_chat_templates" / "search.jinja").write_text("{{ documents }}")
+    folder = tmp_path / "merged"
+    # Twice, for folders in it are there already then.
+    for tokenizer in (Tokenizer.from_folder(talking), Tokenizer.from_folder(talking), None):
+        save_merged(model, tokenizer, folder)
+        assert Tokenizer.from_folder(folder).chat_template == "{{ messages }}"
+        assert [file.name for file in folder.glob("*/*")] == ["search.jinja"]
+    save_merged(model, plain, folder)
+    assert Tokenizer.from_folder(folder).chat_template is None
+    save_merged(model, plain, tmp_path / "new")
+    of_new = {file.name for file in (tmp_path / "new").rglob("*") if file.is_file()}
+    assert {file.name for file in folder.rglob("*") if file.is_file()} == of_new
+    assert through_transformers(folder).isfinite().all()
+
+
+def test_others_end_an_answer_where_the_template_ends_it(tmp_path: Path) -> None:
+    """A base model's own files name another token, or none; what else they say stays."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = Tokenizer.from_folder(write_byte_tokenizer(tmp_path / "plain"))
+    talking = Tokenizer.from_folder(write_byte_tokenizer(tmp_path / "talking", config={"chat_template": CHATML}))
+    end = talking.token_id("<|im_end|>")
+    base = write_tiny_llama(tmp_path / "base", vocab_size=talking.vocab_size, eos_token_id=2, bos_token_id=1)
+    model = load_model(base, bits=32, device="cpu")
+    for before, given, after in (
+        ({}, talking, {"bos_token_id": 1, "pad_token_id": 0, "eos_token_id": [2, end]}),
+        ({"eos_token_id": 5, "top_k": 9}, talking, {"eos_token_id": [5, end], "top_k": 9}),
+        ({"eos_token_id": [5, end]}, talking, {"eos_token_id": [5, end]}),
+        ({"eos_token_id": 5}, tokenizer, {"eos_token_id": 5}),
+        ({"eos_token_id": 5}, None, {"eos_token_id": 5}),
+    ):
+        model.generation_config = before
+        save_merged(model, given, tmp_path / "merged")
+        assert json.loads((tmp_path / "merged" / "generation_config.json").read_text()) == after
+        assert model.generation_config == before
+        read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").generation_config
+        assert (read.bos_token_id, read.eos_token_id) == (after.get("bos_token_id"), after["eos_token_id"])
+
+
 def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(write_tiny_llama(tmp_path / "base"), r=4)
     tokenizer = Tokenizer.from_folder(write_byte_tokenizer(tmp_path / "tokenizer"))
@@ -216,6 +265,7 @@ def test_only_one_weight_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             copy = tensor.clone()  # a frozen float32 weight is the model's own, which lives on
             del tensor
             made.append((copy.nbytes, StorageWeakRef(copy.untyped_storage())))
+            assert not made[-1][1].expired()
             yield name, copy
             del copy
             most = max(most, sum(not storage.expired() for _, storage in made))
@@ -223,7 +273,7 @@ def test_only_one_weight_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(merged, "merged_state", watching)
     save_merged(model, None, tmp_path / "merged", check=False)
     assert len(made) > 15
-    assert 1 <= most <= 2
+    assert most <= 2  # none, where the thread has written each before the next is asked for
 
 
 @pytest.mark.gpu

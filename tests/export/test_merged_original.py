@@ -17,6 +17,7 @@ from slothcore.export.export import export_model
 from slothcore.export.merged import save_merged
 from slothcore.lora.adapter_io import load_adapter, save_adapter
 from slothcore.lora.attach import add_lora
+from slothcore.lora.merge import merged_weight
 from slothcore.models.checkpoint import stored_tensors
 from slothcore.models.decoder import Decoder
 from slothcore.models.load import load_model
@@ -150,6 +151,28 @@ def test_new_tokens_come_along(tmp_path: Path) -> None:
     assert len(table) == model.config.vocab_size > 300
     assert torch.equal(table, model.model.embed_tokens.weight)
     assert torch.equal(merged["model.norm.weight"], before["model.norm.weight"])
+
+
+@pytest.mark.parametrize("room", [0, 55], ids=["rows are added", "rows were there"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_new_tokens_of_an_adapted_head(tied: bool, room: int, bits: int | None, tmp_path: Path) -> None:
+    """The head that its LoRA term is added to has the rows of the new tokens, too."""
+    write_byte_tokenizer(tmp_path / "base")
+    tokenizer = Tokenizer.from_folder(tmp_path / "base")
+    size = tokenizer.vocab_size + room
+    base = write_tiny_llama(tmp_path / "base", vocab_size=size, tie_word_embeddings=tied)
+    model = load_model(base, bits=4, dtype=torch.float32, device="cpu")
+    slothcore.add_tokens(model, tokenizer, ["<a>", "<b>"])
+    randomise_zero_factors(add_lora(model, r=4, target_modules=["q_proj", "lm_head"]))
+    save_merged(model, tokenizer, tmp_path / "ours", dtype=torch.float32, base="original", bits=bits)
+    expected = on_originals(model, base, tmp_path / "adapter")
+    merged = load_model(tmp_path / "ours", bits=32, device="cpu")
+    torch.testing.assert_close(merged.lm_head.weight, merged_weight(expected.lm_head, torch.float32))
+    assert torch.equal(merged.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    if bits is None:
+        batch = make_batch(size)
+        assert (logits_of(merged, batch) - logits_of(expected, batch)).abs().max() < 1e-4
 
 
 @pytest.mark.gpu

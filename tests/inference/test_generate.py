@@ -117,6 +117,8 @@ def test_seeds(model: Decoder, tokenizer: Tokenizer) -> None:
 def test_wrong_arguments(model: Decoder, tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match="the prompt '' has no token"):
         generate(model, tokenizer, ["w1", ""], max_new_tokens=3)
+    with pytest.raises(ValueError, match=r"the prompt holds half a character \(\\udcff at position 2\)"):
+        generate(model, tokenizer, "w1\udcff", max_new_tokens=3)
     with pytest.raises(ValueError, match="stop_strings must not hold an empty string"):
         generate(model, tokenizer, "w1", max_new_tokens=3, stop_strings=["", "a"])
     with pytest.raises(ValueError, match="batch_size must be at least 1"):

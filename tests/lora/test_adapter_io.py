@@ -31,6 +31,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "two names": ({}, {"r": 4, "target_modules": ["q_proj", "v_proj"], "use_rslora": True}),
     "expression": ({}, {"r": 4, "target_modules": r".*\.0\.mlp\.(up|down)_proj"}),
     "head adapted": ({}, {"r": 4, "target_modules": ["lm_head", "q_proj"]}),
+    "head adapted, and some layers": (
+        {},
+        {"r": 4, "target_modules": ["lm_head", "q_proj"], "layers_to_transform": [1]},
+    ),
     "biases of targets": (BIASED, {"r": 4, "bias": "lora_only", "target_modules": ["q_proj", "v_proj"]}),
     "all biases": (BIASED, {"r": 4, "bias": "all", "target_modules": ["q_proj", "v_proj"]}),
     "head trained": ({"tie_word_embeddings": True}, {"r": 4, "modules_to_save": ["lm_head"]}),
@@ -89,11 +93,20 @@ def disturb(model: torch.nn.Module) -> None:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
-@pytest.mark.parametrize("name", CASES)
+# What PEFT cannot be asked for in these words, and reads all the same.
+OURS_ONLY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "expression for some layers": (
+        {},
+        {"r": 4, "target_modules": r".*\.(q|up)_proj", "layers_to_transform": [1], "rank_pattern": {"up_proj": 2}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*CASES, *OURS_ONLY])
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 def test_peft_reads_ours(tmp_path: Path, name: str) -> None:
     peft = pytest.importorskip("peft")
-    model_options, options = CASES[name]
+    model_options, options = {**CASES, **OURS_ONLY}[name]
     ours, reference = load_pair(write_tiny_llama(tmp_path / "base", **model_options))
     add_lora(ours, **options)
     disturb(ours)
@@ -101,6 +114,8 @@ def test_peft_reads_ours(tmp_path: Path, name: str) -> None:
     peft_model = peft.PeftModel.from_pretrained(reference, tmp_path / "adapter").eval()
     batch = make_batch(ours.config.vocab_size)
     assert (logits_of(ours, batch) - reference_logits(peft_model, batch)).abs().max() < 1e-4
+    again = load_adapter(load_model(tmp_path / "base", bits=32, device="cpu"), tmp_path / "adapter")
+    assert again.lora_config == ours.lora_config
 
     # PEFT, saving the same adapter again, writes the same names and values.
     peft_model.save_pretrained(tmp_path / "again")
@@ -249,6 +264,8 @@ def test_factors_may_be_kept_in_the_compute_dtype(base: Path, tmp_path: Path) ->
         ({"r": None}, "lacks r"),
         ({"r": 0}, "at least 1, got r = 0"),
         ({"bias": "some"}, "bias must be one of none, all, lora_only, got 'some'"),
+        ({"layers_to_transform": "1"}, "layers_to_transform must be a list of whole numbers, got '1'"),
+        ({"layers_to_transform": [1, "2"]}, r"layers_to_transform must be a list of whole numbers, got \(1, '2'\)"),
         ({"target_modules": ["query"]}, "target_modules 'query' match no linear layer; known are q_proj, k_proj"),
         ({"target_modules": ["q_proj"]}, r"holds 24 tensors that this model has no place for, the first model\.layers"),
         ({"target_modules": ["lm_head", "q_proj"]}, r"lacks 2 tensors that this model needs, the first lm_head.lora_A"),
@@ -284,6 +301,10 @@ def test_refused_files(base: Path, tmp_path: Path) -> None:
     content = (good / "adapter_model.safetensors").read_bytes()
     (broken / "adapter_model.safetensors").write_bytes(content[:-100])
     with pytest.raises(ValueError, match="is truncated or damaged"):
+        load_adapter(model, broken)
+    codes = {name: tensor.to(torch.int8) for name, tensor in load_file(good / "adapter_model.safetensors").items()}
+    save_file(codes, broken / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"lora_[AB].weight is stored as int8, codes of .*; save the adapter in 16 or"):
         load_adapter(model, broken)
     (broken / "adapter_model.safetensors").rename(broken / "adapter_model.bin")
     with pytest.raises(ValueError, match=r"has no adapter_model.safetensors; adapter_model.bin is pickled"):

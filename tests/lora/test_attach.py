@@ -155,6 +155,7 @@ def test_on_the_meta_device_nothing_is_allocated() -> None:
             {"modules_to_save": ["score"]},
             "modules_to_save 'score' matches no module; known are embed_tokens, .*lm_head",
         ),
+        ({"layers_pattern": "layers"}, "layers_pattern 'layers' names the list .* give both or neither"),
         ({"lora_dtype": "float8"}, "lora_dtype must be"),
     ],
 )

@@ -250,6 +250,8 @@ OPTIONS = {
     "all linears": {},
     "experts only": {"target_modules": "EXPERTS"},
     "rank-stabilised": {"use_rslora": True},
+    "begun with orthogonal factors": {"init_lora_weights": "orthogonal"},
+    "begun with gaussian factors": {"init_lora_weights": "gaussian"},
 }
 
 
@@ -365,6 +367,16 @@ FUSED = {
         "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
         "rank_pattern": {"experts.down_proj": 2},
         "alpha_pattern": {".*gate_up_proj": 5},
+    },
+    "no layer beside them": {
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        "exclude_modules": ["self_attn.q_proj", "o_proj"],
+    },
+    "some layers": {
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        "layers_to_transform": [1],
+        "exclude_modules": r".*(o_proj|experts.*)",
+        "rank_pattern": {"experts.down_proj": 2, "q_proj": 5},
     },
     "rank-stabilised": {
         "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],

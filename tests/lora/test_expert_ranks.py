@@ -70,3 +70,27 @@ def test_two_scalings_for_gate_and_up_warn(family: str, tmp_path: Path) -> None:
     assert {warning.filename for warning in w if "one scaling" in str(warning.message)} == {__file__}
     again = load_adapter(load_model(tmp_path / "base", bits=32, device="cpu"), tmp_path / "adapter")
     assert torch.equal(logits_of(again), logits_of(ours))
+
+
+@pytest.mark.parametrize("left_out", ["down", "up"])
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_that_peft_cannot_read_warn(family: str, left_out: str, tmp_path: Path) -> None:
+    """PEFT passes over gate and up without down, and refuses one of the two; the adapter is ours to read."""
+    gate, up, down = EXPERTS[family][1]
+    targets = [gate, up] if left_out == "down" else [gate, down]
+    ours = adapted(all_sparse(family), tmp_path / "base", target_modules=["q_proj", *targets])
+    with pytest.warns(UserWarning, match=r"PEFT, whose experts are fused, takes .* or export the format merged") as w:
+        save_adapter(ours, tmp_path / "adapter")
+    assert [warning.filename for warning in w] == [__file__]
+    again = load_adapter(load_model(tmp_path / "base", bits=32, device="cpu"), tmp_path / "adapter")
+    assert torch.equal(logits_of(again), logits_of(ours))
+
+
+@pytest.mark.filterwarnings("error:PEFT, whose")
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_that_peft_can_read_do_not_warn(family: str, tmp_path: Path) -> None:
+    for name, targets in {"all": EXPERTS[family][1], "down": EXPERTS[family][1][2:], "none": ["q_proj"]}.items():
+        ours = adapted(all_sparse(family), tmp_path / name, target_modules=list(targets))
+        save_adapter(ours, tmp_path / f"{name} adapter")
+        theirs = PeftModel.from_pretrained(tiny_model(all_sparse(family)), tmp_path / f"{name} adapter").eval()
+        assert_same_logits(ours, theirs)

@@ -95,13 +95,19 @@ def test_adapters_of_the_part_are_still_read(folder: Path, tmp_path: Path) -> No
     assert torch.equal(logits_of(again), logits_of(ours))
 
 
-def test_an_adapter_that_peft_trained_on_the_whole_model(folder: Path, tmp_path: Path) -> None:
-    config = PeftConfig(r=3, target_modules=r".*language_model.*\.(q_proj|up_proj)", rank_pattern={"up_proj": 5})
+@pytest.mark.parametrize(
+    "saved", [None, ["language_model.norm", "lm_head"], ["language_model.layers.1.mlp"], ["model.language_model.norm"]]
+)
+def test_an_adapter_that_peft_trained_on_the_whole_model(saved: list[str] | None, folder: Path, tmp_path: Path) -> None:
+    targets = r".*language_model.*\.(q_proj|up_proj)"
+    config = PeftConfig(r=3, target_modules=targets, rank_pattern={"up_proj": 5}, modules_to_save=saved)
     theirs = get_peft_model(tiny_model(VARIANT), config).eval()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if "lora" in name:
                 parameter.normal_(0.0, 0.2)
+            elif parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
     theirs.save_pretrained(tmp_path / "adapter")
     ours = load_adapter(base(folder), tmp_path / "adapter")
     assert_same_logits(ours, theirs)

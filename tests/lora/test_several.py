@@ -58,6 +58,13 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
             "other dora": {"r": 2, "use_dora": True},
         },
     ),
+    "DoRA where another trains the whole weight": (
+        TIED,
+        {
+            "dora": {"r": 4, "use_dora": True, "target_modules": ["q_proj", "lm_head"]},
+            "head": {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        },
+    ),
 }
 
 

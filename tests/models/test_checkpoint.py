@@ -6,6 +6,7 @@ import shutil
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import slothcore.models.load as loading
+from slothcore.models import checkpoint
 from slothcore.models.checkpoint import save_pretrained, stored_tensors
 from slothcore.models.decoder import Decoder
 from slothcore.models.families import FAMILIES
@@ -97,6 +99,30 @@ def test_rotary_buffers_and_a_stored_tied_head_are_passed_over(tmp_path: Path) -
 
     edit(folder, add)
     assert_same_weights(load(folder), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("row", [0, 96])
+def test_a_stored_head_that_is_not_the_tied_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, row: int
+) -> None:
+    """transformers 5 would take the head, 4 the embedding."""
+    monkeypatch.setattr(checkpoint, "COMPARED_AT_ONCE", 500)
+    folder = saved(tiny_llama(tie_word_embeddings=True), tmp_path)
+
+    def add(tensors: dict[str, Tensor], change: float) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].to(dtype, copy=True)
+        tensors["lm_head.weight"][row, -1] += change
+
+    edit(folder, partial(add, change=0.0))
+    load(folder)
+    edit(folder, partial(add, change=0.1))
+    with pytest.raises(ValueError, match=r"lm_head.weight has other values .* set tie_word_embeddings to false in"):
+        load(folder)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "tie_word_embeddings": False}))
+    model = load(folder)
+    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
 
 
 @pytest.mark.parametrize("bits", [32, 16, 4])

@@ -147,6 +147,21 @@ def test_another_scaling_of_the_factors_is_noticed(model: Decoder) -> None:
         assert cache.tokens_read - before == 9 + NEW - 1
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("recorder", [None, lambda step: step], ids=["eager", "recorded"])
+@torch.no_grad()
+def test_factors_that_have_learned_between_two_texts(model: Decoder, use_dora: bool, recorder: Any) -> None:
+    """Also DoRA's norms are those of the new ones, which are made of what is kept of the factors."""
+    torch.manual_seed(5)
+    slothcore.add_lora(model, r=4, lora_alpha=16, use_dora=use_dora, init_lora_weights=False).eval()
+    cache, prompt = TextCache(model, recorder=recorder), token_ids(9).tolist()
+    for turn in range(6):
+        options = {"temperature": 1.0, "seed": turn}
+        assert streamed(model, prompt, cache=cache, **options) == generated(model, prompt, **options)
+        layer = model.model.layers[turn % 2].self_attn.v_proj
+        (layer.lora_A if turn % 3 else layer.lora_B).mul_(3)
+
+
 @pytest.mark.parametrize("recorder", [None, lambda step: step], ids=["eager", "recorded"])
 def test_a_vocabulary_may_grow_between_two_texts(model: Decoder, recorder: Any) -> None:
     cache, before = TextCache(model, recorder=recorder), model.config.vocab_size

@@ -239,6 +239,17 @@ def test_the_file_is_replaced_in_one_stroke(tmp_path: Path, monkeypatch) -> None
     assert (target.read_text(), [p.name for p in tmp_path.iterdir()]) == ("after", ["page.html"])
 
 
+def test_a_page_that_the_disk_does_not_take_is_one_sentence(tmp_path: Path, monkeypatch) -> None:
+    run, place = write_run(tmp_path), tmp_path / "page.html"
+
+    def fail(path: Path, text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(page_module, "replace_text", fail)
+    with pytest.raises(OSError, match=r"the page .*page\.html cannot be written \(.*No space left.*\); make room"):
+        write_report([run], place)
+
+
 def test_a_page_that_would_lie_nowhere_is_one_sentence(tmp_path: Path) -> None:
     run = write_run(tmp_path)
     for place, message in (

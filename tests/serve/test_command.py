@@ -121,12 +121,10 @@ def test_wrong_calls_are_refused_in_one_sentence(
 def test_the_adapters_of_runs_bring_their_options(model: Path, tmp_path: Path) -> None:
     """Bits and positions as the runs had them, and a chat template of its own for each that has one."""
     runs = {}
-    for name, length in (("short", 600), ("long", 700)):
+    for name in ("short", "long"):
         runs[name] = tmp_path / name
         saved(model, runs[name] / "adapter")
-        config = TrainConfig(
-            model=str(model), data="x.jsonl", bits=32, max_seq_length=length, output_dir=str(runs[name])
-        )
+        config = TrainConfig(model=str(model), data="x.jsonl", bits=32, max_seq_length=700, output_dir=str(runs[name]))
         (runs[name] / "config.yaml").write_text(config.to_yaml())
     _, tokenizer = slothcore.load(model, bits=32)
     assert tokenizer is not None
@@ -147,16 +145,29 @@ def test_the_adapters_of_runs_bring_their_options(model: Path, tmp_path: Path) -
     assert served[0].tokenizer.chat_template != served[2].tokenizer.chat_template
     with pytest.raises(ValueError, match="is no base model"):
         open_models({**values, "model": str(runs["long"])}, "base", {"short": str(runs["short"])})
-    other = (runs["short"] / "config.yaml").read_text().replace("rope_scaling: null", "rope_scaling: dynamic")
-    (runs["short"] / "config.yaml").write_text(other)
-    with pytest.raises(ValueError, match="positions scaled unlike each other"):
-        open_models(values, "base", {name: str(run) for name, run in runs.items()})
+    as_it_was = (runs["short"] / "config.yaml").read_text()
+    for change, told in (
+        (("rope_scaling: null", "rope_scaling: dynamic"), "short: dynamic, 700 positions, long: linear, 700 positions"),
+        # Another factor, and none at all.
+        (("max_seq_length: 700", "max_seq_length: 600"), "short: linear, 600 positions, long: linear, 700 positions"),
+        (("max_seq_length: 700", "max_seq_length: 400"), "short: default, 512 positions, long: linear, 700 positions"),
+    ):
+        (runs["short"] / "config.yaml").write_text(as_it_was.replace(*change))
+        with pytest.raises(ValueError, match=f"positions scaled unlike each other .{told}.; serve them apart"):
+            open_models(values, "base", {name: str(run) for name, run in runs.items()})
+    # Lengths that the base has anyway do not matter.
+    for name, length in (("short", 400), ("long", 500)):
+        other = as_it_was.replace("max_seq_length: 700", f"max_seq_length: {length}")
+        (runs[name] / "config.yaml").write_text(other)
+    opened, _, _ = open_models(values, "base", {name: str(run) for name, run in runs.items()})
+    assert (opened.config.rope.rope_type, opened.max_seq_length) == ("default", 500)
 
 
 def test_a_run_is_served_under_its_name(model: Path, tmp_path: Path) -> None:
     folder = saved(model, tmp_path / "adapter")
-    with serving(f"slothcore serve --model {folder} --bits 32 --served-model-name mine") as shown:
-        note, line = shown.splitlines()
+    with serving(f"slothcore serve --model {folder} --bits 32 --served-model-name mine --max-length 600") as shown:
+        beyond, note, line = shown.splitlines()
+        assert beyond.startswith("slothcore: --max-length 600 goes beyond the 512 positions that the model was")
         assert note.startswith("slothcore: no chat template for mine: conversations are refused; --chat-template")
         assert line.startswith("serving mine at ")
 

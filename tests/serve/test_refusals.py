@@ -139,7 +139,13 @@ def test_what_asks_for_nothing_is_let_through(server: Served) -> None:
 
 
 @pytest.mark.parametrize(
-    "body", ["", "{", "[]", '"text"', "nul", "[" * 100_000, '{"model": "\\ud800"}', b"\xff{}"], ids=repr
+    "body",
+    [
+        *("", "{", "[]", '"text"', "nul", "[" * 100_000, b"\xff{}"),
+        # Half a character, in every way in which it can be written.
+        *('{"model": "\\ud800"}', b'{"model": "\xed\xa0\x80"}', '{"model": "\\ud800"}'.encode("utf-16")),
+    ],
+    ids=repr,
 )
 def test_bad_json_is_refused(server: Served, body: str | bytes) -> None:
     for path in ("/v1/chat/completions", "/v1/completions"):

@@ -239,3 +239,14 @@ def test_what_is_about_an_adapter_is_refused_where_all_weights_train(option: dic
     message = f"{next(iter(option))} is about a LoRA adapter, and full_finetuning trains all weights; drop one"
     with pytest.raises(ValueError, match=message):
         TrainConfig(full_finetuning=True, bits=16, **option)
+
+
+def test_folders_may_begin_at_home(monkeypatch) -> None:
+    """A path from Python, or from a file, has seen no shell."""
+    monkeypatch.setenv("HOME", "/home/me")
+    config = TrainConfig(
+        output_dir="~/run", logging_dir="~/tb", resume_from_checkpoint="~/run", chat_template="~/a.jinja"
+    )
+    assert (config.output_dir, config.logging_dir) == ("/home/me/run", "/home/me/tb")
+    assert (config.resume_from_checkpoint, config.chat_template) == ("/home/me/run", "/home/me/a.jinja")
+    assert TrainConfig(output_dir="a/~b").output_dir == "a/~b"

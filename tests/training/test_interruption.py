@@ -32,6 +32,21 @@ def test_the_first_signal_asks(number, capfd) -> None:
     assert "stopping after this step" in capfd.readouterr().err
 
 
+def test_nobody_reads_and_the_first_asks_all_the_same() -> None:
+    """As `tee` that the same Ctrl-C has ended leaves a run."""
+    kept, (reader, writer) = os.dup(2), os.pipe()
+    os.close(reader)
+    os.dup2(writer, 2)
+    try:
+        with Interruption() as interruption:
+            send(signal.SIGINT)
+            assert interruption.requested
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(writer)
+
+
 def test_the_second_interrupts_and_handlers_are_put_back() -> None:
     before = signal.getsignal(signal.SIGINT)
     with Interruption():

@@ -1,11 +1,14 @@
 """The moving line: what it leaves out where there is little room, and how long it says that things take."""
 
+import errno
+import io
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
-from slothcore.training.progress import SHORTEST_BAR, TimeLeft, figures_of, in_words, line_of
+from slothcore.training.progress import SHORTEST_BAR, TimeLeft, figures_of, in_words, line_of, say
 from tests.pseudo_terminal import CONTROL, CTRL_C, PseudoTerminal
 from tests.training.tiny import write_model, write_records
 
@@ -36,6 +39,25 @@ def test_every_width_is_kept_to_and_the_least_wanted_goes_first(width: int) -> N
         assert "step 43/100" in line, "how far it is stands there as long as it fits"
     has_bar = "|" not in line and "█" in line
     assert has_bar == (width - 1 >= len(WHOLE.format(bar="")) + SHORTEST_BAR)
+
+
+def test_characters_that_an_output_lacks_are_spelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a script's on Windows, or under an old locale; the command line sees to its own output."""
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding="latin-1"))
+    say("step 3: 'caf\u00e9' -> '\u65e5\U0001f9a5'")
+    assert output.getvalue() == b"step 3: 'caf\xe9' -> '\\u65e5\\U0001f9a5'\n"
+
+
+def test_an_output_that_takes_nothing_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a terminal that has been closed, or a full disk below the file that it goes to."""
+
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    say("saved run/adapter")
 
 
 def test_before_the_first_figures_and_at_the_end() -> None:

@@ -8,17 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from slothcore.run import train_from_config
+from slothcore.data import chat
+from slothcore.run import load_both, train_from_config
+from slothcore.training import resume
 from slothcore.training.config import TrainConfig
 from slothcore.training.report import read_log
 from slothcore.training.run_state import checkpoints
-from tests.training.tiny import write_model, write_records
+from tests.training.tiny import random_rows, train, write_model, write_records
 
 ROOT = Path(__file__).resolve().parents[2]
 CLOCK = {"elapsed", "tokens_per_second", "host_memory_gib"}
@@ -132,7 +135,7 @@ def test_killed_and_resumed_equals_straight(folder, kind) -> None:
                 assert digest(straight / part / name) == digest(killed / part / name), f"{part}/{name}"
     states = [json.loads((f / "checkpoint-30" / "state.json").read_text()) for f in (straight, killed)]
     for state in states:
-        del state["elapsed"], state["config"]
+        del state["elapsed"], state["rows_made"], state["config"]
     assert states[0] == states[1]
     middle = json.loads((straight / "checkpoint-15" / "state.json").read_text())
     assert middle["epoch"] >= 2
@@ -169,6 +172,20 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(folder) -> None:
     assert [p.name for p in checkpoints(out)] == [f"checkpoint-{read_log(out / 'log.jsonl')[-1]['step']}"]
 
 
+def test_ctrl_c_ends_tee_as_well_and_the_checkpoint_is_saved_all_the_same(folder) -> None:
+    """As in `slothcore train ... 2>&1 | tee train.log`, where the terminal sends the signal to both."""
+    out = folder / "behind tee"
+    values = options(folder, out.name, bits=32, max_steps=100000, save_steps=0, logging_steps=1)
+    process = train_in_a_process(values, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wait_for(lambda: bool(read_log(out / "log.jsonl")), process)
+    process.stdout.close()
+    first = len(read_log(out / "log.jsonl"))
+    wait_for(lambda: len(read_log(out / "log.jsonl")) > first + 3, process)  # lines that nobody reads
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert [p.name for p in checkpoints(out)] == [f"checkpoint-{read_log(out / 'log.jsonl')[-1]['step']}"]
+
+
 @pytest.fixture(scope="module")
 def short_run(folder) -> Path:
     train_from_config(TrainConfig(**options(folder, "short", bits=32, max_steps=4, save_steps=2)))
@@ -181,6 +198,30 @@ def test_a_finished_run_goes_on_when_max_steps_is_raised(folder, short_run) -> N
     assert result.steps == 6
     records = read_log(folder / "longer" / "log.jsonl")
     assert [record["step"] for record in records if "loss" in record] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_a_run_that_could_not_write_its_result_writes_it_when_it_is_resumed(tmp_path, best) -> None:
+    """As where the last checkpoint had filled the disk: no step is left to do, and the result is still to come."""
+    options = {"max_steps": 4, "save_steps": 2, "learning_rate": 0.3}
+    if best:
+        options |= {"eval_steps": 1, "load_best_model_at_end": True}
+    rows, eval_rows = random_rows(16), random_rows(4, seed=1)
+    _, before, _ = train(tmp_path, rows, eval_rows=eval_rows, **options)
+    (file,) = (tmp_path / "adapter").glob("*.safetensors")
+    content, log = file.read_bytes(), (tmp_path / "log.jsonl").read_bytes()
+    if best:
+        shutil.rmtree(tmp_path / "adapter")
+    else:
+        file.write_bytes(b"of the run when it was shorter")
+        os.utime(tmp_path / "adapter", (0, 0))
+    _, after, _ = train(tmp_path, rows, eval_rows=eval_rows, resume_from_checkpoint="latest", **options)
+    assert file.read_bytes() == content
+    assert (tmp_path / "log.jsonl").read_bytes() == log
+    assert (after.steps, after.train_loss, after.best_step) == (4, before.train_loss, before.best_step)
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == "finished"
+    with pytest.raises(ValueError, match="has already done 4 of 4 steps; raise max_steps to go on"):
+        train(tmp_path, rows, eval_rows=eval_rows, resume_from_checkpoint="latest", **options)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +251,42 @@ def test_a_checkpoint_of_something_else_is_refused(folder, short_run, tmp_path, 
         train_from_config(TrainConfig(**values))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_after_midnight_with_a_template_that_writes_the_day(folder, tmp_path, monkeypatch) -> None:
+    """As Llama 3.2's does: each row begins with the day on which it was made."""
+
+    def on_day(day: int) -> None:
+        class Today(datetime):
+            @classmethod
+            def now(cls, tz=None) -> datetime:
+                return datetime(2031, 1, day, 23, 59)
+
+        for module in (chat, resume):
+            monkeypatch.setattr(module, "datetime", Today, raising=False)
+
+    template = tmp_path / "dated.jinja"
+    template.write_text(
+        "{{ strftime_now('%d %b %Y') }}{% for m in messages %}\n{{ m.role }}: {{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}\nassistant: {% endif %}"
+    )
+    turns = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}] for n in range(12)]
+    data = tmp_path / "turns.json"
+    data.write_text(json.dumps([{"messages": messages} for messages in turns]))
+    chosen = {"data": str(data), "chat_template": str(template), "bits": 32, "save_steps": 2, "max_steps": 4}
+    values = {**options(folder, "x", **chosen), "sample_prompts": "Who?", "sample_max_new_tokens": 2}
+    straight, halves = ({**values, "output_dir": str(tmp_path / name)} for name in ("straight", "halves"))
+    on_day(1)
+    train_from_config(TrainConfig(**straight))
+    train_from_config(TrainConfig(**halves))
+    on_day(2)
+    train_from_config(TrainConfig(**halves, resume_from_checkpoint=str(tmp_path / "halves" / "checkpoint-2")))
+    adapters, samples = "*/adapter/adapter_model.safetensors", "*/samples.jsonl"
+    assert len({digest(path) for path in tmp_path.glob(adapters)}) == 1 == len([*tmp_path.glob(samples)]) - 1
+    assert len({digest(path) for path in tmp_path.glob(samples)}) == 1
+    _, tokenizer = load_both(str(folder / "model"), bits=32, device="cpu")
+    tokenizer.use_chat_template(str(template))
+    assert tokenizer.apply_chat_template(turns[0]).startswith("02 Jan 2031"), "where nothing goes on, it is today"
 
 
 def test_a_damaged_checkpoint_is_refused(folder, short_run, tmp_path) -> None:

@@ -1,13 +1,31 @@
 """The folder of a run: what is kept, what is refused, what is never touched."""
 
+import errno
+import json
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from slothcore.training.optimizer_step import OptimizerStep
+from slothcore.training.report import rewind_log
 from slothcore.training.run_state import checkpoints
 from tests.training.tiny import random_rows, train
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """A disk that is full once a file has so many bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path) -> None:
@@ -29,17 +47,60 @@ def test_a_second_run_does_not_overwrite_the_first(tmp_path) -> None:
 def test_a_full_disk_is_one_sentence_and_leaves_the_checkpoints_alone(tmp_path) -> None:
     train(tmp_path, random_rows(8), max_steps=1, save_steps=1)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and "log" not in path.name}
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # the adapter takes 32 kB
-    try:
-        with pytest.raises(OSError, match=r"checkpoint-2 cannot be written .*; make room") as caught:
-            train(tmp_path, random_rows(8), max_steps=2, save_steps=1, resume_from_checkpoint="latest")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with (
+        files_of_at_most(20_000),  # the adapter takes 32 kB
+        pytest.raises(OSError, match=r"checkpoint-2 cannot be written .*; make room") as caught,
+    ):
+        train(tmp_path, random_rows(8), max_steps=2, save_steps=1, resume_from_checkpoint="latest")
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob(".*"))
     of_this_run = {"config.yaml", "run.json", "report.html"}
     assert all(path.read_bytes() == content for path, content in before.items() if path.name not in of_this_run)
+
+
+def test_a_resumed_run_that_cannot_begin_leaves_its_options_and_its_log(tmp_path) -> None:
+    train(tmp_path, random_rows(8), max_steps=2, save_steps=1)
+    before = {name: (tmp_path / name).read_bytes() for name in ("config.yaml", "log.jsonl")}
+    assert all(len(content) > 400 for content in before.values())
+    with (
+        files_of_at_most(400),
+        pytest.raises(OSError, match=r"^\S+config.yaml cannot be written \(.*\); make room, or check the disk$"),
+    ):
+        train(tmp_path, random_rows(8), max_steps=3, resume_from_checkpoint="latest")
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    with files_of_at_most(len(before["log.jsonl"]) - 100), pytest.raises(OSError, match=r"log\.jsonl cannot be"):
+        rewind_log(tmp_path / "log.jsonl", tmp_path / "log.jsonl", 2)
+    assert (tmp_path / "log.jsonl").read_bytes() == before["log.jsonl"]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_log_that_cannot_be_written_is_named_and_the_run_is_noted_as_failed(tmp_path, monkeypatch) -> None:
+    full, opened = OSError(errno.ENOSPC, "No space left on device"), Path.open
+
+    def open_log(self, *arguments, **options):
+        file = opened(self, *arguments, **options)
+        if self.name == "log.jsonl" and arguments == ("a",):
+            file = mock.Mock(wraps=file, flush=mock.Mock(side_effect=full), close=mock.Mock(side_effect=full))
+        return file
+
+    monkeypatch.setattr(Path, "open", open_log)
+    with pytest.raises(OSError, match=r"log.jsonl cannot be written \(.*No space left.*\); make room"):
+        train(tmp_path, random_rows(8), max_steps=2)
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"
+
+
+def test_a_picture_that_cannot_be_written_costs_no_result(tmp_path, monkeypatch, capsys) -> None:
+    figure = pytest.importorskip("matplotlib.figure")
+
+    def full(self, path, **options) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(figure.Figure, "savefig", full)
+    train(tmp_path, random_rows(8), max_steps=1, plot=True)
+    assert "loss.png was not drawn: [Errno 28] No space left on device" in capsys.readouterr().out
+    assert not (tmp_path / "loss.png").exists()
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == "finished"
 
 
 def test_a_run_that_failed_before_its_first_line_is_in_nobodys_way(tmp_path, monkeypatch) -> None:

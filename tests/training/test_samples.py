@@ -266,6 +266,12 @@ def test_what_cannot_be_asked_is_one_sentence(tmp_path, tokenizer, name, content
     assert "\n" not in str(caught.value)
 
 
+def test_half_a_character_is_not_asked(tokenizer) -> None:
+    """As a shell hands on bytes that are not UTF-8."""
+    with pytest.raises(ValueError, match=r"sample_prompts holds half a character \(\\udcff at position 2\); repair"):
+        read_questions(TrainConfig(sample_prompts=["a \udcff"]), tokenizer, None)
+
+
 def test_prompts_are_checked_before_anything_is_written(folder) -> None:
     with pytest.raises(
         ValueError, match=r"has 149 tokens, and max_seq_length 128 leaves 64 beside sample_max_new_tokens 64"
