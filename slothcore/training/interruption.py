@@ -8,14 +8,16 @@ from types import FrameType, TracebackType
 from typing import Any
 
 STDERR = 2
+# Ctrl-C; what ends a job; a terminal that closes, or a connection to it that breaks, which Windows has no signal for.
+ASKING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class Interruption:
-    """While entered, the first SIGINT or SIGTERM only sets `requested`; a second SIGINT interrupts at once.
+    """While entered, the first SIGINT, SIGTERM or SIGHUP only sets `requested`; a second SIGINT interrupts at once.
 
     An optimizer step cut in half leaves weights that no number of steps describes. Signals reach the main thread only,
     so in another thread nothing is caught and nothing changes. A signal that is ignored stays so: a script has its
-    background jobs ignore the Ctrl-C that is meant for itself.
+    background jobs ignore the Ctrl-C that is meant for itself, and `nohup` the end of a terminal.
     """
 
     def __init__(self) -> None:
@@ -24,7 +26,7 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in ASKING:
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._on_signal)
         return self
