@@ -241,12 +241,10 @@ def test_what_is_about_an_adapter_is_refused_where_all_weights_train(option: dic
         TrainConfig(full_finetuning=True, bits=16, **option)
 
 
-def test_folders_may_begin_at_home(monkeypatch) -> None:
+def test_folders_may_begin_at_home(tmp_path, monkeypatch) -> None:
     """A path from Python, or from a file, has seen no shell."""
-    monkeypatch.setenv("HOME", "/home/me")
-    config = TrainConfig(
-        output_dir="~/run", logging_dir="~/tb", resume_from_checkpoint="~/run", chat_template="~/a.jinja"
-    )
-    assert (config.output_dir, config.logging_dir) == ("/home/me/run", "/home/me/tb")
-    assert (config.resume_from_checkpoint, config.chat_template) == ("/home/me/run", "/home/me/a.jinja")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = ("output_dir", "logging_dir", "resume_from_checkpoint", "chat_template", "sample_prompts")
+    config = TrainConfig(**dict.fromkeys(names, "~/a"), sample_steps=1)
+    assert [getattr(config, name) for name in names] == [str(tmp_path / "a")] * 5
     assert TrainConfig(output_dir="a/~b").output_dir == "a/~b"
