@@ -114,6 +114,11 @@ def _message(message: Any, where: str) -> Message:
     kept = {key: value for key, value in message.items() if value is not None or key in (role_key, content_key)}
     if kept.get("tool_calls") and kept.get(content_key) is None:
         kept.setdefault(content_key, "")
+    if kept.get("function_call"):
+        raise ValueError(
+            f"{where}: 'function_call' is not read; write it as 'tool_calls': [{{'type': 'function', 'function': "
+            "...}], and what the function returns with the role 'tool'"
+        )
     if role_key not in kept or content_key not in kept:
         raise ValueError(
             f"{where}: needs {role_key!r} and {content_key!r}, has {field_names(message)}; "

@@ -19,6 +19,7 @@ from slothcore.data.preferences import VERDICTS
 from slothcore.data.row_checks import RowCounts, check_example, check_size
 from slothcore.data.row_reading import Reading
 from slothcore.data.sources import MemorySource, Source, find_sources, is_records
+from slothcore.data.values import counted
 
 OnBadRow = Literal["error", "skip"]
 # A bar for what is done before it is drawn would only flicker.
@@ -34,10 +35,20 @@ class Part:
     repeats: np.ndarray
 
     def chosen(self) -> Iterator[tuple[str, Any]]:
-        """The records that are taken, each as often as it is, with their places."""
-        for (where, record), times in zip(self.source.records(), self.repeats.tolist(), strict=False):
+        """The records that are taken, each as often as it is, with their places.
+
+        Raises: ValueError if the source now ends before it did when its records were checked.
+        """
+        records = self.source.records()
+        for number, times in enumerate(self.repeats.tolist()):
+            located = next(records, None)
+            if located is None:
+                raise ValueError(
+                    f"{self.source.name} held {counted(len(self.repeats), 'record')} when they were checked and holds "
+                    f"{number:,} now; leave it as it is while it is read, or give a list"
+                )
             for _ in range(times):
-                yield where, record
+                yield located
 
 
 class Dataset:
@@ -98,6 +109,8 @@ class Dataset:
     def hold_out(self, fraction: float, *, seed: int) -> tuple["Dataset", "Dataset"]:
         """The dataset without a share of its rows, chosen by the seed, and those, each of them once.
 
+        A note of the first says how many rows that stay are copies of rows that are held out.
+
         Raises: ValueError if that leaves nothing on one side.
         """
         import torch  # its generator has always chosen the rows, and another would choose others
@@ -112,7 +125,20 @@ class Dataset:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).numpy()
         held_out = np.zeros(len(repeats), dtype=np.int32)
         held_out[rows[order[:count]]] = 1
-        return self._with_repeats(np.where(held_out, 0, repeats), self.notes), self._with_repeats(held_out)
+        notes = list(self.notes)
+        if copies := self._copies(held_out[rows] == 1):
+            verb = "repeats" if copies == 1 else "repeat"
+            notes.append(
+                f"{counted(copies, 'row')} for training {verb} what a row held out says, so the evaluation is not only "
+                "of unseen rows; drop the copies, or give eval_data"
+            )
+        return self._with_repeats(np.where(held_out, 0, repeats), notes), self._with_repeats(held_out)
+
+    def _copies(self, held_out: np.ndarray) -> int:
+        """How many of the rows that are not held out say what one of those does. held_out: [rows that are used] bool"""
+        once = self._with_repeats(np.concatenate([part.repeats > 0 for part in self.parts]))
+        says = np.fromiter((hash(repr(example)) for _, example in once.examples()), dtype=np.int64)
+        return int(np.isin(says[~held_out], says[held_out]).sum())
 
     def _with_repeats(self, repeats: np.ndarray, notes: Sequence[str] = ()) -> "Dataset":
         ends = np.cumsum([len(part.repeats) for part in self.parts])[:-1]

@@ -100,7 +100,7 @@ def files_of_split(
             f"{repository} on the Hugging Face Hub holds no data file that is read here ({', '.join(READERS)}); "
             "choose another dataset, or convert it to Parquet"
         )
-    splits = _declared_splits(data, card, repository, config) or _named_splits(data)
+    splits = _declared_splits(data, card, repository, config) or named_splits(data)
     if split not in splits:
         raise ValueError(
             f"{repository} on the Hugging Face Hub has no split {split!r}; it has {', '.join(splits)}: name one as "
@@ -162,13 +162,19 @@ def _fits(file: str, pattern: str) -> bool:
     return fnmatch(file, pattern) or fnmatch(file, pattern.replace("**/", ""))
 
 
-def _named_splits(data: list[str]) -> dict[str, list[str]]:
+def named_splits(data: list[str]) -> dict[str, list[str]]:
     """The splits that the names of files and folders tell; train alone if they tell none."""
     splits: dict[str, list[str]] = {}
     for file in data:
-        words = set(re.split(r"[^a-zA-Z]+", file.lower()))
-        for split, spellings in SPLIT_WORDS.items():
-            if words & set(spellings):
-                splits.setdefault(split, []).append(file)
-                break
+        # A file's own name goes before those of its folders: training_data/test.jsonl is for tests.
+        folders, _, name = file.lower().rpartition("/")
+        split = _split_of(name) or _split_of(folders)
+        if split is not None:
+            splits.setdefault(split, []).append(file)
     return splits or {DEFAULT_SPLIT: data}
+
+
+def _split_of(name: str) -> str | None:
+    """The split whose word the name holds."""
+    words = set(re.split(r"[^a-z]+", name))
+    return next((split for split, spellings in SPLIT_WORDS.items() if words & set(spellings)), None)

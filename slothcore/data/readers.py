@@ -263,16 +263,29 @@ def _read_parquet(path: Path) -> Iterator[Located]:
     try:
         file = parquet.ParquetFile(path, memory_map=True)
     except Exception as error:  # pyarrow's own kinds of errors are not at hand to be named
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not a Parquet file ({reason}); download or write it again") from None
+        raise ValueError(f"{path} is not a Parquet file ({_first_line(error)}); download or write it again") from None
     names = file.schema_arrow.names
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{path}: the column {twice!r} is there twice; rename one of them")
     number = 0
-    for batch in file.iter_batches(batch_size=PARQUET_BATCH):
-        for number, record in enumerate(batch.to_pylist(), start=number + 1):  # noqa: B020 (counts through batches)
+    batches = file.iter_batches(batch_size=PARQUET_BATCH)
+    while True:
+        try:
+            batch = next(batches, None)
+            rows = [] if batch is None else batch.to_pylist()
+        except Exception as error:  # a page that is damaged, or text that is not UTF-8
+            raise ValueError(
+                f"{path} is damaged behind row {number} ({_first_line(error)}); download or write it again"
+            ) from None
+        if batch is None:
+            return
+        for number, record in enumerate(rows, start=number + 1):  # noqa: B020 (counts through batches)
             yield f"{path}, row {number}", without_fillers(record)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 READERS: dict[str, Reader] = {

@@ -6,13 +6,15 @@ from typing import Any
 
 from slothcore.data.conversations import check_turns, is_blank
 from slothcore.data.formats import Example, TextExample, detect_format
-from slothcore.data.preferences import verdict
+from slothcore.data.preferences import VERDICTS, verdict
 from slothcore.data.readers import LONGEST_ROW
 from slothcore.data.row_reading import Reading
-from slothcore.data.values import counted
+from slothcore.data.values import counted, parsed
 
 # How many of the rows that were left out are named.
 NAMED = 3
+# What records of other libraries may say beside a layout: earlier turns, pictures and sounds, older names of tools.
+UNREAD = ("history", "image", "images", "videos", "audios", "functions")
 
 
 def check_size(record: Any, where: str) -> None:
@@ -44,7 +46,8 @@ class RowCounts:
         self.name = name
         self.repeats = array("i")
         self.formats: dict[str, int] = {}
-        self._judged_bad = self._skipped = self._repeated_ids = 0
+        self._judged_bad = self._skipped = self._repeated_ids = self._numbered = 0
+        self._unread: dict[str, int] = {}
         self._empty: list[str] = []
         self._errors: list[str] = []
         self._ids: set[int] = set()
@@ -91,6 +94,11 @@ class RowCounts:
         if reading.columns is None and name == "auto":
             name = detect_format(record, text_field=reading.text_field)
         self.formats[name] = self.formats.get(name, 0) + 1
+        if reading.columns is None:
+            for field in UNREAD:
+                if field in record and _says_something(parsed(record[field])):
+                    self._unread[field] = self._unread.get(field, 0) + 1
+            self._numbered += name != "kto" and name not in ("text", "document") and _is_numbered(record)
         identity = record.get("id")
         if isinstance(identity, str | int):
             key = hash(identity)
@@ -141,6 +149,16 @@ class RowCounts:
         if self._skipped:
             first = " | ".join(map(self._inside, self._errors))
             lines.append(f"{self.name}: {counted(self._skipped, 'row')} skipped as unusable; first {first}")
+        for field, count in self._unread.items():
+            lines.append(
+                f"{self.name}: {counted(count, 'row')} with {field!r}, which is not read; write what it says into the "
+                "messages, or drop the field"
+            )
+        if self._numbered:
+            lines.append(
+                f"{self.name}: {counted(self._numbered, 'row')} with a label of 0 or 1, which judges no answer here, "
+                "so all are learned; write false or true if it tells bad answers from good ones"
+            )
         if self._repeated_ids:
             lines.append(
                 f"{self.name}: {counted(self._repeated_ids, 'row')} with the id of an earlier one, "
@@ -151,6 +169,16 @@ class RowCounts:
     def _inside(self, message: str) -> str:
         """A place, or a message that begins with one, without the name of the source, which begins the note."""
         return message.removeprefix(f"{self.name}, ")
+
+
+def _says_something(value: Any) -> bool:
+    return bool(value) if isinstance(value, str | list | Mapping) else value is not None
+
+
+def _is_numbered(record: Mapping[str, Any]) -> bool:
+    """Whether a field that may judge the answer holds a number, which may as well be a class."""
+    values = (record.get(field) for field in VERDICTS)
+    return any(isinstance(v, int | float | str) and not isinstance(v, bool) and v in (0, 1, "0", "1") for v in values)
 
 
 def _characters(value: Any) -> int:

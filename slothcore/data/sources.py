@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from slothcore.data.hub_files import dataset_files, names_dataset
+from slothcore.data.hub_files import dataset_files, named_splits, names_dataset
 from slothcore.data.readers import READERS, Located, extension, is_running_text, read_records, reader_of
 from slothcore.data.values import without_fillers
 
@@ -112,7 +112,8 @@ def find_sources(
             `owner/name:validation`).
         token, local_files_only: for the Hub.
     Raises: ValueError if there is nothing that can be read; FileNotFoundError if the file does not exist.
-    Warns: if a folder holds a README, a licence or the like beside its data, which is left out.
+    Warns: if a folder holds a README, a licence or the like beside its data, or folders of data, which are left out; or
+        several splits, which are not told apart.
     """
     here = Path(path).expanduser()
     if here.is_dir():
@@ -122,16 +123,7 @@ def find_sources(
                 f"the folder {here} was written by save_to_disk of datasets, which is not read here; write it with "
                 "that library's to_json or to_parquet"
             )
-        inside = sorted(p for p in here.iterdir() if p.is_file() and extension(p) in READERS)
-        if not inside:
-            raise ValueError(f"the folder {here} holds no data file; known are {', '.join(READERS)}")
-        about = [file for file in inside if ABOUT_DATA.match(file.name)]
-        if about and len(about) < len(inside):
-            names = ", ".join(file.name for file in about)
-            warnings.warn(
-                f"{names} in the folder {here} is not read: it is about the data; name a file to learn it", stacklevel=2
-            )
-            inside = [file for file in inside if file not in about]
+        inside = _files_of_folder(here)
         return [FileSource(file) for file in inside]
     if here.is_file():
         reader_of(here)
@@ -149,6 +141,49 @@ def find_sources(
     raise FileNotFoundError(
         f"the data file {path} does not exist; check the path, or name a dataset on the Hub as owner/name"
     )
+
+
+def _files_of_folder(folder: Path) -> list[Path]:
+    """The data files that stand in a folder itself, sorted; errors and warnings as of `find_sources`."""
+    inside = sorted(p for p in folder.iterdir() if p.is_file() and extension(p) in READERS)
+    about = [file for file in inside if ABOUT_DATA.match(file.name)]
+    data = [file for file in inside if file not in about]
+    # As a clone from the Hub has them, its README above.
+    below = {
+        file.parent.name
+        for file in folder.glob("[!.]*/*")
+        if file.is_file() and extension(file) in READERS and not ABOUT_DATA.match(file.name)
+    }
+    if not data and below:
+        raise ValueError(
+            f"the folder {folder} holds no data itself, but its folders {', '.join(sorted(below))} do; name one of "
+            f"them, or a pattern such as {folder / min(below) / '*'}"
+        )
+    # A README alone may be what is to be learned; beside something that cannot be read it is about that.
+    others = [entry for entry in folder.iterdir() if entry not in about and not entry.name.startswith(".")]
+    if not data and (others or not about):
+        raise ValueError(f"the folder {folder} holds no data file; known are {', '.join(READERS)}")
+    if not data:
+        return about
+    if about:
+        names = ", ".join(file.name for file in about)
+        warnings.warn(
+            f"{names} in the folder {folder} is not read: it is about the data; name a file to learn it", stacklevel=3
+        )
+    if below:
+        warnings.warn(
+            f"of the folder {folder} the files in it are read, and not those in its folders "
+            f"{', '.join(sorted(below))}; name these as well to read them",
+            stacklevel=3,
+        )
+    splits = named_splits([file.name for file in data])
+    if len(splits) > 1:
+        warnings.warn(
+            f"the folder {folder} holds the splits {', '.join(splits)}, and all of its files are read; name the files "
+            "of one split to keep to it",
+            stacklevel=3,
+        )
+    return data
 
 
 def is_records(data: Any) -> bool:

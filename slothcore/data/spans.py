@@ -68,7 +68,14 @@ class TurnFinder:
         # A template that expects text writes a list in Python's notation.
         if any(isinstance(m.get("content"), list) and str(m["content"]) in text for m in messages):
             return joined, self._template.render(joined, tools=tools)
-        return messages, text
+        # One that leaves the parts out here, as Mistral's does with a system text, may write them into the prompt.
+        return (joined if self._renders(joined, tools) == text else messages), text
+
+    def _renders(self, messages: Sequence[Message], tools: Tools) -> str | None:
+        try:
+            return self._template.render(messages, tools=tools)
+        except ValueError:
+            return None
 
     def find(self, messages: Sequence[Message], tools: Tools = None) -> tuple[str, list[Turn]]:
         """The rendered conversation, and the assistant's turns in it, in order.

@@ -9,6 +9,8 @@ from slothcore.data.tokenizer import Tokenizer
 from slothcore.lora.adapter_io import WEIGHTS_FILE, adapter_state, save_adapter
 from slothcore.lora.attach import lora_config_of
 from slothcore.lora.recorded import AdapterFile
+from slothcore.lora.stored_adapter import PREFIX
+from slothcore.lora.whole_model import name_in_part
 from slothcore.models.checkpoint import save_pretrained, stored_tensors
 from slothcore.models.decoder import Decoder
 from slothcore.models.reading import read_tensors
@@ -56,8 +58,12 @@ def load_weights(model: Decoder, folder: Path) -> None:
 
 
 def _as_trained(file: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter, its factors as they were when it was saved. Raises ValueError if it is damaged."""
+    """The tensors of an adapter under the names of `adapter_state`, its factors as they were when it was saved.
+
+    Raises: ValueError if it is damaged.
+    """
     try:
-        return AdapterFile.read(file).trained_tensors()
+        tensors = AdapterFile.read(file).trained_tensors()
     except ValueError as error:
         raise ValueError(f"{file} cannot be read: {error}; resume from another checkpoint") from error
+    return {PREFIX + name_in_part(name.removeprefix(PREFIX)): tensor for name, tensor in tensors.items()}

@@ -274,6 +274,10 @@ def test_a_system_text_that_only_prompts_carry(shared_data: Path) -> None:
     for only in (None, False):
         row = tokenise_example({"messages": chat}, tokenizer, max_seq_length=4096, completion_only_loss=only)
         assert row.input_ids == tokenizer.encode(expected, add_special_tokens=False)
+    in_parts = {"role": "system", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]}
+    assert tokenise_example({"messages": [in_parts, *chat[1:]]}, tokenizer, max_seq_length=4096) == tokenise_example(
+        {"messages": chat}, tokenizer, max_seq_length=4096
+    )
 
 
 def test_a_template_that_leaves_a_message_out(shared_data: Path) -> None:

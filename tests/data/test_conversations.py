@@ -45,6 +45,16 @@ def test_a_call_that_is_a_turn_becomes_a_tool_call(speaker: str) -> None:
         read_messages([{"from": speaker, "value": "add(2)"}], where="x")
 
 
+def test_a_call_in_the_older_spelling_is_not_lost() -> None:
+    """No template writes it, so beside some words it was left out in silence."""
+    call = {"role": "assistant", "content": "I look.", "function_call": {"name": "f", "arguments": "{}"}}
+    with pytest.raises(
+        ValueError, match=r"x, message 1: 'function_call' is not read; write it as 'tool_calls': \[\{'t"
+    ):
+        read_messages([call], where="x")
+    assert read_messages([{**call, "function_call": None}], where="x")[0]["content"] == "I look."
+
+
 def test_keys_that_parquet_fills_with_null_are_dropped() -> None:
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}], "name": None}
     (message,) = read_messages([call], where="x")

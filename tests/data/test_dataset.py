@@ -69,6 +69,62 @@ def test_held_out_rows_are_those_of_the_seed_and_no_others(files: list[Path]) ->
         dataset.hold_out(0.01, seed=0)
 
 
+def test_copies_of_held_out_rows_are_said(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", list("aabcdefghi"))
+    for seed in range(20):
+        train, held_out = open_dataset(path).hold_out(0.2, seed=seed)
+        said = [note for note in train.notes if "held out" in note]
+        copies = sum(text in texts(held_out) for text in texts(train))
+        assert (len(train), copies) == (8, len(said))
+        assert all(note.startswith("1 row for training repeats") for note in said)
+    twice = open_dataset([path, path]).hold_out(0.5, seed=0)[0]
+    assert "rows for training repeat what a row held out says" in twice.notes[-1]
+
+
+class ReadOnce:
+    """As an object that goes through an open file."""
+
+    def __init__(self, count: int) -> None:
+        self.rows = iter([{"text": str(number)} for number in range(count)])
+
+    def __iter__(self):
+        yield from self.rows
+
+
+def test_a_source_that_ends_earlier_the_next_time(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"^the dataset held 3 records when they were checked and holds 0 now; .* list"
+    ):
+        list(open_dataset(ReadOnce(3)))
+    path = write(tmp_path / "a.jsonl", list("abcd"))
+    dataset = open_dataset(path)
+    write(path, list("ab"))
+    with pytest.raises(ValueError, match=r"a\.jsonl held 4 records when they were checked and holds 2 now"):
+        list(dataset.examples())
+
+
+def test_fields_that_are_not_read_are_said() -> None:
+    """LLaMA-Factory's Alpaca files may have earlier turns in `history`, and its others pictures."""
+    row = {"instruction": "a", "output": "b"}
+    notes = open_dataset([{**row, "history": [["c", "d"]]}, {**row, "history": [], "images": None}, row]).notes
+    assert [note for note in notes if "not read" in note] == [
+        "the dataset: 1 row with 'history', which is not read; write what it says into the messages, or drop the field"
+    ]
+    assert not any("not read" in note for note in open_dataset([{**row, "history": []}]).notes)
+
+
+@pytest.mark.parametrize("labels", [(0, 1), ("0", "1"), (0.0, 1.0)])
+def test_numbers_judge_no_answer_and_that_is_said(labels: tuple) -> None:
+    """They may be classes; where they are verdicts, bad answers would be learned in silence."""
+    rows = [{"prompt": "a", "completion": "b", "label": label} for label in labels]
+    (note,) = [note for note in open_dataset(rows).notes if "label" in note]
+    assert note.startswith(
+        "the dataset: 2 rows with a label of 0 or 1, which judges no answer here, so all are learned;"
+    )
+    assert not any("label of" in note for note in open_dataset([{**rows[0], "label": True}]).notes)
+    assert not any("label of" in note for note in open_dataset([{"text": "a", "label": 1}]).notes)
+
+
 def test_the_digest_sees_content_reading_and_choice(files: list[Path], tmp_path: Path) -> None:
     digest = open_dataset(files).digest()
     assert open_dataset(files).digest() == digest

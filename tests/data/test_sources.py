@@ -59,6 +59,29 @@ def test_what_is_about_the_data_of_a_folder_is_not_learned(tmp_path: Path) -> No
     alone.mkdir()
     (alone / "README.md").write_text("words\n")
     assert [*open_dataset(alone)] == [{"document": "words\n"}]
+    (alone / "train.jsonl.zst").write_bytes(b"packed")
+    with pytest.raises(ValueError, match=r"^the folder .* holds no data file; known are "):
+        open_dataset(alone)
+
+
+def test_data_in_folders_of_a_folder_are_not_passed_over_in_silence(tmp_path: Path) -> None:
+    """A clone from the Hub may hold its README and a folder `data`; its README was learned, and nothing else."""
+    (tmp_path / "README.md").write_text("# About\n")
+    write(tmp_path / "data" / "train.jsonl", "a")
+    write(tmp_path / ".cache" / "hidden.jsonl", "b")
+    with pytest.raises(ValueError, match=r"^the folder .* holds no data itself, but its folders data do; name one of"):
+        open_dataset(tmp_path)
+    write(tmp_path / "more.jsonl", "c")
+    (tmp_path / "README.md").unlink()
+    with pytest.warns(UserWarning, match="and not those in its folders data; name these as well"):
+        assert texts(open_dataset(tmp_path)) == ["c"]
+
+
+def test_a_folder_of_several_splits_is_said(tmp_path: Path) -> None:
+    for name in ("train", "test", "more"):
+        write(tmp_path / f"{name}.jsonl", name)
+    with pytest.warns(UserWarning, match="holds the splits test, train, and all of its files are read; name the files"):
+        assert texts(open_dataset(tmp_path)) == ["more", "test", "train"]
 
 
 class ByNumber:
@@ -134,6 +157,23 @@ def test_what_a_table_fills_in_is_no_argument_of_a_call(tmp_path: Path, in_memor
     assert example.messages[1]["tool_calls"][0]["function"]["arguments"] == {"city": "Rome", "zone": None}
 
 
+def test_damaged_parquet(tmp_path: Path) -> None:
+    """Its end, which is looked at first, may be whole."""
+    pq = pytest.importorskip("pyarrow.parquet")
+    pa = pytest.importorskip("pyarrow")
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [f"text {i}" for i in range(9)]}), path, compression="none")
+    content = bytearray(path.read_bytes())
+    content[4:40] = b"\xff" * 36
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.parquet is damaged behind row 0 \(.*\); download or write it again$"):
+        open_dataset(path)
+    text = pa.array([b"\xff\xfe"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": text}), path)
+    with pytest.raises(ValueError, match=r"a\.parquet is damaged behind row 0 \('utf-8' codec .*\); download"):
+        open_dataset(path)
+
+
 def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
@@ -166,6 +206,7 @@ def test_names_of_datasets(name: str, is_dataset: bool) -> None:
         (["README.md", "alpaca_data.json", "dataset_infos.json", "LICENSE"], "train", ["alpaca_data.json"]),
         (["dev.csv", "train.csv"], "validation", ["dev.csv"]),
         (["train/a.jsonl", "validation/a.jsonl", "train/script.py"], "train", ["train/a.jsonl"]),
+        (["training_data/a.jsonl", "training_data/test.jsonl"], "train", ["training_data/a.jsonl"]),
         (["my_training_set.jsonl", "contest.jsonl"], "train", ["my_training_set.jsonl"]),
     ],
 )
