@@ -6,7 +6,6 @@ the data that slipped through as markup would still not run.
 
 import base64
 import hashlib
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from slothcore.report.samples import compared_samples
 from slothcore.report.saved_run import SavedRun, name_apart
 from slothcore.report.sections import notices, outcome, subtitle, tiles, whole_run
 from slothcore.report.words import count, period
+from slothcore.report.writing import replace_text
 
 REPORT_FILE = "report.html"
 HERE = Path(__file__).parent
@@ -94,10 +94,7 @@ def write_report(runs: Sequence[str | Path], output: str | Path) -> Path:
         )
     if len(saved) > 1:
         name_apart(saved)
-    try:
-        replace_text(output, page(saved))
-    except OSError as error:
-        raise OSError(f"the page {output} cannot be written ({error}); make room, or check the disk") from error
+    replace_text(output, page(saved))
     return output
 
 
@@ -284,15 +281,3 @@ def _style() -> Html:
 def _hash(text: str) -> str:
     """As a content security policy names a script or style."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write `text` to `path` in one stroke: who reads it sees the old file or the new one. Raises OSError."""
-    temporary = path.with_name(f"{path.name}.partial")
-    try:
-        # A lone surrogate, which JSON may bring along, has no UTF-8.
-        temporary.write_bytes(text.encode("utf-8", "replace"))
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 
-from slothcore.report.page import replace_text
 from slothcore.report.saved_run import LOG_FILE
+from slothcore.report.writing import replace_text, writing
 from slothcore.training.progress import ProgressLine, figures_of, in_words, is_terminal, say
 from slothcore.training.run_folder import PLOT_FILE
 from slothcore.training.run_record import RunRecord
-from slothcore.training.run_state import writing
 
 # Windows has no such module.
 resource = importlib.import_module("resource") if os.name == "posix" else None
@@ -111,8 +110,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def rewind_log(source: Path, target: Path, step: int) -> None:
     """Write to `target` the records of `source` up to `step`, so that a resumed run repeats no line."""
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in read_log(source) if record["step"] <= step]
-    with writing(target):
-        replace_text(target, "".join(lines))
+    replace_text(target, "".join(lines))
 
 
 def draw_loss(output_dir: Path) -> str:

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slothcore.models.hub import ADAPTER_CONFIG_FILE
-from slothcore.report.page import REPORT_FILE, replace_text
+from slothcore.report.page import REPORT_FILE
 from slothcore.report.saved_run import LOG_FILE, NOTES_FILE, SAMPLES_FILE
+from slothcore.report.writing import replace_text
 from slothcore.training.config import TrainConfig
-from slothcore.training.run_state import STATE_FILE, checkpoints, remove_folder, remove_partial, writing
+from slothcore.training.run_state import STATE_FILE, checkpoints, remove_folder, remove_partial
 
 CONFIG_FILE = "config.yaml"
 PLOT_FILE = "loss.png"
@@ -115,8 +116,7 @@ def claim_output_dir(config: TrainConfig) -> Path:
             shutil.rmtree(folder / result, ignore_errors=True)
         for file in (LOG_FILE, SAMPLES_FILE, PLOT_FILE, NOTES_FILE, REPORT_FILE):
             (folder / file).unlink(missing_ok=True)
-    with writing(folder / CONFIG_FILE):
-        replace_text(folder / CONFIG_FILE, config.to_yaml())
+    replace_text(folder / CONFIG_FILE, config.to_yaml())
     return folder
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from slothcore.models.decoder import Decoder
-from slothcore.report.page import LivePage, replace_text
+from slothcore.report.page import LivePage
 from slothcore.report.saved_run import NOTES_FILE
+from slothcore.report.writing import replace_text
 from slothcore.training.batches import RowSet, StepSchedule
 from slothcore.training.best import early_end
 from slothcore.training.config import TrainConfig

@@ -12,8 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,15 +86,6 @@ def save_checkpoint(
 def checkpoint_of(output_dir: Path, step: int) -> Path:
     """Where the checkpoint of a step lies, if there is one."""
     return output_dir / f"checkpoint-{step}"
-
-
-@contextmanager
-def writing(target: Path) -> Iterator[None]:
-    """For a block that writes `target`. Raises: OSError that names it and says what helps, if it cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(f"{target} cannot be written ({error}); make room, or check the disk") from error
 
 
 def write_folder(target: Path, write: Callable[[Path], object]) -> Path:

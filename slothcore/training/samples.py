@@ -18,9 +18,10 @@ from slothcore.data.values import counted
 from slothcore.inference.generate import generate
 from slothcore.models.decoder import Decoder
 from slothcore.report.saved_run import SAMPLES_FILE
+from slothcore.report.writing import writing
 from slothcore.training.config import TrainConfig
 from slothcore.training.progress import say
-from slothcore.training.run_state import generator_states, restore_generators, writing
+from slothcore.training.run_state import generator_states, restore_generators
 from slothcore.training.sample_prompts import Question, read_questions
 
 # Said at each sampling, and how much of a text; all of it stands in the file.
