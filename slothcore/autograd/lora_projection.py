@@ -35,11 +35,16 @@ from slothcore.kernels import (
     nf4_gemm,
     nf4_gemm_group,
 )
+from slothcore.kernels.gpu import has_tensor_cores
 from slothcore.kernels.lora_grads_eager import transposed_product
 from slothcore.kernels.nf4_tensor import BLOCK, Nf4Tensor
 
 # Up to this many rows the NF4 weight is decoded inside the matrix product; above, once into a scratch tile.
 NF4_IN_KERNEL_ROWS = 256
+
+# Before Ampere only cuBLAS has tensor cores. There sums of more rows do not fit a program's registers: of 32 rows a
+# thread spills 240 bytes, of 64 2,900; and the tile for 256 needs twice the shared memory of a T4.
+NF4_IN_KERNEL_ROWS_BEFORE_AMPERE = 16
 
 # The same where a decoded copy is kept: a product of so few rows is bound by reading the weight, and NF4 is a quarter.
 NF4_OVER_COPY_ROWS = 16
@@ -93,7 +98,7 @@ def _linear_and_blocks(
 def decodes_in_kernel(x: Tensor, group: Group) -> bool:
     """Whether x has so few rows that decoding a weight costs more than multiplying by it."""
     rows, in_features = x.shape
-    if not x.is_cuda or rows > NF4_IN_KERNEL_ROWS or in_features % BLOCK != 0:
+    if not x.is_cuda or rows > _most_rows_in_kernel(x) or in_features % BLOCK != 0:
         return False
     weights = [w for w in group.weights if isinstance(w, Nf4Tensor)]
     if len(weights) < len(group.weights):
@@ -102,6 +107,12 @@ def decodes_in_kernel(x: Tensor, group: Group) -> bool:
         return True
     large = all(w.shape[0] * in_features >= NF4_LARGE and nf4_gemm.can_permute(x, w) for w in weights)
     return large and rows <= NF4_OVER_COPY_ROWS_OF_LARGE
+
+
+def _most_rows_in_kernel(x: Tensor) -> int:
+    if x.itemsize == 2 and not has_tensor_cores(x.device):
+        return NF4_IN_KERNEL_ROWS_BEFORE_AMPERE
+    return NF4_IN_KERNEL_ROWS
 
 
 def decoded_beside_products(

@@ -18,6 +18,14 @@ def is_hopper(device: torch.device) -> bool:
     return capability is not None and capability[0] == 9
 
 
+def has_tensor_cores(device: torch.device) -> bool:
+    """Whether `tl.dot` of 16-bit operands uses a GPU's; before Ampere Triton multiplies element by element, and only
+    cuBLAS does not. The interpreter counts as having them.
+    """
+    capability = device_capability(device)
+    return capability is None or capability >= (8, 0)
+
+
 @cache
 def multiprocessors(device: torch.device) -> int:
     """How many a GPU has."""

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slothcore.kernels.gpu import has_tensor_cores
 from slothcore.kernels.launch import ceil_div, next_power_of_2
 from slothcore.kernels.lora_factors import LARGEST_GROUP
 from slothcore.kernels.lora_factors_eager import padded_rank
@@ -58,15 +59,10 @@ def takes_one_launch(h: Tensor | None, dy: Tensor | None, *, ranks: Sequence[int
         bool(wide)
         and all(0 < len(t) <= FEW_TOKENS and t.stride(1) == 1 for t in wide)
         and wide[0].dtype in (torch.bfloat16, torch.float16)
-        and _has_tensor_cores(wide[0].device)
+        and has_tensor_cores(wide[0].device)
         and len(ranks) <= LARGEST_GROUP
         and 0 < sum(map(padded_rank, ranks)) <= LARGEST_RANKS
     )
-
-
-def _has_tensor_cores(device: torch.device) -> bool:
-    """Whether `tl.dot` uses them; before Ampere Triton multiplies element by element, and cuBLAS does not."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 8
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import pytest
 
 from slothcore.kernels.gpu import has_gluon
-from tests.kernels.for_hopper import found_by
+from tests.kernels.compiled_for import found_by
 
 LARGEST_SHARED_MEMORY = 227 * 1024
 """Of a program on an H100."""

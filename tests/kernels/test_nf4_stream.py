@@ -12,8 +12,8 @@ from slothcore.kernels.gpu import has_gluon
 from slothcore.kernels.nf4_few_eager import Terms
 from slothcore.kernels.nf4_stream_layout import plan
 from slothcore.kernels.nf4_tensor import Nf4Tensor
+from tests.kernels.compiled_for import found_by
 from tests.kernels.few_rows import exact_linear
-from tests.kernels.for_hopper import found_by
 from tests.numerics import assert_as_accurate_as_eager
 
 
