@@ -33,9 +33,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slothcore.autograd.dora_activation import activated, gate_and_up, inner_grads
 from slothcore.autograd.dora_projection import (
     Scales,
-    apart,
     dropped_project,
     magnitude_grads,
     scale_and_sum,
@@ -43,14 +43,19 @@ from slothcore.autograd.dora_projection import (
     scaled_project,
 )
 from slothcore.autograd.first_order import once_differentiable
-from slothcore.autograd.lora_group import Group, MlpChoices, Projection, joined_bias, joined_factors
-from slothcore.autograd.lora_projection import bias_grads, factor_grads, lora_input, project, v_and_dB
+from slothcore.autograd.lora_group import (
+    DORA_KINDS,
+    Group,
+    MlpChoices,
+    Projection,
+    by_kind,
+    in_kinds,
+    joined_bias,
+    joined_factors,
+)
+from slothcore.autograd.lora_projection import bias_grads, factor_grads, lora_input, v_and_dB
 from slothcore.autograd.lora_source import Source
 from slothcore.autograd.rms_norm import Normed
-from slothcore.kernels import dora_glu, dora_glu_eager, glu, glu_eager
-
-KINDS = 4
-"""Of inputs that may get a gradient: lora_A, lora_B, bias, magnitude."""
 
 
 def dora_fused(x: Tensor, projections: Sequence[Projection], normed: Normed | None) -> Tensor:
@@ -61,7 +66,7 @@ def dora_fused(x: Tensor, projections: Sequence[Projection], normed: Normed | No
         normed: the norm that made x, or None.
     Returns: y [T, sum N].
     """
-    return _DoraFused.apply(x, *_factors(projections), Group.of(projections), _known(projections), normed)
+    return _DoraFused.apply(x, *in_kinds(projections, DORA_KINDS), Group.of(projections), _known(projections), normed)
 
 
 def dora_mlp(
@@ -76,7 +81,7 @@ def dora_mlp(
     """
     every = (*gate_up, down)
     groups = Group.of(gate_up), Group.of((down,))
-    return _DoraMlp.apply(x, *_factors(every), *groups, _known(every), normed, how)
+    return _DoraMlp.apply(x, *in_kinds(every, DORA_KINDS), *groups, _known(every), normed, how)
 
 
 class _DoraFused(torch.autograd.Function):
@@ -88,14 +93,14 @@ class _DoraFused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *inputs: Any) -> Tensor:
         *factors, group, known, normed = inputs
-        lora_A, lora_B, bias, magnitudes = _by_kind(factors)
+        lora_A, lora_B, bias, magnitudes = by_kind(factors, DORA_KINDS)
         A, B = joined_factors(group, lora_A, lora_B, x)
         u = lora_input(x, group, A)
         norms, scales = Scales.of(group, A, B, magnitudes, known, x)
         y, z = scaled_project(x, u, group, B, joined_bias(bias, group, x), scales)
 
         needs_x = ctx.needs_input_grad[0]
-        needs_A, needs_B, _, needs_m = (any(kind) for kind in _by_kind(ctx.needs_input_grad[1:-3]))
+        needs_A, needs_B, _, needs_m = (any(kind) for kind in by_kind(ctx.needs_input_grad[1:-3], DORA_KINDS))
         again = needs_m and group.seed is not None
         source = Source.of(x, normed) if needs_A or again else Source(None)
         ctx.group, ctx.rule, ctx.needs_A, ctx.needs_B, ctx.again = group, source.rule, needs_A, needs_B, again
@@ -116,7 +121,7 @@ class _DoraFused(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         *of_x, u, A, B, z, scales, norms = ctx.saved_tensors
         group, source = ctx.group, Source.restored(of_x, ctx.rule)
-        _, _, needs_bias, needs_m = _by_kind(ctx.needs_input_grad[1:-3])
+        _, _, needs_bias, needs_m = by_kind(ctx.needs_input_grad[1:-3], DORA_KINDS)
 
         dz, sums = scale_and_sum(dy, scales, z)
         assert dz is not None
@@ -141,20 +146,20 @@ class _DoraMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *inputs: Any) -> Tensor:
         *factors, first, last, known, normed, how = inputs
-        lora_A, lora_B, bias, magnitudes = _by_kind(factors)
+        lora_A, lora_B, bias, magnitudes = by_kind(factors, DORA_KINDS)
         A, B = joined_factors(first, lora_A[:-1], lora_B[:-1], x)
         b = joined_bias(bias[:-1], first, x)
         u = lora_input(x, first, A)
         norms, scales = Scales.of(first, A, B, magnitudes[:-1], known[:-1], x)
-        # What is kept: z, or with dropout [g | u].
-        inner, h = _gated(x, u, first, B, b, scales, how)
+        inner = gate_and_up(x, u, first, B, b, scales)
+        h = activated(inner, scales, b, first, how.activation)
         A_down, B_down = joined_factors(last, lora_A[-1:], lora_B[-1:], x)
         u_down = lora_input(h, last, A_down)
         norms_down, scales_down = Scales.of(last, A_down, B_down, magnitudes[-1:], known[-1:], x)
         y, z_down = scaled_project(h, u_down, last, B_down, joined_bias(bias[-1:], last, x), scales_down)
 
         needs_x = ctx.needs_input_grad[0]
-        needs_A, needs_B, _, needs_m = _by_kind(ctx.needs_input_grad[1:-5])
+        needs_A, needs_B, _, needs_m = by_kind(ctx.needs_input_grad[1:-5], DORA_KINDS)
         first_A, first_B, first_m = any(needs_A[:-1]), any(needs_B[:-1]), any(needs_m[:-1])
         multiplies = not how.keep_gate_up or (first_m and first.seed is not None)
         again_down = needs_m[-1] and last.seed is not None
@@ -187,7 +192,7 @@ class _DoraMlp(torch.autograd.Function):
             ctx.saved_tensors
         )
         source, first, last, how = Source.restored(of_x, ctx.rule), ctx.first, ctx.last, ctx.how
-        _, _, needs_bias, needs_m = _by_kind(ctx.needs_input_grad[1:-5])
+        _, _, needs_bias, needs_m = by_kind(ctx.needs_input_grad[1:-5], DORA_KINDS)
         down_A, down_B, again_down = ctx.needs_down
 
         dz_down, sums_down = scale_and_sum(dy, scales_down, z_down)
@@ -197,29 +202,27 @@ class _DoraMlp(torch.autograd.Function):
         dh = scaled_input_grad(dy, dz_down, v_down, last, A_down, scales_down, last.weights[0].shape[1])
         inplace = how.inplace
         if inner is None:
-            inner, inplace = _inner(source.input(), u, first, B, b, scales), True
+            inner, inplace = gate_and_up(source.input(), u, first, B, b, scales), True
         elif inplace:
             # A kernel's writes are invisible to autograd; this makes a second backward raise instead of lie.
             torch.autograd.graph.increment_version(inner)
-        of_bias, of_m = any(needs_bias[:-1]), any(needs_m[:-1])
-        output = down_A or again_down
-        if first.seed is None:
-            ops = dora_glu if dh.is_cuda else dora_glu_eager
-            choices = {"inplace": inplace, "output": output, "scale_grad": of_m, "bias_grad": of_bias}
-            dz, h, sums, sums_b = ops.dora_glu_backward(dh, inner, scales, b, activation=how.activation, **choices)
-            dx_from = dz
-            every_db = apart(sums_b, first, first.bias_dtypes, needs_bias[:-1])
-        else:
-            plain = glu if dh.is_cuda else glu_eager
-            dx_from, h = plain.glu_backward(dh, inner, activation=how.activation, inplace=inplace, output=output)
-            dz, _ = scale_and_sum(dx_from, scales, None)
-            again = dropped_project(source.input(), u, first, B) if of_m else None
-            _, sums = scale_and_sum(dx_from, scales, again, grad=False) if of_m else (None, None)
-            every_db = bias_grads(dx_from, first, needs_bias[:-1])
+        dy_inner, dz, h, sums, every_db = inner_grads(
+            dh,
+            inner,
+            scales,
+            b,
+            first,
+            how.activation,
+            z_again=lambda: dropped_project(source.input(), u, first, B),
+            inplace=inplace,
+            output=down_A or again_down,
+            of_magnitudes=any(needs_m[:-1]),
+            of_biases=needs_bias[:-1],
+        )
         del dh, inner
         if again_down:
-            again = dropped_project(h, u_down, last, B_down)
-            _, sums_down = scale_and_sum(dy, scales_down, again, grad=False)
+            assert h is not None
+            _, sums_down = scale_and_sum(dy, scales_down, dropped_project(h, u_down, last, B_down), grad=False)
         of_down = (
             *factor_grads(dz_down, u_down_for_B, v_down if down_A else None, Source(h), last, dB=dB_down),
             bias_grads(dy, last, needs_bias[-1:]),
@@ -235,40 +238,11 @@ class _DoraMlp(torch.autograd.Function):
             magnitude_grads(sums, norms, first, ctx.magnitude_dtypes[:-1], needs_m[:-1]),
         )
         needs_x = ctx.needs_input_grad[0]
-        dx = scaled_input_grad(dx_from, dz, v, first, A, scales, ctx.in_features) if needs_x else None
+        dx = scaled_input_grad(dy_inner, dz, v, first, A, scales, ctx.in_features) if needs_x else None
         # As the inputs came: every A, every B, every bias, every magnitude, those of down last.
         kinds: Iterator[tuple[list[Tensor | None], list[Tensor | None]]] = zip(of_gate_up, of_down, strict=True)
-        by_kind = (grad for kind in kinds for grads in kind for grad in grads)
-        return dx, *by_kind, None, None, None, None, None
-
-
-def _inner(x: Tensor, u: Tensor | None, first: Group, B: Tensor | None, b: Tensor | None, scales: Tensor) -> Tensor:
-    """z [T, 2 I] of gate and up; with dropout their outputs [g | u]."""
-    return project(x, u, first, B, None) if first.seed is None else scaled_project(x, u, first, B, b, scales)[0]
-
-
-def _gated(
-    x: Tensor, u: Tensor | None, first: Group, B: Tensor | None, b: Tensor | None, scales: Tensor, how: MlpChoices
-) -> tuple[Tensor, Tensor]:
-    """What `_inner` gives, and h [T, I]."""
-    inner = _inner(x, u, first, B, b, scales)
-    if first.seed is None:
-        ops = dora_glu if x.is_cuda else dora_glu_eager
-        return inner, ops.dora_glu_forward(inner, scales, b, activation=how.activation)
-    plain = glu if x.is_cuda else glu_eager
-    return inner, plain.glu_forward(inner, activation=how.activation)
-
-
-def _factors(projections: Sequence[Projection]) -> list[Tensor | None]:
-    """Every lora_A, every lora_B, every bias, every magnitude."""
-    kinds = ("lora_A", "lora_B", "bias", "magnitude")
-    return [getattr(p, kind) for kind in kinds for p in projections]
-
-
-def _by_kind(factors: Sequence[Any]) -> list[Sequence[Any]]:
-    """Undo `_factors`: lora_A, lora_B, bias and magnitude, each with one entry for each projection."""
-    n = len(factors) // KINDS
-    return [factors[i * n : (i + 1) * n] for i in range(KINDS)]
+        in_order = (grad for kind in kinds for grads in kind for grad in grads)
+        return dx, *in_order, None, None, None, None, None
 
 
 def _known(projections: Sequence[Projection]) -> tuple[Tensor | None, ...]:

@@ -33,7 +33,16 @@ from slothcore.autograd import lora_few
 from slothcore.autograd.autocast import check_autocast
 from slothcore.autograd.dora import dora_fused, dora_mlp
 from slothcore.autograd.first_order import once_differentiable
-from slothcore.autograd.lora_group import Group, MlpChoices, Projection, joined_bias, joined_factors
+from slothcore.autograd.lora_group import (
+    LORA_KINDS,
+    Group,
+    MlpChoices,
+    Projection,
+    by_kind,
+    in_kinds,
+    joined_bias,
+    joined_factors,
+)
 from slothcore.autograd.lora_projection import (
     bias_grads,
     factor_grads,
@@ -77,7 +86,7 @@ def lora_fused(x: Tensor | Normed, projections: Sequence[Projection]) -> Tensor:
         return lora_few.fused(x, projections, None if normed is None else normed.lora_input)
     if any(p.magnitude is not None for p in projections):
         return dora_fused(x, projections, normed)
-    return _LoraFused.apply(x, *_factors(projections), Group.of(projections), normed)
+    return _LoraFused.apply(x, *in_kinds(projections, LORA_KINDS), Group.of(projections), normed)
 
 
 def lora_mlp(
@@ -117,7 +126,7 @@ def lora_mlp(
     if any(p.magnitude is not None for p in (*gate_up, down)):
         return dora_mlp(x, gate_up, down, normed, how)
     groups = Group.of(gate_up), Group.of((down,))
-    return _LoraMlp.apply(x, *_factors((*gate_up, down)), *groups, normed, how)
+    return _LoraMlp.apply(x, *in_kinds((*gate_up, down), LORA_KINDS), *groups, normed, how)
 
 
 class _LoraFused(torch.autograd.Function):
@@ -129,13 +138,13 @@ class _LoraFused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *inputs: Any) -> Tensor:
         *factors, group, normed = inputs
-        lora_A, lora_B, bias = _by_kind(factors)
+        lora_A, lora_B, bias = by_kind(factors, LORA_KINDS)
         A, B = joined_factors(group, lora_A, lora_B, x)
         u = lora_input(x, group, A)
         y = project(x, u, group, B, joined_bias(bias, group, x))
 
         needs_x = ctx.needs_input_grad[0]
-        needs_A, needs_B, _ = (any(kind) for kind in _by_kind(ctx.needs_input_grad[1:-2]))
+        needs_A, needs_B, _ = (any(kind) for kind in by_kind(ctx.needs_input_grad[1:-2], LORA_KINDS))
         source = Source.of(x, normed) if needs_A else Source(None)
         ctx.group, ctx.rule, ctx.needs_A = group, source.rule, needs_A
         ctx.save_for_backward(
@@ -151,7 +160,7 @@ class _LoraFused(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         *of_x, u, A, B = ctx.saved_tensors
         group = ctx.group
-        _, _, needs_bias = _by_kind(ctx.needs_input_grad[1:-2])
+        _, _, needs_bias = by_kind(ctx.needs_input_grad[1:-2], LORA_KINDS)
 
         v, dB = v_and_dB(dy, B, u, group)
         dx = input_grad(dy, v, group, A) if ctx.needs_input_grad[0] else None
@@ -169,7 +178,7 @@ class _LoraMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *inputs: Any) -> Tensor:
         *factors, first, last, normed, how = inputs
-        lora_A, lora_B, bias = _by_kind(factors)
+        lora_A, lora_B, bias = by_kind(factors, LORA_KINDS)
         ops = glu if x.is_cuda else glu_eager
         A, B = joined_factors(first, lora_A[:-1], lora_B[:-1], x)
         b = joined_bias(bias[:-1], first, x)
@@ -181,7 +190,7 @@ class _LoraMlp(torch.autograd.Function):
         y = project(h, u_down, last, B_down, joined_bias(bias[-1:], last, x))
 
         needs_x = ctx.needs_input_grad[0]
-        needs_A, needs_B, _ = _by_kind(ctx.needs_input_grad[1:-4])
+        needs_A, needs_B, _ = by_kind(ctx.needs_input_grad[1:-4], LORA_KINDS)
         needs_first_A, needs_first_B, again = any(needs_A[:-1]), any(needs_B[:-1]), not how.keep_gate_up
         source = Source.of(x, normed) if needs_first_A or again else Source(None)
         ctx.first, ctx.last, ctx.rule, ctx.how = first, last, source.rule, how
@@ -204,7 +213,7 @@ class _LoraMlp(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         *of_x, u, u_down, gate_up, A, B, b, A_down, B_down = ctx.saved_tensors
         source, first, last, how = Source.restored(of_x, ctx.rule), ctx.first, ctx.last, ctx.how
-        _, _, needs_bias = _by_kind(ctx.needs_input_grad[1:-4])
+        _, _, needs_bias = by_kind(ctx.needs_input_grad[1:-4], LORA_KINDS)
 
         v_down, dB_down = v_and_dB(dy, B_down, u_down, last)
         dh = input_grad(dy, v_down, last, A_down)
@@ -227,8 +236,8 @@ class _LoraMlp(torch.autograd.Function):
         of_gate_up = *grads, bias_grads(d_gate_up, first, needs_bias[:-1])
         dx = input_grad(d_gate_up, v, first, A) if ctx.needs_input_grad[0] else None
         # As the inputs came: every A, every B, every bias, those of down last.
-        by_kind = (grad for kind in zip(of_gate_up, of_down, strict=True) for grads in kind for grad in grads)
-        return dx, *by_kind, None, None, None, None
+        in_order = (grad for kind in zip(of_gate_up, of_down, strict=True) for grads in kind for grad in grads)
+        return dx, *in_order, None, None, None, None
 
 
 def _glu_grads(
@@ -246,21 +255,6 @@ def _glu_grads(
 def _input(x: Tensor | Normed) -> tuple[Tensor, Normed | None]:
     """x itself, which gets the gradient, and the norm that made it, which does not."""
     return (x.y, x) if isinstance(x, Normed) else (x, None)
-
-
-def _factors(projections: Sequence[Projection]) -> list[Tensor | None]:
-    """Every lora_A, then every lora_B, then every bias."""
-    return [
-        *(p.lora_A for p in projections),
-        *(p.lora_B for p in projections),
-        *(p.bias for p in projections),
-    ]
-
-
-def _by_kind(factors: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
-    """Undo `_factors`: (lora_A, lora_B, bias), each with one entry for each projection."""
-    n = len(factors) // 3
-    return factors[:n], factors[n : 2 * n], factors[2 * n :]
 
 
 def _check(x: Tensor, projections: Sequence[Projection]) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,6 +80,22 @@ class Projection:
         for name, vector in (("magnitude", magnitude), ("norms", self.norms)):
             if vector is not None and tuple(vector.shape) != (self.weight.shape[0],):
                 raise ValueError(f"the {name} of DoRA must be [{self.weight.shape[0]}], got {tuple(vector.shape)}")
+
+
+LORA_KINDS = ("lora_A", "lora_B", "bias")
+DORA_KINDS = (*LORA_KINDS, "magnitude")
+"""The tensors of a projection that may get a gradient, in the order in which the Functions take them."""
+
+
+def in_kinds(projections: Sequence[Projection], kinds: tuple[str, ...]) -> list[Tensor | None]:
+    """Every tensor of the first kind, then every one of the second and so on; None where a projection has none."""
+    return [getattr(p, kind) for kind in kinds for p in projections]
+
+
+def by_kind(inputs: Sequence[Any], kinds: tuple[str, ...]) -> list[Sequence[Any]]:
+    """Undo `in_kinds`: for each kind a sequence with one entry for each projection."""
+    n = len(inputs) // len(kinds)
+    return [inputs[i * n : (i + 1) * n] for i in range(len(kinds))]
 
 
 class MlpChoices(NamedTuple):

@@ -16,7 +16,7 @@ from slothcore.kernels import rope as fused
 from slothcore.kernels import rope_eager as eager
 
 
-class RotaryEmbedding(Function):
+class RotateHeads(Function):
     """Rotate the first `num_heads` heads of every token."""
 
     @staticmethod
@@ -70,4 +70,4 @@ def apply_rope(
     if head_dim is None:
         assert qkv.dim() == 3, "a flat projection does not tell head_dim"
         head_dim = qkv.shape[-1]
-    return RotaryEmbedding.apply(qkv, cos, sin, num_heads, head_dim, inplace)
+    return RotateHeads.apply(qkv, cos, sin, num_heads, head_dim, inplace)

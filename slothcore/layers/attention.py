@@ -97,9 +97,7 @@ class SelfAttention(nn.Module):
                 sin,
                 num_heads=self.num_heads,
                 num_kv_heads=self.num_kv_heads,
-                eps=self.q_norm.eps,
-                weight_offset=self.q_norm.weight_offset,
-                cast_before_weight=self.q_norm.cast_before_weight,
+                **self.q_norm.rule._asdict(),
             )
         elif cache is None:
             qkv = apply_rope(qkv, cos, sin, num_heads=q_and_k, head_dim=self.head_dim, inplace=True)

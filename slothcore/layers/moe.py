@@ -65,8 +65,9 @@ class Experts(nn.Module):
         sizes = [(hidden_size, intermediate_size)] * 2 + [(intermediate_size, hidden_size)]
         for name, (size_in, size_out) in zip(names, sizes, strict=True):
             self.add_module(name, ExpertLinear(num_experts, size_in, size_out, dtype=dtype, device=device))
-        self.register_state_dict_post_hook(_name_as_on_disk)
-        self.register_load_state_dict_pre_hook(_name_as_in_memory)
+        # In memory `gate_proj.3.weight`, on disk `3.gate_proj.weight`: the same swap leads either way.
+        self.register_state_dict_post_hook(_swap_names)
+        self.register_load_state_dict_pre_hook(_swap_names)
 
     def projections(self) -> Sequence[ExpertLinear]:
         """The gate, up and down projections."""
@@ -178,17 +179,7 @@ def _probabilities(logits: Tensor) -> Tensor:
     return torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
-def _name_as_on_disk(experts: nn.Module, state: dict[str, Any], prefix: str, *unused: object) -> None:
-    """A stack's `gate_proj.3.weight` becomes `3.gate_proj.weight`."""
-    _swap_names(state, prefix)
-
-
-def _name_as_in_memory(experts: nn.Module, state: dict[str, Any], prefix: str, *unused: object) -> None:
-    """The other half, before a state dict is loaded."""
-    _swap_names(state, prefix)
-
-
-def _swap_names(state: dict[str, Any], prefix: str) -> None:
+def _swap_names(experts: nn.Module, state: dict[str, Any], prefix: str, *unused: object) -> None:
     """Swap the first two parts of every name below `prefix`."""
     for key in [key for key in state if key.startswith(prefix)]:
         first, _, rest = key.removeprefix(prefix).partition(".")

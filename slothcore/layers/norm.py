@@ -38,6 +38,11 @@ class RMSNorm(nn.Module):
         self.weight_offset = weight_offset
         self.cast_before_weight = cast_before_weight
 
+    @property
+    def rule(self) -> NormRule:
+        """What it does beside multiplying by its weight."""
+        return NormRule(self.eps, self.weight_offset, self.cast_before_weight)
+
     def forward(self, x: Tensor, residual: Tensor | None = None, *, read_by: Sequence[Linear] = ()) -> Normed:
         """Normalise x [T, H] or, with `residual` [T, H], h = x + residual.
 
@@ -46,15 +51,15 @@ class RMSNorm(nn.Module):
         Returns: (y, h, ...): y [T, H] is the norm, h [T, H] what was normalised; the rest lets those who read y make it
             again instead of keeping it.
         """
-        eps, offset, cast = self.eps, self.weight_offset, self.cast_before_weight
+        rule = self.rule
         if read_by and is_decoding(x):
-            rule, readers = NormRule(eps, offset, cast), [linear.projection() for linear in read_by]
+            readers = [linear.projection() for linear in read_by]
             normed = lora_few.normed(x, residual, self.weight, rule, readers)
             if normed is not None:
                 return normed
         if residual is None:
-            return rms_norm(x, self.weight, eps=eps, weight_offset=offset, cast_before_weight=cast)
-        return add_rms_norm(x, residual, self.weight, eps=eps, weight_offset=offset, cast_before_weight=cast)
+            return rms_norm(x, self.weight, **rule._asdict())
+        return add_rms_norm(x, residual, self.weight, **rule._asdict())
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}, weight_offset={self.weight_offset}"
@@ -69,9 +74,6 @@ def norm_add_norm(branch: Tensor, residual: Tensor, *, post: RMSNorm, pre: RMSNo
         pre: the norm that begins the next; of the same rule.
     Returns: (y, h, ...), both [T, H], as `RMSNorm` returns them.
     """
-    rule = pre.eps, pre.weight_offset, pre.cast_before_weight
-    assert rule == (post.eps, post.weight_offset, post.cast_before_weight), "the two norms follow different rules"
-    eps, offset, cast = rule
-    return post_norm_add_norm(
-        branch, residual, post.weight, pre.weight, eps=eps, weight_offset=offset, cast_before_weight=cast
-    )
+    rule = pre.rule
+    assert rule == post.rule, "the two norms follow different rules"
+    return post_norm_add_norm(branch, residual, post.weight, pre.weight, **rule._asdict())

@@ -1,6 +1,6 @@
 """Rotary position embedding: the angles. The rotation itself is `slothcore.autograd.rope`.
 
-T  tokens, packed    P  pairs of channels that turn, rotary_dim / 2
+T  tokens, packed    P  rotated channels of a head
 """
 
 import math
@@ -122,7 +122,7 @@ class RopeParameters:
 
 
 def inverse_frequencies(parameters: RopeParameters, head_dim: int, *, is_long: bool = False) -> Tensor:
-    """Angle per position of each rotated pair of channels, [P] float32 on the CPU.
+    """Angle per position of each rotated pair of channels, [P / 2] float32 on the CPU.
 
     Every operation is in float32 and in the order in which transformers does it, so the values are equal to the bit.
     is_long chooses the long factors of longrope. What dynamic adds for a long document is `_grown_frequencies`.
@@ -180,7 +180,7 @@ def _yarn_frequencies(parameters: RopeParameters, theta_powers: Tensor) -> Tenso
 
 
 def _grown_frequencies(parameters: RopeParameters, exponents: Tensor, lengths: Tensor) -> Tensor:
-    """Frequencies [T, P] of the type dynamic for tokens of documents that are `lengths` [T] long."""
+    """Frequencies [T, P / 2] of the type dynamic for tokens of documents that are `lengths` [T] long."""
     factor, trained = parameters.factor, parameters.max_position_embeddings
     channels = 2 * len(exponents)
     growth = factor * lengths.clamp(min=trained) / trained - (factor - 1)
@@ -204,7 +204,7 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, parameters: RopeParameters, head_dim: int) -> None:
         super().__init__()
-        self.parameters_of_rope = parameters
+        self.rope = parameters
         # No buffers: they must stay float32 when the model is cast, have values when the model is built on the meta
         # device, and never enter a checkpoint.
         frequencies = for_long = inverse_frequencies(parameters, head_dim)
@@ -219,7 +219,7 @@ class RotaryEmbedding(nn.Module):
         self._on_device = {frequencies.device: self._on_host}
 
     def forward(self, position_ids: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(cos, sin), both [T, P] float32, for `position_ids` [T].
+        """(cos, sin), both [T, P / 2] float32, for `position_ids` [T].
 
         Args:
             cu_seqlens: [documents + 1] boundaries. Where angles depend on the length, a document of a packed stream
@@ -231,17 +231,17 @@ class RotaryEmbedding(nn.Module):
             frequencies, for_long = self._on_host
             self._on_device[device] = frequencies.to(device), for_long.to(device)
         frequencies, for_long = self._on_device[device]
-        if self.parameters_of_rope.depends_on_length:
+        if self.rope.depends_on_length:
             lengths = _document_lengths(position_ids, cu_seqlens)
             frequencies = self._frequencies_by_length(lengths, frequencies, for_long)
         angles = position_ids[:, None].float() * frequencies
         cos, sin = angles.cos(), angles.sin()
-        scaling = self.parameters_of_rope.attention_scaling
+        scaling = self.rope.attention_scaling
         return (cos, sin) if scaling == 1.0 else (cos * scaling, sin * scaling)
 
     def _frequencies_by_length(self, lengths: Tensor, frequencies: Tensor, for_long: Tensor) -> Tensor:
-        """[T, P] for tokens of documents that are `lengths` [T] long."""
-        parameters = self.parameters_of_rope
+        """[T, P / 2] for tokens of documents that are `lengths` [T] long."""
+        parameters = self.rope
         if parameters.rope_type == "longrope":
             is_long = lengths > parameters.original_max_position_embeddings
             return torch.where(is_long[:, None], for_long, frequencies)
@@ -250,4 +250,4 @@ class RotaryEmbedding(nn.Module):
         return torch.where(is_long[:, None], grown, frequencies)
 
     def extra_repr(self) -> str:
-        return str(self.parameters_of_rope)
+        return str(self.rope)

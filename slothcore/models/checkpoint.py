@@ -109,7 +109,7 @@ def check_against(stored: Mapping[str, StoredTensor], expected: Mapping[str, tup
     """
     for name, shape in expected.items():
         if name not in stored:
-            raise ValueError(f"{folder} lacks the weight {name}")
+            raise ValueError(f"{folder} lacks the weight {name}{_instead(name, stored)}")
         weight = stored[name]
         if weight.shape != shape:
             raise ValueError(
@@ -122,6 +122,18 @@ def check_against(stored: Mapping[str, StoredTensor], expected: Mapping[str, tup
     for name in stored:
         if name not in expected and not _is_ignorable(name, expected):
             raise ValueError(f"{stored[name].file} has a weight that this model has no place for: {name}")
+
+
+def _instead(name: str, stored: Mapping[str, StoredTensor]) -> str:
+    """What to do about a missing weight, if a folder has one like it under another beginning."""
+    ending = name.removeprefix("model.")
+    like_it = [other for other in stored if f".{other}".endswith(f".{ending}")]
+    if not like_it:
+        return ""
+    return (
+        f" and has {like_it[0]}, which is no name that transformers' AutoModelForCausalLM saves, but of a part of a "
+        "model or of a model inside something else; use a folder of the whole model, saved by that class"
+    )
 
 
 def require_same_head(stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -176,7 +188,8 @@ def save_pretrained(
     Args:
         state: names and weights; a tied head is left out by the caller, as `Decoder.state_dict` does.
         folder: made if absent; an earlier model in it is replaced.
-        hf_config: contents of config.json; its dtype is set to that of the first weight.
+        hf_config: contents of config.json; its dtype is set to that of the first weight, and programs that it names
+            beside the model it came from (`auto_map`) are left out.
         generation_config: contents of generation_config.json, if not empty.
         max_shard_bytes: a shard holds at most this, or one weight.
         outline: what `state` will give, which need not keep its order; None: that is seen from the weights, all of
@@ -206,7 +219,7 @@ def save_pretrained(
             documents[INDEX_FILE] = {"metadata": size, "weight_map": dict(sorted(placed.items()))}
         if generation_config:
             documents["generation_config.json"] = generation_config
-        documents["config.json"] = _with_dtype(hf_config, next(iter(outline.values()))[0])
+        documents["config.json"] = _as_written(hf_config, next(iter(outline.values()))[0])
         for name, values in documents.items():
             path = folder / f".{name}.{os.getpid()}.tmp"
             temporary[path] = name
@@ -264,8 +277,9 @@ def _shard_name(number: int, count: int) -> str:
     return f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def _with_dtype(hf_config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    values = dict(hf_config)
+def _as_written(hf_config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    # Whoever asks transformers to trust remote code would look for those programs in this folder, and fail.
+    values = {key: value for key, value in hf_config.items() if key != "auto_map"}
     # transformers 5 writes `dtype`, everything older `torch_dtype`, which 5 reads as well.
     names = [name for name in ("dtype", "torch_dtype") if name in values] or ["torch_dtype"]
     return values | dict.fromkeys(names, str(dtype).removeprefix("torch."))

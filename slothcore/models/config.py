@@ -102,6 +102,8 @@ class DecoderConfig:
         ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
+        if not self.initializer_range >= 0:
+            raise ValueError(f"initializer_range must be at least 0, got {self.initializer_range!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads must be a multiple of num_key_value_heads, "

@@ -93,6 +93,7 @@ class Decoder(Generates):
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         num_items: Tensor | float | None = None,
+        auxiliary_loss: bool = True,
     ) -> DecoderOutput:
         """Loss (with labels) or logits of a padded batch or of packed documents.
 
@@ -107,6 +108,7 @@ class Decoder(Generates):
             position_ids: the same shape as input_ids; default: counted from 0 in each document.
             cu_seqlens: [documents + 1], boundaries in a packed [T]; default: one document.
             num_items: the loss is the sum over targets divided by this; default: their number, so the mean.
+            auxiliary_loss: add what the configuration has for the use of experts; an evaluation does not.
         Raises: ValueError for shapes that do not fit, ids outside the vocabulary, or labels without any target when
             num_items is not given.
         """
@@ -127,7 +129,7 @@ class Decoder(Generates):
             return DecoderOutput(loss=None, logits=inputs.restore(self.logits(hidden)), num_targets=0)
         num_items = num_targets if num_items is None else num_items
         loss = self.loss(hidden, inputs.targets, inputs.rows, num_items=num_items)
-        if router_logits:
+        if router_logits and auxiliary_loss:
             loss = loss + self._auxiliary_loss(router_logits) * (num_targets / num_items)
         return DecoderOutput(loss=loss, logits=None, num_targets=num_targets)
 

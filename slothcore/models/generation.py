@@ -82,7 +82,7 @@ class Generates(LanguageModel):
         prompts = pack_inputs(input_ids.cpu(), attention_mask=on_host, vocab_size=self.config.vocab_size)
         eos, pad = _ending_ids(self, eos_token_id, pad_token_id)
         if seed is not None:
-            check_seed(seed)
+            seed = check_seed(seed)
         requests = [
             Request(
                 prompt_ids=prompts.input_ids[start:end].tolist(),

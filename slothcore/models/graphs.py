@@ -22,6 +22,8 @@ than all captured ones begins a new pool, into which the smaller ones are captur
 import copy
 import warnings
 import weakref
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -143,9 +145,11 @@ class StepGraphs:
         recorded = self._recorded_run(bucket) if earlier is None or earlier.is_done else None
         if recorded is None:
             self.padded += 1
-            return _Pass(PaddedRun(self._body, self._factors), self._factors.flat, seen=(self._seen, bucket))
+            run = PaddedRun(self._body, self._factors)
+            # Seen when its backward pass has run: until then some kernels are not compiled.
+            return _Pass(run, self._factors.flat, when_done=partial(self._seen.add, bucket))
         self.replays += 1
-        current = _Pass(recorded, self._factors.flat, seen=(self._seen, bucket))
+        current = _Pass(recorded, self._factors.flat)
         self._under_way = weakref.ref(current)
         return current
 
@@ -218,11 +222,13 @@ class StepGraphs:
 
 
 class _Pass:
-    """A forward pass whose backward pass is to come."""
+    """A forward pass whose backward pass is to come; `when_done` is called when that has run."""
 
-    def __init__(self, run: PaddedRun | RecordedRun, flat: FlatFactors, *, seen: tuple[set[Bucket], Bucket]) -> None:
+    def __init__(
+        self, run: PaddedRun | RecordedRun, flat: FlatFactors, *, when_done: Callable[[], None] | None = None
+    ) -> None:
         self._run: PaddedRun | RecordedRun | None = run
-        self._flat, self._seen = flat, seen
+        self._flat, self._when_done = flat, when_done
 
     @property
     def is_done(self) -> bool:
@@ -240,8 +246,8 @@ class _Pass:
             raise RuntimeError("backward was called twice for one pass; what it needs is gone, so run forward again")
         self._flat.attach()
         run.backward(grad_hidden)
-        buckets, bucket = self._seen
-        buckets.add(bucket)
+        if self._when_done is not None:
+            self._when_done()
 
 
 class _Replayed(torch.autograd.Function):

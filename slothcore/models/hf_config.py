@@ -45,6 +45,7 @@ HARMLESS_KEYS = frozenset(
         "return_dict",
         "return_dict_in_generate",
         "seq_length",
+        "slothcore_merged",
         "task_specific_params",
         "temperature",
         "tf_legacy_loss",

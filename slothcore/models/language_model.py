@@ -86,9 +86,18 @@ class LanguageModel(nn.Module):
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end a text: those of generation_config.json, else of config.json."""
+        """Tokens that end a text: those of generation_config.json, else of config.json.
+
+        Raises: ValueError if what stands there is none.
+        """
         eos = self.generation_config.get("eos_token_id", self.config.eos_token_ids)
-        return (eos,) if isinstance(eos, int) else tuple(eos or ())
+        ids = tuple(eos or ()) if eos is None or isinstance(eos, list | tuple) else (eos,)
+        if not all(isinstance(token, int) for token in ids):
+            raise ValueError(
+                f"generation_config.json: eos_token_id must be a token id or a list of them, got {eos!r}; correct it "
+                "there, or take the entry out"
+            )
+        return ids
 
     def train(self: Model, mode: bool = True) -> Model:
         """Put it into training mode, or with False into that of evaluation; see `nn.Module.train`."""

@@ -14,6 +14,7 @@ import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any
 
 import torch
@@ -154,6 +155,8 @@ def _read_state(stored: StoredTensor, where: str) -> tuple[tuple[int, int], torc
         if offset is not None:
             wanted |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
         kind = {key: state[key] for key in wanted}
+        if offset is not None and not isfinite(offset):
+            raise ValueError(f"nested_offset is {offset}")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{where} has a quantisation state that cannot be read ({error!r}); download it again"
@@ -163,7 +166,7 @@ def _read_state(stored: StoredTensor, where: str) -> tuple[tuple[int, int], torc
             raise ValueError(
                 f"{where} is quantised with {key} {value!r}, and slothcore reads {wanted[key]!r}; {REMEDY}"
             )
-    if not all(type(n) is int and n > 0 for n in (rows, columns)) or dtype not in VALUE_DTYPES:
+    if not all(type(n) is int and n > 0 for n in (rows, columns)) or str(dtype) not in VALUE_DTYPES:
         raise ValueError(f"{where} was quantised from {dtype!r} of shape {[rows, columns]}; {REMEDY}")
     return (rows, columns), getattr(torch, dtype), offset
 

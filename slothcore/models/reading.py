@@ -271,6 +271,8 @@ def _fill(handle: int, piece: _Piece, buffer: memoryview, fetched: torch.cuda.Ev
 
 
 def _damaged(file: Path, reason: object) -> ValueError:
+    if isinstance(reason, PermissionError):
+        return ValueError(f"{file} may not be read: {reason.strerror}; change its rights")
     try:
         with file.open("rb") as stream:
             is_pointer = stream.read(len(GIT_LFS_POINTER)) == GIT_LFS_POINTER

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from operator import index
+from typing import Literal, Protocol, SupportsIndex
 
 import torch
 
@@ -55,7 +56,7 @@ class Request:
         """What its draws come from; without a seed, and where it draws, another one at each call."""
         if self.seed is None and self.sampling.draws:
             return random_key(int(torch.randint(LARGEST_SEED, (), device="cpu")))
-        return random_key(self.seed or 0)
+        return random_key(0 if self.seed is None else check_seed(self.seed))
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,10 @@ class Adapters(Protocol):
         """Put this set into the live parameters of the model, in place and in stream order."""
 
 
-def check_seed(seed: int) -> None:
-    """Raises: ValueError if it is no seed."""
-    if not 0 <= seed <= LARGEST_SEED:
+def check_seed(seed: SupportsIndex) -> int:
+    """The seed, of whatever library, as Python's own integer. Raises: ValueError if it is none."""
+    if not hasattr(seed, "__index__"):
+        raise ValueError(f"seed must be a whole number, got {seed!r}")
+    if not 0 <= index(seed) <= LARGEST_SEED:
         raise ValueError(f"seed must lie in 0..2**63 - 1, got {seed}")
+    return index(seed)

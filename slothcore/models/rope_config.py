@@ -4,7 +4,7 @@ Older files have `rope_theta` and `rope_scaling`, newer ones `rope_parameters` t
 `original_max_position_embeddings` and `partial_rotary_factor` beside them.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from slothcore.layers.rope import ROPE_TYPES, RopeParameters
 from slothcore.models.hf_config import HfConfig
@@ -50,10 +50,16 @@ def take_layer_ropes(
     full, sliding = both.take("full_attention", dict, {}), both.take("sliding_attention", dict, {})
     both.finish()
     full = _one_spelling(hf.source, full, hf.take("rope_scaling", dict, {}))
-    return (
+    ropes = (
         _read(full, hf.source, theta, max_position_embeddings, head_dim),
         _read(dict(sliding), hf.source, local_theta, max_position_embeddings, head_dim),
     )
+    if not all(rope.truncate for rope in ropes):
+        raise ValueError(
+            f"{hf.source}, RoPE: truncate = false is not supported in a model with two RoPEs, of which transformers "
+            "does not read it; leave it out"
+        )
+    return ropes
 
 
 def _one_spelling(source: str, parameters: dict[str, Any], scaling: dict[str, Any]) -> dict[str, Any]:
@@ -64,6 +70,18 @@ def _one_spelling(source: str, parameters: dict[str, Any], scaling: dict[str, An
             "latter into rope_parameters, and drop rope_scaling"
         )
     return dict(parameters or scaling)
+
+
+class _Lengths(NamedTuple):
+    """How many positions a model has, and how many its file says that it was trained on, if it does."""
+
+    longest: int
+    original: int | None
+
+    @property
+    def trained(self) -> int:
+        """From which types that say nothing else measure."""
+        return self.longest if self.original is None else self.original
 
 
 def _read(
@@ -90,57 +108,80 @@ def _read(
         fields["partial_rotary_factor"] = float(hf.take("partial_rotary_factor", float, 1.0))
     else:
         hf.require("partial_rotary_factor", 1.0)
-
-    original = hf.take("original_max_position_embeddings", int, None)
-    if rope_type in ("linear", "dynamic", "llama3"):
-        fields["factor"] = float(hf.take("factor", float))
-    if rope_type == "dynamic":
-        fields["max_position_embeddings"] = max_position_embeddings
-        if original not in (None, max_position_embeddings):
-            raise ValueError(
-                f"{source}, RoPE: the type dynamic scales from max_position_embeddings, {max_position_embeddings}, and "
-                f"original_max_position_embeddings says {original}; transformers ignores the latter: make them equal"
-            )
-    if rope_type in ("llama3", "yarn"):
-        fields["original_max_position_embeddings"] = max_position_embeddings if original is None else original
-    if rope_type == "llama3":
-        for key in ("low_freq_factor", "high_freq_factor"):
-            fields[key] = float(hf.take(key, float))
-    if rope_type in ("yarn", "longrope"):
-        fields |= _take_stretch(hf, original, max_position_embeddings)
-    if rope_type == "yarn":
-        for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
-            value = hf.take(key, float, None)
-            if value:  # zero counts as absent, as in transformers
-                fields[key] = float(value)
-        fields["truncate"] = hf.take("truncate", bool, True)
-        hf.take("finetuned", bool, None)  # of the first files with yarn; only their "dynamic-yarn" went by it
-        # The authors' own factor on top, by which DeepSeek-R1-0528-Qwen3-8B undoes the growth of cosines and sines.
-        # vLLM multiplies by it, transformers passes it over.
-        own_factor = hf.take("attn_factor", float, None)
-        if own_factor:
-            fields["attention_factor"] = own_factor * RopeParameters(**fields).attention_scaling
-    if rope_type == "longrope":
-        for key in ("short_factor", "long_factor"):
-            fields[key] = _numbers(hf.source, key, hf.take(key, list))
+    lengths = _Lengths(max_position_embeddings, hf.take("original_max_position_embeddings", int, None))
+    if rope_type in OWN_FIELDS:
+        fields |= OWN_FIELDS[rope_type](hf, lengths)
     hf.finish()
     parameters = RopeParameters(**fields)
     parameters.rotary_dim(head_dim)
     return parameters
 
 
-def _take_stretch(hf: HfConfig, original: int | None, max_position_embeddings: int) -> dict[str, Any]:
+def _of_linear(hf: HfConfig, lengths: _Lengths) -> dict[str, Any]:
+    return {"factor": float(hf.take("factor", float))}
+
+
+def _of_dynamic(hf: HfConfig, lengths: _Lengths) -> dict[str, Any]:
+    fields = {"factor": float(hf.take("factor", float)), "max_position_embeddings": lengths.longest}
+    if lengths.original not in (None, lengths.longest):
+        raise ValueError(
+            f"{hf.source}: the type dynamic scales from max_position_embeddings, {lengths.longest}, and "
+            f"original_max_position_embeddings says {lengths.original}; transformers ignores the latter: make them "
+            "equal"
+        )
+    return fields
+
+
+def _of_llama3(hf: HfConfig, lengths: _Lengths) -> dict[str, Any]:
+    numbers = {key: float(hf.take(key, float)) for key in ("factor", "low_freq_factor", "high_freq_factor")}
+    return {**numbers, "original_max_position_embeddings": lengths.trained}
+
+
+def _of_yarn(hf: HfConfig, lengths: _Lengths) -> dict[str, Any]:
+    fields = _take_stretch(hf, lengths)
+    for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+        value = hf.take(key, float, None)
+        if value:  # zero counts as absent, as in transformers
+            fields[key] = float(value)
+    fields["truncate"] = hf.take("truncate", bool, True)
+    hf.take("finetuned", bool, None)  # of the first files with yarn; only their "dynamic-yarn" went by it
+    # The authors' own factor on top, by which DeepSeek-R1-0528-Qwen3-8B undoes the growth of cosines and sines.
+    # vLLM multiplies by it, transformers passes it over.
+    own_factor = hf.take("attn_factor", float, None)
+    if own_factor:
+        fields["attention_factor"] = own_factor * RopeParameters(rope_type="yarn", **fields).attention_scaling
+    return fields
+
+
+def _of_longrope(hf: HfConfig, lengths: _Lengths) -> dict[str, Any]:
+    fields = _take_stretch(hf, lengths)
+    for key in ("short_factor", "long_factor"):
+        fields[key] = _numbers(hf.source, key, hf.take(key, list))
+    return fields
+
+
+OWN_FIELDS = {
+    "linear": _of_linear,
+    "dynamic": _of_dynamic,
+    "llama3": _of_llama3,
+    "yarn": _of_yarn,
+    "longrope": _of_longrope,
+}
+"""What reads the fields of `RopeParameters` that only one type has; the type "default" has none."""
+
+
+def _take_stretch(hf: HfConfig, lengths: _Lengths) -> dict[str, Any]:
     """What yarn and longrope share. Without `factor` it is the ratio of the two lengths."""
     factor = hf.take("factor", float, None)
     if factor is None:
-        if original is None:
+        if lengths.original is None:
             raise ValueError(f"{hf.source} lacks the key 'factor', or 'original_max_position_embeddings' to derive it")
-        factor = max_position_embeddings / max(original, 1)
+        factor = lengths.longest / max(lengths.original, 1)
     attention_factor = hf.take("attention_factor", float, None)
     return {
         "factor": float(factor),
         "attention_factor": None if attention_factor is None else float(attention_factor),
-        "original_max_position_embeddings": max_position_embeddings if original is None else original,
+        "original_max_position_embeddings": lengths.trained,
     }
 
 

@@ -11,6 +11,8 @@ from slothcore.layers.rope import RopeParameters
 from slothcore.models.families import decoder_config
 
 SCALINGS = ("linear", "dynamic", "yarn", "llama3")  # those that a name and a factor define
+READ_HEAD_DIM = ("dynamic", "yarn", "longrope")
+"""For these transformers 5 takes head_dim as it stands; Mixtral's files leave it out, and could not be loaded."""
 
 
 def scaled_config(
@@ -71,19 +73,23 @@ def scaled_config(
         )
 
     scaling["factor"] = factor
-    if rope_type in ("yarn", "llama3", "longrope"):
+    has_trained_length = rope_type in ("yarn", "llama3", "longrope")
+    if has_trained_length:
         scaling["original_max_position_embeddings"] = trained
     if rope_type == "llama3":
         scaling = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, **scaling}
-    _set_rope(result, scaling, reach if rope_type == "dynamic" else positions)
+    _set_rope(result, scaling, reach if rope_type == "dynamic" else positions, head_dim=config.head_dim)
     try:
-        decoder_config(result, f"{source} with rope_scaling")
+        made = decoder_config(result, f"{source} with rope_scaling")
     except ValueError as error:
         if isinstance(rope_scaling, Mapping):
             raise  # the dict is what is wrong
         raise ValueError(
             f"this model cannot be stretched with RoPE type {rope_type!r} ({error}); use max_seq_length up to {reach}"
         ) from None
+    if has_trained_length and made.rope.original_max_position_embeddings != trained:
+        # One beside the scaling, which Phi-3's files have or mean, wins over the one in it, in transformers too.
+        _text_of(result)["original_max_position_embeddings"] = trained
     message = f"RoPE scaling ({rope_type}, factor {factor:g}) takes the model from {trained} positions to {positions}"
     if rope_scaling is None:
         message += f", because max_seq_length is {max_seq_length}; rope_scaling chooses another type"
@@ -137,12 +143,18 @@ def _factor(scaling: Mapping[str, Any], trained: int, max_seq_length: int | None
     return float(factor)
 
 
-def _set_rope(hf_config: dict[str, Any], scaling: dict[str, Any], positions: int) -> None:
-    """Put the scaling where the file keeps its RoPE; of Gemma 3, which has two, the one of the global layers."""
+def _text_of(hf_config: dict[str, Any]) -> dict[str, Any]:
+    """Where the file describes its text model."""
     text = hf_config.get("text_config")
-    if not isinstance(text, dict):
-        text = hf_config
+    return text if isinstance(text, dict) else hf_config
+
+
+def _set_rope(hf_config: dict[str, Any], scaling: dict[str, Any], positions: int, *, head_dim: int) -> None:
+    """Put the scaling where the file keeps its RoPE; of Gemma 3, which has two, the one of the global layers."""
+    text = _text_of(hf_config)
     text["max_position_embeddings"] = positions
+    if scaling["rope_type"] in READ_HEAD_DIM and text.get("head_dim") is None:
+        text["head_dim"] = head_dim
     parameters = text.get("rope_parameters")
     if not parameters:
         text["rope_scaling"] = scaling

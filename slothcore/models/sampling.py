@@ -19,6 +19,9 @@ MIXING = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 LAST_SHIFT = 31
 # Bits of a random number; with fewer than those of a float64, no product with one rounds up to its factor.
 RANDOM_BITS = 48
+# Scores that are divided by less may be beyond float32.
+LEAST_TEMPERATURE = 1e-30
+NULLABLE = ("top_p", "min_p")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +47,19 @@ class Sampling:
     presence_penalty: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not (hasattr(value, "__float__") or (value is None and name in NULLABLE)):
+                raise ValueError(f"{name} must be a number, got {value!r}")
+        if self.top_k is not None and (isinstance(self.top_k, bool) or not hasattr(self.top_k, "__index__")):
+            raise ValueError(f"top_k must be a whole number, got {self.top_k!r}; None turns it off")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}")
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            raise ValueError(
+                f"temperature must be 0 (greedy) or at least {LEAST_TEMPERATURE}, by which scores can be divided, got "
+                f"{self.temperature}"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}; None turns it off")
         if self.top_p is not None and not 0 < self.top_p <= 1:

@@ -78,7 +78,7 @@ def test_frequencies_and_attention_factor_are_those_of_transformers_to_the_bit(r
     config = transformers_config(rope)
     compute = ROPE_INIT_FUNCTIONS.get(rope["rope_type"], LlamaRotaryEmbedding.compute_default_rope_parameters)
     expected, attention_factor = compute(config)
-    parameters = ours(rope).parameters_of_rope
+    parameters = ours(rope).rope
     assert torch.equal(inverse_frequencies(parameters, HEAD_DIM), expected)
     assert parameters.attention_scaling == attention_factor
     if rope["rope_type"] == "longrope":

@@ -129,6 +129,7 @@ def test_inverse_frequencies_are_those_of_transformers_to_the_bit(rope: dict[str
         ({"num_key_value_heads": 3}, "multiple of num_key_value_heads"),
         ({"head_dim": 7}, "head_dim must be even"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be positive"),
+        ({"initializer_range": -0.02}, "initializer_range must be at least 0, got -0.02"),
         ({"rope_scaling": {"rope_type": "ntk", "factor": 2.0}}, "'ntk' is not supported; known are default"),
         ({"rope_scaling": {"rope_type": "linear"}}, "RoPE lacks the key 'factor'"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "facto": 1}}, "'facto'.*did you mean 'factor'"),

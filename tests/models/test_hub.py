@@ -84,6 +84,15 @@ def test_a_name_that_the_hub_would_not_take(monkeypatch: pytest.MonkeyPatch) -> 
         model_folder("org/two--dashes")
 
 
+def test_an_endpoint_without_a_scheme(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As mirrors are often written; the real library sends nothing."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "mirror.example")
+    message = r"^HF_ENDPOINT is mirror.example, which is no address; begin it with https://, or unset it$"
+    with pytest.raises(ValueError, match=message):
+        model_folder("org/name", cache_dir=tmp_path)
+
+
 def test_the_weights_of_a_folder(tmp_path: Path) -> None:
     assert weight_files(tmp_path) == ["model.safetensors"]
     index = {"weight_map": {"c": "model-2.safetensors", "a": "model-1.safetensors", "b": "model-2.safetensors"}}

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import slothcore.models.load as loading
 from slothcore.layers.linear import Linear
@@ -20,6 +21,22 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return saved(tiny_llama(tie_word_embeddings=True), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("model.", ""), ("", "_orig_mod."), ("", "base_model.model.")],
+    ids=["the body alone", "compiled", "wrapped by PEFT"],
+)
+def test_weights_under_other_names_say_what_was_saved(before: str, after: str, folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {after + name.removeprefix(before): tensor for name, tensor in tensors.items()}
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    found = after + "model.embed_tokens.weight".removeprefix(before)
+    with pytest.raises(
+        ValueError, match=rf"lacks the weight model\.embed_tokens\.weight and has {found}, .*whole model"
+    ):
+        load_model(folder, bits=32, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -132,6 +149,12 @@ def test_end_tokens_of_the_generation_config_win(folder: Path) -> None:
     assert model.eos_token_ids == (7, 8)
     assert model.generation_config == {"eos_token_id": [7, 8]}
     assert from_config({**TINY, "eos_token_id": 5}).eos_token_ids == (5,)
+    for wrong in ("7", ["7"], [7, None], 7.0):
+        model.generation_config = {"eos_token_id": wrong}
+        with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id must be a token id or a list of"):
+            _ = model.eos_token_ids
+    model.generation_config = {"eos_token_id": None}
+    assert model.eos_token_ids == ()
 
 
 def test_random_weights_are_reproducible() -> None:

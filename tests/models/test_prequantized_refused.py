@@ -67,6 +67,8 @@ def test_quantization_config_of_the_oldest_files(folder: Path) -> None:
         ({"blocksize": 128}, "blocksize 128, and slothcore reads 64.*16-bit original"),
         ({"quant_type": "fp4"}, "quant_type 'fp4', and slothcore reads 'nf4'.*16-bit original"),
         ({"nested_blocksize": 512}, "nested_blocksize 512, and slothcore reads 256"),
+        ({"nested_offset": float("nan")}, r"state that cannot be read \(.*nested_offset is nan.*download it again"),
+        ({"dtype": ["bfloat16"]}, r"was quantised from \['bfloat16'\] of shape"),
         ({"nested_dtype": "float16"}, "nested_dtype 'float16'"),
         ({"shape": [128, 64, 1]}, "state that cannot be read"),
         ({"shape": [128, -64]}, "quantised from 'float32' of shape"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,18 @@ def test_theta_in_the_dict_wins_over_theta_beside_it() -> None:
     assert LlamaConfig.from_dict(values).rope_parameters["rope_theta"] == 1e5
 
 
+def test_of_two_ropes_transformers_does_not_read_truncate() -> None:
+    """So that a model would learn with other angles than its export is run with."""
+    values = {**GEMMA3, "rope_parameters": {"full_attention": {**GEMMA3_YARN, "truncate": False}}}
+    reference = Gemma3TextConfig.from_dict(json.loads(json.dumps(values)))
+    found, _ = ROPE_INIT_FUNCTIONS["yarn"](reference, layer_type="full_attention")
+    read = decoder_config({**GEMMA3, "rope_parameters": {"full_attention": GEMMA3_YARN}}).rope
+    assert torch.equal(inverse_frequencies(read, HEAD_DIM), found)
+    assert not torch.equal(inverse_frequencies(replace(read, truncate=False), HEAD_DIM), found)
+
+
 LONG = {"rope_type": "longrope", **FACTORS}
+GEMMA3_YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 64}
 
 
 @pytest.mark.parametrize(
@@ -209,6 +221,7 @@ LONG = {"rope_type": "longrope", **FACTORS}
         (GEMMA3, {"full_attention": {"rope_type": "linear"}}, "lacks the key 'factor'"),
         (GEMMA3, {"sliding_attention": {"rope_theta": 1e4, "base": 2}}, "the key 'base' .* is not supported"),
         (GEMMA3, {"slide_attention": {}}, "'slide_attention' .*did you mean 'sliding_attention'"),
+        (GEMMA3, {"full_attention": {**GEMMA3_YARN, "truncate": False}}, "truncate = false .* leave it out"),
     ],
     ids=str,
 )

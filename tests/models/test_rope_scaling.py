@@ -70,6 +70,19 @@ def test_longer_than_the_model_means_linear_and_says_so(spelling: dict[str, Any]
     )
 
 
+@pytest.mark.parametrize("rope_type", [*SCALINGS, "longrope"])
+def test_a_file_without_head_dim_gets_it_where_transformers_needs_it(rope_type: str) -> None:
+    """Mixtral's configuration is the one for which transformers does not fill it in."""
+    values = {**TINY, "model_type": "mixtral", "num_key_value_heads": 2, "num_local_experts": 4}
+    factors = [1.0, 2.0, 3.0, 4.0]
+    longrope = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors}
+    result, config, _ = scaled(
+        {**values, "max_position_embeddings": 2048}, 8192, longrope if rope_type == "longrope" else rope_type
+    )
+    assert (config.rope.rope_type, config.rope.factor) == (rope_type, 4.0)
+    assert result.get("head_dim") == (None if rope_type in ("linear", "llama3") else config.head_dim)
+
+
 def test_the_default_length_of_a_file_without_one_is_the_families() -> None:
     assert "max_position_embeddings" not in TINY
     _, config, message = scaled(TINY, 4096)
@@ -179,6 +192,24 @@ def test_of_gemma3_the_global_layers_are_scaled(is_new: bool, is_multimodal: boo
     assert message is not None
     assert "from 64 positions to 256" in message
     assert text["max_position_embeddings"] == 64
+
+
+@pytest.mark.parametrize("beside", [None, 32, 128])
+def test_the_length_that_a_scaling_names_wins_over_one_beside_it(beside: int | None) -> None:
+    """Phi-3's files have one there, and without it its class means 4096."""
+    values = {key: value for key, value in PHI3.items() if key != "original_max_position_embeddings"}
+    values |= {} if beside is None else {"original_max_position_embeddings": beside}
+    scaling = {"rope_type": "longrope", **FACTORS}
+    for extra, trained in (({}, 128), ({"original_max_position_embeddings": 64}, 64)):
+        _, config, message = scaled(values, 256, {**scaling, **extra})
+        assert config.rope.original_max_position_embeddings == trained
+        assert f"takes the model from {trained} positions to 256" in message
+
+
+def test_no_file_keeps_a_length_that_contradicts_the_scaling() -> None:
+    values = {**TINY, "max_position_embeddings": 64, "original_max_position_embeddings": 24}
+    for rope_type in ("yarn", "llama3"):
+        assert scaled(values, 256, rope_type)[1].rope.original_max_position_embeddings == 64
 
 
 def test_phi3_has_no_other_type_than_longrope() -> None:

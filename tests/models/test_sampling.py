@@ -144,6 +144,12 @@ def test_random_numbers_are_those_of_splitmix64() -> None:
     [
         ({"temperature": -1.0}, "temperature must be 0"),
         ({"temperature": float("nan")}, "temperature must be 0"),
+        ({"temperature": 1e-31}, "temperature must be 0 .greedy. or at least 1e-30"),
+        ({"temperature": "0.7"}, "temperature must be a number, got '0.7'"),
+        ({"temperature": None}, "temperature must be a number, got None"),
+        ({"top_p": "1"}, "top_p must be a number, got '1'"),
+        ({"top_k": 50.0}, "top_k must be a whole number, got 50.0; None turns it off"),
+        ({"top_k": True}, "top_k must be a whole number, got True"),
         ({"top_k": 0}, "top_k must be at least 1"),
         ({"top_p": 0.0}, "top_p must be above 0"),
         ({"top_p": 1.1}, "top_p must be above 0"),
