@@ -22,7 +22,7 @@ DATASETS = {
     "dolly_3k.jsonl": ("format dolly; 2,996 of 2,996 rows are used", "744"),
     "dpo_en_demo.json": ("format preference; 300 of 300 rows are used", "261"),
     "gsm8k_test.jsonl": ("format question; 1,319 of 1,319 rows are used", "1,246"),
-    "kto_en_demo.json": ("format kto; 150 of 300 rows are used", "117"),
+    "kto_en_demo.json": ("format kto; 150 of 300 rows are used", "127"),
     "oasst_100_sharegpt.json": ("format conversations; 100 of 100 rows are used", "55"),
     "preference_1100.json": ("format preference; 1,100 of 1,100 rows are used", "245"),
     "sharegpt_500.json": ("format conversations; 500 of 500 rows are used", None),

@@ -79,7 +79,7 @@ def prepare(config: TrainConfig, tokenizer: "Tokenizer") -> "tuple[RowSet, RowSe
     rows = prepare_rows(train_records, tokenizer, unpacked, what="training")
     if eval_records is None:
         return rows, None
-    return rows, prepare_rows(eval_records, tokenizer, unpacked, what="evaluation")
+    return rows, prepare_rows(eval_records, tokenizer, unpacked, what="evaluation", learned=rows)
 
 
 def _shows_colors() -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from slothcore.data.chat import ChatTemplate
+from slothcore.data.chat import REASONING_NAMES, ChatTemplate, Message
 from slothcore.data.formats import ChatExample
 from slothcore.data.spans import Turn, TurnFinder
 from slothcore.data.tokenizer import Tokenizer
@@ -47,41 +47,36 @@ class ChatRows:
         self._finders: dict[int, TurnFinder] = {}
 
     def render(self, example: ChatExample) -> tuple[str, list[Turn]]:
-        """The text of a conversation and the turns to learn.
+        """The text of a conversation and the turns to learn; where all is learned, those not to learn.
 
         Raises: ValueError if the tokenizer has no chat template, it rejects the conversation, or its turns cannot be
             told apart.
         """
         finder = self._finder(self._tokenizer.template_for(example.tools))
-        if self._learned != "all":
-            text, turns = finder.find(example.messages, example.tools)
-            weights = [message.get("weight", 1) for message in example.messages if message["role"] == "assistant"]
-            if 0 in weights and len(weights) != len(turns):
-                raise ValueError(
-                    "the chat template does not write each answer as one turn, so it is not clear which of them "
-                    "'weight': 0 leaves out; take the weights out, or choose another chat_template"
-                )
-            if 0 not in weights:
-                weights = [1] * len(turns)
-            learned = range(len(turns))[-1:] if self._learned == "last turn" else range(len(turns))
-            return text, [turns[index] for index in learned if weights[index]]
+        learns_all = self._learned == "all"
+        left_out = _left_out(example, learns_all)
         try:
-            return finder.find(example.messages, example.tools)
-        except ValueError:  # where nothing needs to be told apart, the plain text will do
-            return finder.render(example.messages, example.tools)[1], []
+            text, turns = finder.find(example.messages, example.tools)
+        except ValueError:
+            if learns_all and not any(left_out):  # where nothing needs to be told apart, the plain text will do
+                return finder.render(example.messages, example.tools)[1], []
+            raise
+        if self._learned != "last turn" and not any(left_out):
+            return text, [] if learns_all else turns
+        first = max(len(left_out) - 1, 0) if self._learned == "last turn" else 0
+        answers = zip(finder.of_answers(example.messages, example.tools, turns, first), left_out[first:], strict=True)
+        return text, [turn for answer, is_out in answers if is_out == learns_all for turn in answer]
 
     def tokenise(self, rendered: Sequence[tuple[str, list[Turn]]]) -> list[TokenizedRow]:
         """Rows of any length, one for each of what `render` gave; all are encoded in one call."""
         encoded = self._tokenizer.encode_with_ends([text for text, _ in rendered])
         rows = []
         for (text, turns), (ids, ends) in zip(rendered, encoded, strict=True):
-            if self._learned == "all":
-                rows.append(TokenizedRow(ids, list(ids)))
-                continue
-            labels = [IGNORED_LABEL] * len(ids)
+            ignored = [IGNORED_LABEL] * len(ids)
+            labels, others = (list(ids), ignored) if self._learned == "all" else (ignored, ids)
             for turn in turns:
                 tokens = self._tokens_of(turn, text, ids, ends)
-                labels[tokens] = ids[tokens]
+                labels[tokens] = others[tokens]
             rows.append(TokenizedRow(ids, labels))
         return rows
 
@@ -121,6 +116,13 @@ class ChatRows:
         return slice(first, max(bisect_right(ends, end), min(bisect_left(ends, end) + 1, len(ends))))
 
 
+def leaves_out_thoughts(messages: Sequence[Message], text: str) -> bool:
+    """Whether the assistant thinks in a field of its own, and nothing of that is in the text of the conversation."""
+    fields = [message.get(name) for message in messages for name in REASONING_NAMES]
+    thoughts = [field.strip() for field in fields if isinstance(field, str) and field.strip()]
+    return bool(thoughts) and not any(thought in text for thought in thoughts)
+
+
 def turn_end(tokenizer: Tokenizer) -> int | str | None:
     """What the tokenizer's chat template ends an assistant's turn with: a token's id, or a text that is not one token.
 
@@ -136,6 +138,13 @@ def turn_end(tokenizer: Tokenizer) -> int | str | None:
     if not learned or learned[-1] in tokenizer.special_token_ids:
         return learned[-1] if learned else None
     return text[turns[0].closing : _end_of_text(text, turns[0])].strip() or None
+
+
+def _left_out(example: ChatExample, learns_all: bool) -> list[bool]:
+    """Of each answer whether it is not to be learned. The weights of other messages are 0 in most data anyway."""
+    answers = [message for message in example.messages if message["role"] == "assistant"]
+    prompt = 0 if learns_all else example.prompt_answers
+    return [index < prompt or message.get("weight", 1) == 0 for index, message in enumerate(answers)]
 
 
 def _end_of_text(text: str, turn: Turn) -> int:

@@ -2,14 +2,15 @@
 
 A message is {role, content} (OpenAI) or {from, value} (ShareGPT), whatever the field that holds the list is called.
 Speakers go by many names; `ROLES` says who is meant. A call that ShareGPT writes as a turn of its own (`function_call`)
-becomes the tool call of an assistant's message.
+becomes the tool call of an assistant's message. A message may say whether it is learned: `weight` 0 or 1 (OpenAI,
+Mistral), `train` (axolotl) or `loss` (ms-swift, XTuner) true or false; each becomes its `weight`.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from slothcore.data.values import Record, field_names, parsed, shown, whole_characters
+from slothcore.data.values import Record, boolean, field_names, parsed, shown, whole_characters
 
 ROLES = {
     **dict.fromkeys(("user", "human", "prompter", "client", "student"), "user"),
@@ -20,6 +21,10 @@ ROLES = {
 # A message that names its speaker `role` may mean these to the letter: templates tell them apart.
 TEMPLATE_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
 CALLS = frozenset({"function_call", "tool_call"})
+# Beside `weight`: what other libraries call whether a message is learned, and which of its characters are.
+FLAGS = ("train", "loss")
+DETAILS = "train_detail"
+WEIGHTS = frozenset({"weight", *FLAGS, DETAILS})
 
 Message = Mapping[str, Any]
 
@@ -27,7 +32,7 @@ Message = Mapping[str, Any]
 def read_messages(value: Any, *, where: str, system: Any = None) -> tuple[Message, ...]:
     """The messages of a conversation; keys beside role and content, such as tool calls, pass through.
 
-    Of a ShareGPT message `weight` alone does: an answer of weight 0 is not learned.
+    An answer of `weight` 0 is not learned, however the message says so.
 
     Args:
         value: a list of messages, or its JSON text.
@@ -49,21 +54,48 @@ def read_messages(value: Any, *, where: str, system: Any = None) -> tuple[Messag
     return tuple(messages)
 
 
-def as_prompt(messages: Sequence[Any]) -> list[Any]:
-    """The messages before an answer that is to be learned, as yet unread: of theirs none is, as of a prompt in text."""
-    return [{**m, "weight": 0} if isinstance(m, Mapping) and _is_answer(m) else m for m in messages]
+def is_answer(message: Any) -> bool:
+    """Whether the assistant says a message that is as yet unread."""
+    if not isinstance(message, Mapping):
+        return False
+    speaker = str(message.get("role", message.get("from"))).strip().lower()
+    return speaker in CALLS or ROLES.get(speaker) == "assistant"
+
+
+def parsed_messages(value: Any) -> Any:
+    """Messages, or one, as yet unread, from their JSON text; other text, be it JSON as well, stays a text."""
+    found = parsed(value)
+    messages = [found] if isinstance(found, Mapping) else found
+    if not isinstance(value, str) or (
+        isinstance(messages, list)
+        and messages
+        and all(isinstance(m, Mapping) and ("role" in m or "from" in m) for m in messages)
+    ):
+        return found
+    return value
 
 
 def read_tools(value: Any, where: str) -> tuple[Mapping[str, Any], ...] | None:
-    """The descriptions of functions, or None for none. Raises ValueError if they are no list of objects."""
+    """The descriptions of functions, or None for none; one that stands bare, as ShareGPT has them, as OpenAI writes it.
+
+    Raises: ValueError if they are no list of objects.
+    """
     value = parsed(value)
     if value is None or (hasattr(value, "__len__") and not len(value)):
         return None
     if isinstance(value, Sequence) and not isinstance(value, str):
         tools = [parsed(tool) for tool in value]
         if all(isinstance(tool, Mapping) for tool in tools):
-            return tuple(tools)
+            return tuple(map(_function, tools))
     raise ValueError(f"{where}: 'tools' must be a list of objects, got {shown(value)}; write it as JSON")
+
+
+def _function(tool: Record) -> Record:
+    """As templates, and who calls a model, expect it: {type: function, function: {name, parameters, ...}}."""
+    bare = "name" in tool and "parameters" in tool and "function" not in tool
+    if not bare or tool.get("type", "function") != "function":
+        return tool
+    return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
 
 
 def is_blank(content: Any) -> bool:
@@ -99,11 +131,6 @@ def check_turns(messages: Sequence[Message], where: str) -> None:
         raise ValueError(f"{where}: nobody answers in this conversation; add the assistant's turn, or drop the row")
 
 
-def _is_answer(message: Record) -> bool:
-    speaker = str(message.get("role", message.get("from"))).strip().lower()
-    return speaker in CALLS or ROLES.get(speaker) == "assistant"
-
-
 def _message(message: Any, where: str) -> Message:
     """One message with `role` and `content`, its speaker's name understood."""
     if not isinstance(message, Mapping):
@@ -111,9 +138,9 @@ def _message(message: Any, where: str) -> Message:
     sharegpt = "from" in message and "role" not in message
     role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
     # A Parquet file gives every message all keys that any has.
-    kept = {key: value for key, value in message.items() if value is not None or key in (role_key, content_key)}
-    if kept.get("tool_calls") and kept.get(content_key) is None:
-        kept.setdefault(content_key, "")
+    kept: Record = {k: value for k, value in message.items() if value is not None or k in (role_key, content_key)}
+    if kept.get("tool_calls") and content_key not in kept:
+        kept = {**kept, content_key: ""}
     if kept.get("function_call"):
         raise ValueError(
             f"{where}: 'function_call' is not read; write it as 'tool_calls': [{{'type': 'function', 'function': "
@@ -125,24 +152,52 @@ def _message(message: Any, where: str) -> Message:
             "name them so, as OpenAI (role, content) or ShareGPT (from, value) does"
         )
     _check_content(kept, content_key, where)
-    if kept.get("weight", 1) not in (0, 1):
-        raise ValueError(f"{where}: 'weight' must be 0 (not learned) or 1, got {shown(kept['weight'])}; choose one")
+    kept = _weighted(kept, where)
     called = kept.get("tool_calls")
     if called and not (isinstance(called, list | tuple) and all(isinstance(call, Mapping) for call in called)):
         raise ValueError(f"{where}: 'tool_calls' must be a list of objects, got {shown(called)}; write it so")
     speaker = str(kept[role_key]).strip().lower()
-    weight = {"weight": kept["weight"]} if "weight" in kept else {}
+    others = {key: value for key, value in kept.items() if key not in (role_key, content_key)}
     if speaker in CALLS:
-        return {"role": "assistant", "content": "", "tool_calls": _calls(kept[content_key], where), **weight}
-    if not sharegpt and kept["role"] in TEMPLATE_ROLES:
+        return {**others, "role": "assistant", "content": "", "tool_calls": _calls(kept[content_key], where)}
+    if not sharegpt and isinstance(kept["role"], str) and kept["role"] in TEMPLATE_ROLES:
         return kept
     role = ROLES.get(speaker)
     if role is None:
         word = "speaker" if sharegpt else "role"
         raise ValueError(f"{where}: unknown {word} {kept[role_key]!r}; known are {', '.join([*ROLES, *sorted(CALLS)])}")
-    if sharegpt:
-        return {"role": role, "content": kept["value"], **weight}
-    return {**kept, "role": role}
+    return {**others, "role": role, "content": kept[content_key]}
+
+
+def _weighted(message: Record, where: str) -> Record:
+    """The message with `weight`, if it says in any way whether it is learned; 0 in one of them is enough."""
+    if WEIGHTS.isdisjoint(message):
+        return message
+    if DETAILS in message:
+        raise ValueError(
+            f"{where}: {DETAILS!r} is not read, since an answer is learned whole or not at all; say which with "
+            "'train': true or false instead"
+        )
+    weights = [message["weight"]] if "weight" in message else []
+    if not all(weight in (0, 1) for weight in weights):
+        raise ValueError(f"{where}: 'weight' must be 0 (not learned) or 1, got {shown(weights[0])}; choose one")
+    for flag in FLAGS:
+        if flag not in message:
+            continue
+        value = message[flag]
+        learned = bool(value) if value in (0, 1) else boolean(value)
+        if learned is None:
+            raise ValueError(
+                f"{where}: {flag!r} must be true or false (not learned), got {shown(value)}; choose one, or take it out"
+            )
+        if learned and not is_answer(message):
+            speaker = message.get("role", message.get("from"))
+            raise ValueError(
+                f"{where}: {flag!r} is true in a message of {speaker!r}, and only what the assistant says is learned; "
+                "take it out there"
+            )
+        weights.append(int(learned))
+    return {**{key: value for key, value in message.items() if key not in WEIGHTS}, "weight": min(weights)}
 
 
 def _check_content(message: Record, key: str, where: str) -> None:

@@ -109,8 +109,6 @@ class Dataset:
     def hold_out(self, fraction: float, *, seed: int) -> tuple["Dataset", "Dataset"]:
         """The dataset without a share of its rows, chosen by the seed, and those, each of them once.
 
-        A note of the first says how many rows that stay are copies of rows that are held out.
-
         Raises: ValueError if that leaves nothing on one side.
         """
         import torch  # its generator has always chosen the rows, and another would choose others
@@ -125,20 +123,7 @@ class Dataset:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).numpy()
         held_out = np.zeros(len(repeats), dtype=np.int32)
         held_out[rows[order[:count]]] = 1
-        notes = list(self.notes)
-        if copies := self._copies(held_out[rows] == 1):
-            verb = "repeats" if copies == 1 else "repeat"
-            notes.append(
-                f"{counted(copies, 'row')} for training {verb} what a row held out says, so the evaluation is not only "
-                "of unseen rows; drop the copies, or give eval_data"
-            )
-        return self._with_repeats(np.where(held_out, 0, repeats), notes), self._with_repeats(held_out)
-
-    def _copies(self, held_out: np.ndarray) -> int:
-        """How many of the rows that are not held out say what one of those does. held_out: [rows that are used] bool"""
-        once = self._with_repeats(np.concatenate([part.repeats > 0 for part in self.parts]))
-        says = np.fromiter((hash(repr(example)) for _, example in once.examples()), dtype=np.int64)
-        return int(np.isin(says[~held_out], says[held_out]).sum())
+        return self._with_repeats(np.where(held_out, 0, repeats), self.notes), self._with_repeats(held_out)
 
     def _with_repeats(self, repeats: np.ndarray, notes: Sequence[str] = ()) -> "Dataset":
         ends = np.cumsum([len(part.repeats) for part in self.parts])[:-1]
@@ -179,6 +164,11 @@ def open_dataset(
         # As load_dataset of datasets gives all splits.
         names = ", ".join(map(repr, data)) or "nothing"
         raise ValueError(f"the dataset is a {type(data).__name__} with {names}; give the records, such as one of these")
+    if hasattr(data, "columns"):
+        raise ValueError(
+            f"the dataset is a {type(data).__name__}, which gives columns and no rows; give its rows, as pandas' "
+            'to_dict("records"), to_dicts() of polars or to_pylist() of pyarrow makes them'
+        )
     groups: list[list[Source]]
     if is_records(data):
         groups = [[MemorySource(data)]]  # type: ignore[arg-type]
@@ -232,7 +222,7 @@ def _checked(source: Source, reading: Reading, on_bad_row: OnBadRow, *, progress
                 raise ValueError(f"{error}{hint}") from None
             counts.skip(error)
         else:
-            counts.take(record, where, reading)
+            counts.take(record, where, reading, example)
     counts.check_any()
     return Part(source, reading, np.array(counts.repeats, dtype=np.int32)), counts.notes(reading)
 

@@ -19,17 +19,25 @@
 | document      | document                                              | running text, cut into full rows         |
 
 Layouts that go through Alpaca's template may have a system prompt (`system`, `system_prompt`), which stands before it.
-Of a prompt nothing is learned; of one in messages, none of the answers in it. Fields beyond these are ignored. Records
-are numbered from 1 in messages to the user.
+Of a prompt nothing is learned; of one in messages, none of the answers in it, nor of those before the one that was
+chosen or judged. Fields beyond these are ignored. Records are numbered from 1 in messages to the user.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from slothcore.data.conversations import as_prompt, read_messages, read_tools
-from slothcore.data.preferences import CONVERSATIONS, VERDICTS, chosen_record, judged_record, verdict
-from slothcore.data.values import Record, field_names, text_value
+from slothcore.data.conversations import is_answer, read_messages, read_tools
+from slothcore.data.preferences import (
+    CONVERSATIONS,
+    PROMPT_FIELD,
+    VERDICTS,
+    chosen_record,
+    judged_record,
+    prompt_record,
+    verdict,
+)
+from slothcore.data.values import Record, field_names, parsed, text_value
 
 __all__ = [
     "LAYOUTS",
@@ -119,10 +127,14 @@ class TextExample:
 
 @dataclass(frozen=True)
 class ChatExample:
-    """A conversation for the tokenizer's chat template: dicts with `role` and `content`."""
+    """A conversation for the tokenizer's chat template: dicts with `role` and `content`.
+
+    Its first `prompt_answers` answers stand in a prompt, of which nothing is learned unless everything is.
+    """
 
     messages: tuple[Mapping[str, Any], ...]
     tools: tuple[Mapping[str, Any], ...] | None = None
+    prompt_answers: int = 0
 
 
 Example = TextExample | ChatExample
@@ -189,11 +201,12 @@ def format_example(
     if name == "preference":
         return format_example(chosen_record(record, where), text_field=text_field, where=where)
     if name in CONVERSATIONS:
-        system = record.get("system", record.get("system_prompt"))
-        messages = read_messages(record[name], where=where, system=system)
-        return ChatExample(messages, read_tools(record.get("tools"), where))
+        return _chat_example(record, name, where)
     if name == "prompt":
-        return _prompt_example(record, where)
+        conversation = prompt_record(record, where)
+        if conversation is not record:
+            return _chat_example(conversation, "messages", where)
+        return TextExample(text_value(record, "prompt", where), text_value(record, "completion", where))
     if name in INSTRUCTIONS:
         return _instruction_example(record, *INSTRUCTIONS[name], where=where)
     if name == "document":
@@ -205,10 +218,16 @@ def format_example(
 def plain_record(
     record: Record, *, format: str = "auto", text_field: str = "text", where: str = "the record"
 ) -> tuple[str, Record]:
-    """The format of a record and the record; of preference data, those that its chosen answer makes."""
+    """The format of a record and the record; of preference data, those that its chosen answer makes.
+
+    A prompt and its completion in messages are a conversation.
+    """
     name = check_format_name(format)
     if name == "auto":
         name = detect_format(record, text_field=text_field, where=where)
+    if name == "prompt" and "prompt" in record and "completion" in record:
+        conversation = prompt_record(record, where)
+        return ("prompt", record) if conversation is record else ("messages", conversation)
     if name not in ("preference", "kto"):
         return name, record
     plain = chosen_record(record, where) if name == "preference" else judged_record(record)
@@ -231,12 +250,12 @@ def _judged_example(record: Record, text_field: str, where: str) -> Example:
     return format_example(judged_record(record), text_field=text_field, where=where)
 
 
-def _prompt_example(record: Record, where: str) -> Example:
-    prompt, completion = record["prompt"], record["completion"]
-    if isinstance(prompt, list) and isinstance(completion, list):
-        messages = read_messages([*as_prompt(prompt), *completion], where=where, system=record.get("system"))
-        return ChatExample(messages, read_tools(record.get("tools"), where))
-    return TextExample(text_value(record, "prompt", where), text_value(record, "completion", where))
+def _chat_example(record: Record, name: str, where: str) -> ChatExample:
+    system = _system_field(record)
+    messages = read_messages(record[name], where=where, system=record.get(system))
+    length = record.get(PROMPT_FIELD, 0)
+    answers = sum(map(is_answer, parsed(record[name])[:length])) if length else 0
+    return ChatExample(messages, read_tools(record.get("tools"), where), answers)
 
 
 def _instruction_example(record: Record, question: str, answer: str, context: str | None, *, where: str) -> TextExample:
@@ -246,10 +265,15 @@ def _instruction_example(record: Record, question: str, answer: str, context: st
         else ""
     )
     prompt = alpaca_prompt(text_value(record, question, where), more)
-    system = next((field for field in ("system", "system_prompt") if isinstance(record.get(field), str)), None)
-    if system and record[system].strip():
+    system = _system_field(record)
+    if isinstance(record.get(system), str) and record[system].strip():
         prompt = f"{text_value(record, system, where).strip()}\n\n{prompt}"
     return TextExample(prompt, text_value(record, answer, where))
+
+
+def _system_field(record: Record) -> str:
+    """The field of the system prompt: tables may have both, and fill only one."""
+    return "system" if record.get("system") or not record.get("system_prompt") else "system_prompt"
 
 
 def _is_table(value: Any) -> bool:

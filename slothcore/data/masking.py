@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from slothcore.data.chat_rows import IGNORED_LABEL, ChatRows, TokenizedRow
+from slothcore.data.chat_rows import IGNORED_LABEL, ChatRows, TokenizedRow, leaves_out_thoughts
 from slothcore.data.formats import ChatExample, Example, Record, TextExample, format_example
 from slothcore.data.outcomes import TokenizeStats, nothing_left, why_nothing
 from slothcore.data.running_text import FullRows
@@ -125,6 +125,7 @@ def tokenise_stream(
                         _note(stats, ValueError(why), "error" if stops else "skip")
                     continue
                 stats.rows += 1
+                stats.unwritten_thoughts += prepared.lost_thoughts
                 stats.tokens += len(fitted.input_ids)
                 stats.targets += targets
                 stats.unknown_targets += 0 if unknown is None else fitted.labels[1:].count(unknown)
@@ -165,11 +166,15 @@ def tokenise_example(
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A record that could be read: its name in messages, what it says, and a conversation's text and turns."""
+    """A record that could be read: its name in messages, what it says, and a conversation's text and turns.
+
+    `lost_thoughts`: whether its chat template writes nothing of the assistant's thoughts.
+    """
 
     where: str
     example: Example
     rendered: tuple[str, list[Turn]] | None
+    lost_thoughts: bool
 
     @property
     def characters(self) -> int:
@@ -197,7 +202,11 @@ def _batches(
             example = record
             if not isinstance(example, TextExample | ChatExample):
                 example = format_example(example, format=format, text_field=text_field, where=where)
-            prepared = _Prepared(where, example, _rendered(example, chats, where))
+            rendered = _rendered(example, chats, where)
+            lost_thoughts = False
+            if isinstance(example, ChatExample) and rendered is not None:
+                lost_thoughts = leaves_out_thoughts(example.messages, rendered[0])
+            prepared = _Prepared(where, example, rendered, lost_thoughts)
         except ValueError as error:
             batch.append(error)
             if on_bad_row == "error":

@@ -20,6 +20,7 @@ class TokenizeStats:
         tokens: tokens of all rows.
         targets: tokens that are learned.
         unknown_targets: those of them that stand for characters that the vocabulary lacks.
+        unwritten_thoughts: rows whose chat template does not write what the assistant thinks in a field of its own.
         truncated: rows cut at the maximum length.
         dropped_overlength: rows left out because they were longer than that.
         dropped_without_target: rows left out because nothing in them is learned.
@@ -32,6 +33,7 @@ class TokenizeStats:
     tokens: int = 0
     targets: int = 0
     unknown_targets: int = 0
+    unwritten_thoughts: int = 0
     truncated: int = 0
     dropped_overlength: int = 0
     dropped_without_target: int = 0
@@ -66,6 +68,8 @@ def why_nothing(row: TokenizedRow, example: Example, where: str, max_seq_length:
         why = f"it has no assistant's turn (roles: {', '.join(str(m['role']) for m in example.messages)})"
     elif any(message["role"] == "assistant" and message.get("weight", 1) == 0 for message in example.messages):
         why = "its answers have weight 0"
+    elif example.prompt_answers:
+        why = "its completion holds no answer"
     else:
         why = "the chat template writes nothing that the assistant says"
     text = tokenizer.decode(row.input_ids, skip_special_tokens=False)

@@ -32,7 +32,7 @@ CACHED_FROM = 4 << 20
 SEARCHED_AFTER = 100_000
 # Part of the name under which tokens are kept. Raise it with every change that makes other rows, labels or counts of
 # the same records, tokenizer and settings: formats, masking, chat templates, TokenizeStats. Releases differ anyway.
-PREPARING_REVISION = 3
+PREPARING_REVISION = 4
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 

@@ -1,7 +1,7 @@
 """What a row must have beyond a readable reading, and what is counted about those that have not."""
 
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from slothcore.data.conversations import check_turns, is_blank
@@ -15,6 +15,8 @@ from slothcore.data.values import counted, parsed
 NAMED = 3
 # What records of other libraries may say beside a layout: earlier turns, pictures and sounds, older names of tools.
 UNREAD = ("history", "image", "images", "videos", "audios", "functions")
+# Beside a text, which takes nothing from them but the system prompt that Alpaca's template begins with.
+UNREAD_BESIDE_TEXT = ("system", "system_prompt", "tools")
 
 
 def check_size(record: Any, where: str) -> None:
@@ -48,6 +50,8 @@ class RowCounts:
         self.formats: dict[str, int] = {}
         self._judged_bad = self._skipped = self._repeated_ids = self._numbered = 0
         self._unread: dict[str, int] = {}
+        self._beside_chosen: list[str] = []
+        self._without_prompt = 0
         self._empty: list[str] = []
         self._errors: list[str] = []
         self._ids: set[int] = set()
@@ -87,7 +91,7 @@ class RowCounts:
         if len(self._errors) < NAMED:
             self._errors.append(str(error))
 
-    def take(self, record: Any, where: str, reading: Reading) -> None:
+    def take(self, record: Any, where: str, reading: Reading, example: Example) -> None:
         """The row is used."""
         self.repeats.append(1)
         name = reading.format
@@ -95,9 +99,13 @@ class RowCounts:
             name = detect_format(record, text_field=reading.text_field)
         self.formats[name] = self.formats.get(name, 0) + 1
         if reading.columns is None:
-            for field in UNREAD:
-                if field in record and _says_something(parsed(record[field])):
-                    self._unread[field] = self._unread.get(field, 0) + 1
+            if name == "preference" and isinstance(example, TextExample) and not example.prompt:
+                others = [field for field in record if field not in ("chosen", "rejected")]
+                beside = [f for f in others if isinstance(record[f], str | list) and _says_something(record[f])]
+                self._without_prompt += bool(beside)
+                self._beside_chosen = self._beside_chosen or beside
+            for field in _unread(record, example):
+                self._unread[field] = self._unread.get(field, 0) + 1
             self._numbered += name != "kto" and name not in ("text", "document") and _is_numbered(record)
         identity = record.get("id")
         if isinstance(identity, str | int):
@@ -141,6 +149,12 @@ class RowCounts:
                 f"{self.name}: judged answers (KTO), trained as SFT: those with label true are learned, "
                 f"{self._judged_bad:,} with label false left out"
             )
+        if self._without_prompt:
+            rows, beside = counted(self._without_prompt, "row"), " or ".join(map(repr, self._beside_chosen))
+            lines.append(
+                f"{self.name}: {rows} with a chosen answer and no prompt, so the answer is learned as a text of its own"
+                f"; if {beside} is the prompt, name it so"
+            )
         if self._num_empty:
             lines.append(
                 f"{self.name}: {counted(self._num_empty, 'row')} with an empty answer left out; "
@@ -150,9 +164,10 @@ class RowCounts:
             first = " | ".join(map(self._inside, self._errors))
             lines.append(f"{self.name}: {counted(self._skipped, 'row')} skipped as unusable; first {first}")
         for field, count in self._unread.items():
+            place = "prompt" if field in UNREAD_BESIDE_TEXT else "messages"
             lines.append(
                 f"{self.name}: {counted(count, 'row')} with {field!r}, which is not read; write what it says into the "
-                "messages, or drop the field"
+                f"{place}, or drop the field"
             )
         if self._numbered:
             lines.append(
@@ -171,8 +186,25 @@ class RowCounts:
         return message.removeprefix(f"{self.name}, ")
 
 
+def _unread(record: Mapping[str, Any], example: Example) -> Iterator[str]:
+    """The fields that say something of which nothing is in the example."""
+    for field in UNREAD:
+        if field in record and _says_something(parsed(record[field])):
+            yield field
+    if not isinstance(example, TextExample):
+        return
+    for field in UNREAD_BESIDE_TEXT:
+        value = record.get(field)
+        begins = isinstance(value, str) and example.prompt.startswith(value.strip())
+        if _says_something(parsed(value)) and not begins:
+            yield field
+
+
 def _says_something(value: Any) -> bool:
-    return bool(value) if isinstance(value, str | list | Mapping) else value is not None
+    if isinstance(value, str):
+        return value.strip() != ""
+    # NaN is how data frames write an empty cell.
+    return bool(value) if isinstance(value, list | Mapping) else value is not None and value == value
 
 
 def _is_numbered(record: Mapping[str, Any]) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from slothcore.data.hub_files import dataset_files, named_splits, names_dataset
 from slothcore.data.readers import READERS, Located, extension, is_running_text, read_records, reader_of
-from slothcore.data.values import without_fillers
+from slothcore.data.values import without_arrays, without_fillers
 
 DIGEST_BLOCK = 1 << 20
 # What a folder of data, such as a clone from the Hub, holds beside them.
@@ -92,8 +92,10 @@ class MemorySource:
     def records(self) -> Iterator[Located]:
         # As a `datasets.Dataset` has, which is a table.
         is_table = hasattr(self.rows, "column_names")
-        for number, record in enumerate(self.rows, start=1):
-            yield f"record {number}", without_fillers(record) if is_table else record
+        for number, row in enumerate(self.rows, start=1):
+            record = without_arrays(row)
+            # Only what reads tables makes arrays of lists.
+            yield f"record {number}", without_fillers(record) if is_table or record is not row else record
 
     def size(self) -> None:
         return None
@@ -138,8 +140,9 @@ def find_sources(
     if names_dataset(str(path)):
         files = dataset_files(str(path), token=token, local_files_only=local_files_only)
         return [FileSource(file) for file in files]
+    several = ", or give several as a list, without commas in them" if "," in str(path) else ""
     raise FileNotFoundError(
-        f"the data file {path} does not exist; check the path, or name a dataset on the Hub as owner/name"
+        f"the data file {path} does not exist; check the path, or name a dataset on the Hub as owner/name{several}"
     )
 
 

@@ -16,6 +16,7 @@ conversation of many turns, and a file of many conversations, costs two renderin
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from slothcore.data.chat import ChatTemplate, Message
@@ -92,6 +93,30 @@ class TurnFinder:
         return conversation.whole.text, [
             self._turn(conversation, index) for index, message in enumerate(messages) if message["role"] == "assistant"
         ]
+
+    def of_answers(self, messages: Sequence[Message], tools: Tools, turns: list[Turn], first: int) -> list[list[Turn]]:
+        """What `find` gave, answer by answer from number `first` on.
+
+        A template may write an answer in several `{% generation %}` blocks, or in none; which are its is seen where
+        the conversation ends before it.
+
+        Raises: ValueError if the blocks before it are others then.
+        """
+        if not self._template.marks_generation:
+            return [[turn] for turn in turns[first:]]
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        begins = [self._num_before(messages[:index], tools, turns) for index in answers[first:]]
+        return [turns[begin:end] for begin, end in pairwise([*begins, len(turns)])]
+
+    def _num_before(self, messages: Sequence[Message], tools: Tools, turns: list[Turn]) -> int:
+        """How many of the turns stand in the first messages."""
+        before = self.find(messages, tools)[1] if any(m["role"] == "assistant" for m in messages) else []
+        if before != turns[: len(before)]:
+            raise ValueError(
+                "the chat template marks other words as the assistant's once other messages follow, so it is not clear "
+                "which are whose; choose another chat_template, or drop the row"
+            )
+        return len(before)
 
     def _turn(self, conversation: MarkedConversation, index: int) -> Turn:
         start = self._start(conversation, index)

@@ -39,14 +39,21 @@ def _conversation(record: Record, format: str, text_field: str, where: str) -> d
         more = record.get(context) if context else None
         if isinstance(more, str) and more.strip():
             turns[0]["content"] += f"\n\n{more}"
-        system = record.get("system") or record.get("system_prompt")
-        return {"messages": [_turn("system", system), *turns] if isinstance(system, str) else turns}
+        return {"messages": [*_system(record), *turns]}
     example = format_example(record, format=name, text_field=text_field, where=where)
     if isinstance(example, TextExample):
-        prompt = [_turn("user", example.prompt)] if example.prompt else []
+        prompt = [*_system(record), _turn("user", example.prompt)] if example.prompt else []
         return {"messages": [*prompt, _turn("assistant", example.completion)]}
     messages = [dict(message) for message in example.messages]
+    answers = [message for message in messages if message["role"] == "assistant"]
+    for message in answers[: example.prompt_answers]:
+        message["weight"] = 0
     return {"messages": messages, **({"tools": list(example.tools)} if example.tools else {})}
+
+
+def _system(record: Record) -> list[dict[str, Any]]:
+    system = record.get("system") or record.get("system_prompt")
+    return [_turn("system", system)] if isinstance(system, str) and system.strip() else []
 
 
 def _turn(role: str, content: str) -> dict[str, Any]:

@@ -289,10 +289,10 @@ class Tokenizer:
     def save(self, path: str | Path) -> None:
         """Copy the original files into the folder `path`, each under its final name only once it is complete.
 
-        A template that `use_chat_template` chose takes the place of the original ones, and tokens that `add_tokens`
-        added stand in the copies.
+        A template that `use_chat_template` chose, and tokens that `add_tokens` added, stand in the copies.
         """
-        files.copy_files(self._folder, Path(path), chat_template=self._chosen_template, new_tokens=self._new_tokens)
+        folder = Path(path).expanduser()
+        files.copy_files(self._folder, folder, chat_template=self._chosen_template, new_tokens=self._new_tokens)
 
 
 def _check_side(side: str, what: str) -> None:

@@ -32,7 +32,7 @@ def text_value(record: Record, field: str, where: str, *, optional: bool = False
     value = record.get(field)
     if value is None and optional:
         return ""
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and math.isfinite(value)):
         return str(value)  # JSON writers leave the quotes off numeric answers
     if not isinstance(value, str):
         missing = value is None or isinstance(value, float)  # NaN is how data frames write an empty cell
@@ -63,6 +63,24 @@ def parsed(value: Any) -> Any:
         return json.loads(value)
     except (json.JSONDecodeError, RecursionError):
         return value
+
+
+def without_arrays(record: Any) -> Any:
+    """A record with lists and numbers of Python where its columns hold arrays, or numbers, of numpy or torch.
+
+    So data frames have them, and datasets with a format of their own; nobody else is to take `numpy.False_` for a word.
+    """
+    if not isinstance(record, Mapping) or not any(hasattr(value, "tolist") for value in record.values()):
+        return record
+    return {name: _plain(value) for name, value in record.items()}
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
 def without_fillers(record: Any) -> Any:

@@ -71,6 +71,10 @@ class RowSet:
         """Tokens of each document."""
         return self._store.lengths.tolist()
 
+    def num_known(self, documents: TokenStore) -> int:
+        """How many of other documents are among these, token by token."""
+        return documents.num_also_in(self._store)
+
     def micro_batch(self, rows: Sequence[int]) -> MicroBatch:
         """The documents of `rows`, end to end."""
         pieces = [slice(self._starts[index], self._starts[index + 1]) for row in rows for index in self.rows[row]]

@@ -102,12 +102,20 @@ def shows_progress(config: TrainConfig) -> bool:
     return not config.disable_tqdm and sys.stderr.isatty()
 
 
-def prepare_rows(dataset: Iterable[Any], tokenizer: Tokenizer | None, config: TrainConfig, *, what: str) -> RowSet:
+def prepare_rows(
+    dataset: Iterable[Any],
+    tokenizer: Tokenizer | None,
+    config: TrainConfig,
+    *,
+    what: str,
+    learned: RowSet | None = None,
+) -> RowSet:
     """Tokenise and pack a dataset as the configuration says, and tell the user what became of it.
 
     Args:
         dataset: a `Dataset`, records (a list, a generator, a `datasets.Dataset`), or rows that are tokenised already.
         what: the name of this dataset in messages.
+        learned: what is trained on, of a dataset to evaluate on; what is in both is counted in a note.
     Raises: ValueError if it is empty, a record does not fit its format, or a tokenised row cannot be used.
     """
     assert config.max_seq_length is not None
@@ -122,6 +130,12 @@ def prepare_rows(dataset: Iterable[Any], tokenizer: Tokenizer | None, config: Tr
         if tokenizer is None:
             raise ValueError(f"the {what} dataset is not tokenised; give a tokenizer too")
         store = _tokenised(dataset, tokenizer, config, what)
+    if learned is not None and (known := learned.num_known(store)):
+        verb = "is" if known == 1 else "are"
+        say(
+            f"{what}: {known:,} of {counted(len(store), 'document')} {verb} in the training data, too, token by token, "
+            "so its loss is not only of unseen text; drop the copies from one of both"
+        )
     if not config.packing:
         return RowSet(store)
     packed = RowSet(store, capacity=config.max_seq_length)
@@ -151,6 +165,11 @@ def _tokenised(dataset: Iterable[Any], tokenizer: Tokenizer, config: TrainConfig
         say(f"{what}: {note}")
     if config.chat_template is not None:
         tokenizer.use_chat_template(config.chat_template)
+        if not dataset.has_conversations():
+            say(
+                f"{what}: no record is a conversation, so chat_template writes none of them; "
+                "slothcore.standardize makes conversations of them"
+            )
     if tokenizer.chat_template is None and dataset.has_conversations():
         tokenizer.use_chat_template(FALLBACK_TEMPLATE)
         say(
@@ -174,6 +193,11 @@ def _tokenised(dataset: Iterable[Any], tokenizer: Tokenizer, config: TrainConfig
         say(
             f"{what}: {token!r}, which stands for characters that the vocabulary lacks, is learned "
             f"{counted(unknown, 'time')}; replace these characters, or add them with new_tokens"
+        )
+    if lost := prepared.stats.unwritten_thoughts:
+        say(
+            f"{what}: the chat template leaves out the thoughts of {counted(lost, 'row')}, which are not learned; "
+            "write them into the content, or choose a chat_template that writes them"
         )
     if tokenizer.eos_token_id is None and not dataset.has_conversations():
         say(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slothcore.data.columns import ColumnTemplates
-from slothcore.data.conversations import read_messages, read_tools
+from slothcore.data.conversations import parsed_messages, read_messages, read_tools
 from slothcore.data.formats import INSTRUCTIONS, ChatExample, alpaca_prompt, format_example, plain_record
 from slothcore.data.masking import TokenizedRow
 from slothcore.data.preferences import ANSWERS, CONVERSATIONS
@@ -139,12 +139,12 @@ def _from_record(record: Any, where: str, config: TrainConfig, tokenizer: Tokeni
     if config.completion_template is not None:
         return _from_columns(record, where, config)
     name = next((name for name in CONVERSATIONS if name in record), None)
-    if name is not None:
-        system = record.get("system", record.get("system_prompt"))
-        messages = read_messages(record[name], where=where, system=system)
-        return _from_messages(messages, read_tools(record.get("tools"), where), tokenizer)
-    if isinstance(record.get("prompt"), list):
-        messages = read_messages([*record["prompt"], *(record.get("completion") or ())], where=where)
+    written = record[name] if name is not None else parsed_messages(record.get("prompt"))
+    if name is not None or isinstance(written, list):
+        if name is None:
+            written = [*written, *(parsed_messages(record.get("completion")) or ())]
+        system = record.get("system") or record.get("system_prompt")
+        messages = read_messages(written, where=where, system=system)
         return _from_messages(messages, read_tools(record.get("tools"), where), tokenizer)
     question = next((field for field in ANSWERS if field in record), None)
     if question is None:

@@ -106,7 +106,8 @@ class SFTTrainer:
         with time_of_run(config, tokenizer) as self.rows_made:
             self.train_rows = prepare_rows(train_dataset, tokenizer, config, what="training")
             if eval_dataset is not None:
-                self.eval_rows = prepare_rows(eval_dataset, tokenizer, config, what="evaluation")
+                rows = self.train_rows
+                self.eval_rows = prepare_rows(eval_dataset, tokenizer, config, what="evaluation", learned=rows)
             self.samples = Samples(model, tokenizer, train_dataset, config)
         self.schedule = StepSchedule(
             self.train_rows,

@@ -23,6 +23,14 @@ def test_openai_roles_that_templates_tell_apart_stay() -> None:
     assert read_messages([{"role": "model", "content": "a"}], where="x")[0]["role"] == "assistant"
 
 
+def test_what_a_message_holds_beside_its_words_passes_through() -> None:
+    """Of ShareGPT's messages, too: templates write thoughts and calls."""
+    beside = {"reasoning_content": "Hm.", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    expected = ({**ASSISTANT, **beside},)
+    assert read_messages([{**ASSISTANT, **beside}], where="x") == expected
+    assert read_messages([{"from": "gpt", "value": "ho", **beside}], where="x") == expected
+
+
 def test_each_message_says_which_spelling_it_has() -> None:
     mixed = [{"from": "human", "value": "hi"}, ASSISTANT]
     assert read_messages(mixed, where="x") == (USER, ASSISTANT)
@@ -64,6 +72,12 @@ def test_keys_that_parquet_fills_with_null_are_dropped() -> None:
 
 def test_tools_are_a_list_or_its_json() -> None:
     assert read_tools('[{"name": "f"}]', "x") == ({"name": "f"},)
+    described = {"name": "f", "description": "Does it.", "parameters": {"type": "object", "properties": {}}}
+    wrapped = {"type": "function", "function": described}
+    # As in ShareGPT, in OpenAI's newer and in its usual way of writing: a model is asked with the last.
+    assert read_tools([described, {"type": "function", **described}, wrapped], "x") == (wrapped, wrapped, wrapped)
+    other = {"type": "retrieval", "name": "f", "parameters": {}}
+    assert read_tools([other], "x") == (other,)
     assert read_tools(['{"name": "f"}'], "x") == ({"name": "f"},)
     assert read_tools(None, "x") is read_tools([], "x") is read_tools("", "x") is None
     with pytest.raises(ValueError, match="'tools' must be a list of objects, got str 'f'; write it as JSON"):

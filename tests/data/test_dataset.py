@@ -11,6 +11,7 @@ import torch
 
 from slothcore.data.dataset import open_dataset
 from slothcore.data.formats import ChatExample, TextExample
+from slothcore.data.standardize import standardize
 
 
 def write(path: Path, texts: list[str]) -> Path:
@@ -69,18 +70,6 @@ def test_held_out_rows_are_those_of_the_seed_and_no_others(files: list[Path]) ->
         dataset.hold_out(0.01, seed=0)
 
 
-def test_copies_of_held_out_rows_are_said(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", list("aabcdefghi"))
-    for seed in range(20):
-        train, held_out = open_dataset(path).hold_out(0.2, seed=seed)
-        said = [note for note in train.notes if "held out" in note]
-        copies = sum(text in texts(held_out) for text in texts(train))
-        assert (len(train), copies) == (8, len(said))
-        assert all(note.startswith("1 row for training repeats") for note in said)
-    twice = open_dataset([path, path]).hold_out(0.5, seed=0)[0]
-    assert "rows for training repeat what a row held out says" in twice.notes[-1]
-
-
 class ReadOnce:
     """As an object that goes through an open file."""
 
@@ -111,6 +100,38 @@ def test_fields_that_are_not_read_are_said() -> None:
         "the dataset: 1 row with 'history', which is not read; write what it says into the messages, or drop the field"
     ]
     assert not any("not read" in note for note in open_dataset([{**row, "history": []}]).notes)
+
+
+def test_a_system_prompt_that_no_template_writes_is_said() -> None:
+    """A prompt and a completion are joined as they stand."""
+    joined = {"prompt": "a", "completion": "b"}
+    for row in (joined, {"prompt": "a", "chosen": "b", "rejected": "c"}, {"text": "a"}):
+        for field, value in (("system", "Be."), ("system_prompt", "Be."), ("tools", [{"name": "f"}])):
+            (note,) = [note for note in open_dataset([{**row, field: value}, row]).notes if "not read" in note]
+            assert note == (
+                f"the dataset: 1 row with {field!r}, which is not read; write what it says into the prompt, "
+                "or drop the field"
+            )
+    assert not any(
+        "not read" in note for note in open_dataset([{"prompt": "Be. a", "completion": "b", "system": "Be."}]).notes
+    )
+
+
+@pytest.mark.parametrize("fields", [{"system": "Be."}, {"system": "", "system_prompt": "Be."}, {"system": None}])
+def test_a_system_prompt_that_is_written(fields: dict) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for row in (
+        {"instruction": "a", "output": "b"},
+        {"prompt": turns[:1], "completion": turns[1:]},
+        {"messages": turns},
+    ):
+        dataset = open_dataset([{**row, **fields}])
+        assert not any("not read" in note for note in dataset.notes)
+        ((_, example),) = dataset.examples()
+        assert ("Be." in repr(example)) == ("Be." in fields.values())
+    (standard,) = standardize([{"prompt": "a", "completion": "b", **fields}])
+    assert standard["messages"][-2:] == turns
+    assert ("Be." in repr(standard)) == ("Be." in fields.values())
 
 
 @pytest.mark.parametrize("labels", [(0, 1), ("0", "1"), (0.0, 1.0)])

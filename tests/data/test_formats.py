@@ -1,5 +1,7 @@
 """Record layouts: recognised, read, and refused with the fields found and those expected."""
 
+import json
+
 import pytest
 
 from slothcore.data.formats import (
@@ -40,6 +42,7 @@ TURNS = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho
         ({"document": "a"}, "document", TextExample("", "a", running=True)),
         ({"prompt": "a", "completion": "b"}, "prompt", TextExample("a", "b")),
         ({"prompt": "a", "completion": 4}, "prompt", TextExample("a", "4")),
+        ({"prompt": "a", "completion": 10**400}, "prompt", TextExample("a", f"1{'0' * 400}")),
         ({"instruction": "Translate.", "output": "cat"}, "alpaca", TextExample(WITHOUT_INPUT, "cat")),
         ({"instruction": "Translate.", "input": "", "output": "cat"}, "alpaca", TextExample(WITHOUT_INPUT, "cat")),
         ({"instruction": "Translate.", "input": None, "output": "cat"}, "alpaca", TextExample(WITHOUT_INPUT, "cat")),
@@ -59,6 +62,10 @@ TURNS = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho
         ({"messages": list(TURNS), "text": "rendered"}, "messages", ChatExample(TURNS)),
         ({"conversation": list(TURNS)}, "conversation", ChatExample(TURNS)),
         ({"prompt": [TURNS[0]], "completion": [TURNS[1]]}, "prompt", ChatExample(TURNS)),
+        ({"prompt": json.dumps(TURNS[:1]), "completion": json.dumps(TURNS[1:])}, "prompt", ChatExample(TURNS)),
+        # What a model writes may be messages.
+        ({"prompt": "a", "completion": json.dumps(TURNS)}, "prompt", TextExample("a", json.dumps(TURNS))),
+        ({"prompt": '[{"a": 1}]', "completion": '[{"b": 2}]'}, "prompt", TextExample('[{"a": 1}]', '[{"b": 2}]')),
         ({"question": "Translate.", "answer": "cat"}, "question", TextExample(WITHOUT_INPUT, "cat")),
         ({"question": "Translate.", "answer": "cat", "context": ["a"]}, "question", TextExample(WITHOUT_INPUT, "cat")),
         ({"question": "Translate.", "response": "cat"}, "reply", TextExample(WITHOUT_INPUT, "cat")),
@@ -100,6 +107,12 @@ def test_braces_in_the_data_are_data() -> None:
         ({"instruction": "a"}, {"format": "alpaca"}, "lacks 'output': it has the fields 'instruction', and the format"),
         ({"text": 3 * [1]}, {}, "'text' must be text, got list"),
         ({"prompt": None, "completion": "b"}, {}, "'prompt' must be text, got NoneType"),
+        (
+            {"prompt": [TURNS[0]], "completion": "ho"},
+            {},
+            "'prompt' holds messages and 'completion' text; write both as messages, or both as text",
+        ),
+        ({"prompt": "hi", "completion": [TURNS[1]]}, {}, "'completion' holds messages and 'prompt' text"),
         (["a"], {}, "must be an object with named fields, got list"),
         ({"messages": []}, {}, "at least one message"),
         ({"messages": "hi"}, {}, "must be a list"),
@@ -111,6 +124,11 @@ def test_braces_in_the_data_are_data() -> None:
             "message 1: unknown speaker 'cat'; known are user, human",
         ),
         ({"conversations": [{"from": ["gpt"], "value": "a"}]}, {}, r"message 1: unknown speaker \['gpt'\]"),
+        (
+            {"messages": [{"role": ["user"], "content": "a"}]},
+            {},
+            r"message 1: unknown role \['user'\]; known are user,",
+        ),
         ({"conversations": [{"from": "gpt", "value": None}]}, {}, "message 1: 'value' must be text, got NoneType"),
         ({"messages": [{"role": "user", "content": 5}]}, {}, "message 1: 'content' must be text, got int"),
         ({"messages": [{"role": "user", "content": "\udc00"}]}, {}, "message 1 holds half a character"),

@@ -18,12 +18,6 @@ from tests.data.tiny_tokenizers import (
 )
 
 BOS, EOS, IM_START, IM_END = 1, 2, 3, 4
-# As templates that tell themselves what the assistant says.
-MARKED = CHATML.replace(
-    "{{ message.content }}<|im_end|>\n",
-    "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}"
-    "{% else %}{{ message.content }}<|im_end|>{% endif %}\n",
-)
 CHAT = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "the first"},
@@ -265,35 +259,3 @@ def test_published_conversations(shared_data: Path) -> None:
     assert stats.rows + stats.dropped_without_target == len(records)
     assert 0 < stats.targets < stats.tokens
     assert all(len(row.input_ids) == len(row.labels) <= 512 for row in rows)
-
-
-@pytest.mark.parametrize("names", [("messages", "role", "content"), ("conversations", "from", "value")])
-@pytest.mark.parametrize("template", [CHATML, CHATML_WITH_BEGIN, MARKED])
-def test_an_answer_of_weight_0_is_read_and_not_learned(names, template, tmp_path) -> None:
-    """As in OpenAI's format; a weight of other messages says nothing."""
-    tokenizer = chat_tokenizer(tmp_path, template)
-    field, role, content = names
-
-    def labels(*weights: object, **options: object) -> tuple[list[int], list[int]]:
-        turns = [("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")]
-        chat = [{role: who, content: text, "weight": w} for (who, text), w in zip(turns, weights, strict=True)]
-        row = tokenise_example({field: chat}, tokenizer, max_seq_length=1000, **options)
-        return row.input_ids, row.labels
-
-    ids, both = labels(0, None, 0, 1.0)
-    last = labels(None, None, None, None, mask_history=True)
-    assert last[1] != both
-    assert labels(1, 0, 1, 1) == last
-    first = labels(0, 1, 0, 0)
-    assert first[0] == ids
-    assert [a if a != -100 else b for a, b in zip(first[1], last[1], strict=True)] == both
-    assert labels(0, 0, 0, 1, completion_only_loss=False) == (ids, ids)
-    with pytest.raises(
-        ValueError, match=r"record 1, message 2: 'weight' must be 0 \(not learned\) or 1, got float 0.5"
-    ):
-        labels(0, 0.5, 0, 1)
-    unlearned = [{role: "user", content: "one"}, {role: "assistant", content: "two", "weight": 0}]
-    with pytest.raises(
-        ValueError, match="nothing of it is learned, because its answers have weight 0; take the record"
-    ):
-        tokenise_dataset([{field: unlearned}], tokenizer, max_seq_length=1000)

@@ -38,6 +38,8 @@ CHAT = ChatExample((USER, GOOD))
             },
             CHAT,
         ),
+        ({"prompt": '["a", "b"]', "chosen": '{"a": 1}', "rejected": "no"}, TextExample('["a", "b"]', '{"a": 1}')),
+        ({"prompt": json.dumps([USER]), "chosen": json.dumps([GOOD]), "rejected": json.dumps([BAD])}, CHAT),
         (
             {"instruction": "add", "input": "1 1", "output": "3", "chosen": "2", "rejected": "3"},
             TextExample(alpaca_prompt("add", "1 1"), "2"),
@@ -112,6 +114,20 @@ def test_a_label_beside_a_text_is_a_class_whatever_the_field_of_the_text(tmp_pat
         assert [*open_dataset(data, text_field="body")] == records
     with pytest.raises(ValueError, match=r"^record 3 has the fields 'other', 'label'"):
         open_dataset([*records, {"other": "text", "label": False}], text_field="body")
+
+
+def test_answers_whose_prompt_has_another_name_are_said() -> None:
+    """A text alone is a whole dialogue, as in hh-rlhf; beside other texts it may be the answer to one of them."""
+    pair = {"chosen": "ho", "rejected": "no"}
+    notes = open_dataset(
+        [{**pair, "trajectory": [{"from": "user", "value": "hi"}], "score": 4, "source": " "}, pair]
+    ).notes
+    assert notes[-1] == (
+        "the dataset: 1 row with a chosen answer and no prompt, so the answer is learned as a text of its own; "
+        "if 'trajectory' is the prompt, name it so"
+    )
+    for record in (pair, {**pair, "score": 4}, {**pair, "prompt": "hi", "source": "web"}):
+        assert not any("no prompt" in note for note in open_dataset([record]).notes)
 
 
 def test_a_chosen_answer_of_the_wrong_kind() -> None:

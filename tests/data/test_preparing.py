@@ -307,7 +307,8 @@ def test_published_datasets_by_their_name_alone(shared_data: Path, name: str, ca
     config = TrainConfig(data=str(shared_data / "datasets" / name), max_seq_length=256, packing=True)
     rows = prepare_rows(open_dataset(config.data), tokenizer, config, what="training")
     assert min(rows.row_targets) > 0
-    assert len(rows) >= 30
+    # Of conversations that were judged the last answer is learned, and most of these stand further behind.
+    assert len(rows) >= (23 if name == "kto_en_demo.json" else 30)
     assert DATASETS[name] in capsys.readouterr().out
 
 

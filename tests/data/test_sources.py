@@ -3,6 +3,7 @@
 import gzip
 import inspect
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -318,10 +319,13 @@ def test_what_the_hub_refuses(repository: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    with pytest.raises(
-        FileNotFoundError, match=r"absent.jsonl does not exist; check the path, or name a dataset on the Hub"
-    ):
+    message = "absent.jsonl does not exist; check the path, or name a dataset on the Hub as owner/name"
+    with pytest.raises(FileNotFoundError, match=f"{re.escape(message)}$"):
         find_sources(tmp_path / "absent.jsonl")
+    with pytest.raises(
+        FileNotFoundError, match=r"identity,facts .* or give several as a list, without commas in them$"
+    ):
+        find_sources("identity,facts")
     with pytest.raises(ValueError, match="no data file was given"):
         open_dataset([])
 

@@ -160,6 +160,8 @@ def test_names_and_files(tmp_path: Path) -> None:
         ValueError, match=r"unknown chat template 'chatlm' \(did you mean chatml\?\); built in are alpaca, "
     ):
         template_source("chatlm")
+    with pytest.raises(ValueError, match=r"or leave it out for the model's own$"):
+        template_source("tokenizer_default")
     with pytest.raises(
         ValueError, match=r"absent\.jinja does not exist; give the path of a \.jinja file, or one of alp"
     ):

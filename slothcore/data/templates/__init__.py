@@ -38,7 +38,7 @@ def builtin_template(name: str) -> str:
         meant = f" (did you mean {near[0]}?)" if near else ""
         raise ValueError(
             f"unknown chat template {name!r}{meant}; built in are {', '.join(BUILTIN_TEMPLATES)}; "
-            "or give the path of a .jinja file"
+            "or give the path of a .jinja file, or leave it out for the model's own"
         )
     return (files(__package__) / f"{name}.jinja").read_text(encoding="utf-8")
 
