@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +140,29 @@ class Conversation:
             raise ValueError("/save needs the name of a file, as in /save talk.jsonl")
         if not any(message["role"] == "assistant" for message in self.chat.messages):
             raise ValueError("nothing has been said yet that could be saved")
-        line = json.dumps({"messages": self.chat.messages}, ensure_ascii=False) + "\n"
-        with Path(name).expanduser().open("a", encoding="utf-8") as file:
-            file.write(line)
+        add_line(Path(name).expanduser(), json.dumps({"messages": self.chat.messages}, ensure_ascii=False))
         self.terminal.note(f"saved to {name}, as one line of it")
+
+
+def add_line(path: Path, text: str) -> None:
+    """Write a line of its own at the end of a file, which stays as it was where that fails.
+
+    Raises: OSError.
+    """
+    with path.open("ab", buffering=0) as file:
+        end, last = path.stat().st_size, b"\n"
+        if end:
+            with path.open("rb") as before:
+                before.seek(end - 1)
+                last = before.read(1)
+        data = ("\n" * (last != b"\n") + text + "\n").encode()
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError as error:
+            with suppress(OSError):
+                file.truncate(end)
+            raise OSError(f"{path} cannot be written ({error.strerror}); name another file") from error
 
 
 COMMAND = Command(

@@ -82,15 +82,13 @@ def run(values: dict[str, Any]) -> int:
     check_model_options(values)
     if by_rows:
         return answer_file(values, sampling)
+    from slothcore.inference.conversations import conversation_text
     from slothcore.inference.generate import generate
 
     model, tokenizer = open_model(values)
     if values["chat"]:
         system = [{"role": "system", "content": values["system"]}] if values["system"] else []
-        prompts = [
-            tokenizer.apply_chat_template([*system, {"role": "user", "content": prompt}], add_generation_prompt=True)
-            for prompt in prompts
-        ]
+        prompts = [conversation_text(tokenizer, [*system, {"role": "user", "content": prompt}]) for prompt in prompts]
     texts = generate(
         model,
         tokenizer,

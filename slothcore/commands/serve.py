@@ -31,6 +31,7 @@ EXAMPLES = """\
 """
 PACKAGES = ("starlette", "uvicorn")
 NO_TEMPLATE = "conversations are refused; --chat-template alpaca, chatml or another one lets them be asked"
+WARMING_UP = "warming up with a short answer, so that no client waits for kernels; --no-warm-up leaves it out"
 KEY_VARIABLE = "SLOTHCORE_API_KEY"
 
 
@@ -66,6 +67,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     load.add_argument(
         "--cache-tokens", type=int, metavar="N", help="tokens that the cache holds; default: what memory allows"
+    )
+    load.add_argument(
+        "--warm-up",
+        action=argparse.BooleanOptionalAction,
+        help="compile and load kernels with a short answer before the first request; default: on a GPU",
     )
 
 
@@ -117,6 +123,9 @@ def run(values: dict[str, Any]) -> int:
     silent = ", ".join(each.name for each in served if each.tokenizer.chat_template is None)
     if silent:
         print(f"slothcore: no chat template for {silent}: {NO_TEMPLATE}", file=sys.stderr, flush=True)
+    if values["warm_up"] or (values["warm_up"] is None and model.device.type == "cuda"):
+        print(f"slothcore: {WARMING_UP}", file=sys.stderr, flush=True)
+        server.warm_up()
     # A process that a script has put into the background is told nothing of Ctrl-C once the server has ended with it.
     with suppress(KeyboardInterrupt):
         server.run(ready=lambda: print(f"serving {names} at {port.url}; Ctrl-C ends", flush=True))

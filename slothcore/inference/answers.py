@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 from slothcore.data.tokenizer import Tokenizer
 from slothcore.inference.endings import Endings
+from slothcore.inference.text_pieces import joint_of, text_behind
 from slothcore.models.decoder import Decoder
 from slothcore.models.engine import PREFILL_TOKENS, Engine
 from slothcore.models.generation import warn_beyond
-from slothcore.models.requests import LARGEST_SEED, Finished, Request
+from slothcore.models.requests import LARGEST_SEED, Finished, Request, check_seed
 from slothcore.models.sampling import Sampling
 
 # A character is four tokens at most, of one byte each; a few more for tokens without a text, and for what the first
@@ -38,6 +39,7 @@ def answers(
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     *,
+    goes_on: Sequence[bool],
     max_new_tokens: int,
     sampling: Sampling,
     endings: Endings,
@@ -50,6 +52,8 @@ def answers(
 
     Args:
         prompts: token ids of each.
+        goes_on: whether what is added goes on with the words of the prompt, or, as behind a chat template, is a text of
+            its own: that of a tokenizer that puts a space before words begins without one.
         seed: prompt i draws what it would alone with the seed `seed + i`.
         batch_size: most prompts that are continued together.
         first: the index of the first prompt, where others went before.
@@ -60,7 +64,9 @@ def answers(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if not prompts:
         return
-    should_stop = None if not endings.stops else _finder(endings, tokenizer)
+    if seed is not None:
+        seed = check_seed(seed)
+    joints = [joint_of(tokenizer, ids if goes else ()) for ids, goes in zip(prompts, goes_on, strict=True)]
     requests = [
         Request(
             prompt_ids=ids,
@@ -68,9 +74,9 @@ def answers(
             sampling=sampling,
             eos_ids=endings.eos_ids,
             seed=None if seed is None else (seed + index) % (LARGEST_SEED + 1),
-            should_stop=should_stop,
+            should_stop=_finder(endings, tokenizer, joint) if endings.stops else None,
         )
-        for index, ids in enumerate(prompts, start=first)
+        for index, (ids, joint) in enumerate(zip(prompts, joints, strict=True), start=first)
     ]
     engine = Engine(
         model,
@@ -92,19 +98,19 @@ def answers(
                     warn_beyond(limit, stacklevel=stacklevel + 1)
                 if event.finished is not None:
                     ids = own[:-1] if own[-1] in endings.eos_ids else own
-                    text = endings.cut(tokenizer.decode(ids))
+                    text = endings.cut(text_behind(tokenizer, joints[place], ids))
                     yield Answer(first + place, text, len(own), event.finished)
                     tokens[place] = []
     finally:
         engine.close()
 
 
-def _finder(endings: Endings, tokenizer: Tokenizer) -> Callable[[list[int]], bool]:
+def _finder(endings: Endings, tokenizer: Tokenizer, joint: Sequence[int]) -> Callable[[list[int]], bool]:
     """A test for requests: whether their new tokens contain a stop string, which is looked for at their end only."""
     window = TOKENS_A_CHARACTER * max(map(len, endings.stops)) + MORE_TOKENS
 
     def should_stop(new_ids: list[int]) -> bool:
-        text = tokenizer.decode(new_ids[-window:])
+        text = text_behind(tokenizer, joint if len(new_ids) <= window else (), new_ids[-window:])
         return any(stop in text for stop in endings.stops)
 
     return should_stop

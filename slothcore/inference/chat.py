@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from slothcore.data.tokenizer import Tokenizer
+from slothcore.inference.conversations import conversation_text
 from slothcore.inference.endings import Endings
 from slothcore.inference.text_pieces import TextPieces
 from slothcore.models.decoder import Decoder
@@ -111,10 +112,12 @@ class Chat:
             cache=self.cache,
             **self.sampling,
         )
-        return self._answer(question, tokens, fills=room <= self.max_new_tokens)
+        pieces = TextPieces(self.tokenizer, self.endings, behind=() if self.has_template else ids)
+        return self._answer(question, tokens, pieces, fills=room <= self.max_new_tokens)
 
-    def _answer(self, question: dict[str, Any], tokens: Iterator[int], *, fills: bool) -> Iterator[str]:
-        pieces = TextPieces(self.tokenizer, self.endings)
+    def _answer(
+        self, question: dict[str, Any], tokens: Iterator[int], pieces: TextPieces, *, fills: bool
+    ) -> Iterator[str]:
         try:
             yield from pieces.take(tokens)
             self.cut_short = not pieces.ended
@@ -131,7 +134,7 @@ class Chat:
     def _encode(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """The conversation up to where the answer begins."""
         if self.has_template:
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+            text = conversation_text(self.tokenizer, messages)
             return self.tokenizer.encode_prompt(text, add_special_tokens=False)
         text = ""
         for message in messages:

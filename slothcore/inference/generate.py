@@ -44,7 +44,8 @@ def generate(
             time.
         batch_size: how many prompts are continued together at most; others follow as these end. Results do not depend
             on it.
-        add_special_tokens: let the tokenizer add its begin-of-text token.
+        add_special_tokens: let the tokenizer add its begin-of-text token. Without, as behind a chat template, what is
+            added counts as a text of its own: with tokenizers that put a space before words it begins without one.
     Returns: one text a prompt, without the prompt and without special tokens.
     Raises: ValueError for an option that does not fit or a prompt without any token.
     """
@@ -64,6 +65,7 @@ def generate(
         model,
         tokenizer,
         [_prompt_ids(tokenizer, text, add_special_tokens) for text in texts],
+        goes_on=[add_special_tokens] * len(texts),
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         endings=endings,
@@ -97,7 +99,7 @@ def stream(
     endings = Endings.of(model, tokenizer, stop_strings)
     ids = _prompt_ids(tokenizer, prompt, add_special_tokens)
     tokens = model.stream(ids, max_new_tokens=max_new_tokens, eos_token_id=sorted(endings.eos_ids), **sampling)
-    return TextPieces(tokenizer, endings).take(tokens)
+    return TextPieces(tokenizer, endings, behind=ids if add_special_tokens else ()).take(tokens)
 
 
 def _prompt_ids(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:

@@ -13,6 +13,7 @@ from slothcore.data.formats import alpaca_prompt
 from slothcore.data.readers import read_records
 from slothcore.data.tokenizer import Tokenizer
 from slothcore.inference.answers import Answer, answers
+from slothcore.inference.conversations import conversation_text
 from slothcore.inference.endings import Endings
 from slothcore.models.decoder import Decoder
 from slothcore.models.sampling import Sampling
@@ -29,10 +30,12 @@ class PromptRow:
     Attributes:
         record: what it holds.
         ids: the tokens to be continued.
+        goes_on: whether the answer goes on with the words of the prompt; behind a chat template it does not.
     """
 
     record: Mapping[str, Any]
     ids: list[int]
+    goes_on: bool = True
 
 
 def read_prompts(path: Path, tokenizer: Tokenizer, *, chat: bool = False, system: str | None = None) -> list[PromptRow]:
@@ -61,7 +64,7 @@ def read_prompts(path: Path, tokenizer: Tokenizer, *, chat: bool = False, system
         ids = _ids_of(record, kinds[0], tokenizer, where, chat=chat, system=system)
         if not ids:
             raise ValueError(f"{where}: the prompt has no token; give it some text")
-        rows.append(PromptRow(record, ids))
+        rows.append(PromptRow(record, ids, goes_on=kinds[0] == "instruction" or (kinds[0] == "prompt" and not chat)))
     if not rows:
         raise ValueError(f"the prompts file {path} is empty; write one row on each line")
     return rows
@@ -93,6 +96,7 @@ def answer_rows(
             model,
             tokenizer,
             [row.ids for row in rows[done:]],
+            goes_on=[row.goes_on for row in rows[done:]],
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             endings=endings,
@@ -125,7 +129,7 @@ def _ids_of(
         first = [] if system is None else [{"role": "system", "content": system}]
         messages = [*first, {"role": "user", "content": value}]
     try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        text = conversation_text(tokenizer, messages)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     # The template writes the begin token itself.

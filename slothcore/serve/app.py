@@ -140,7 +140,10 @@ class Endpoint:
         answer = Answer(
             self._engine,
             ticket,
-            [Choice(index, model.tokenizer, endings, texts) for index in range(len(requests))],
+            [
+                Choice(index, model.tokenizer, endings, texts, behind=request.prompt_ids if asked.goes_on else ())
+                for index, request in enumerate(requests)
+            ],
             prompt_tokens=sum(map(len, prompts)),
         )
         if asked.streams:

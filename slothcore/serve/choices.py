@@ -1,6 +1,6 @@
 """An answer as it grows: tokens in, text and log-probabilities out, nothing shown that a later token could change."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from slothcore.data.tokenizer import Tokenizer
@@ -50,14 +50,17 @@ class Choice:
         finished: why it has ended; None: it has not.
     """
 
-    def __init__(self, index: int, tokenizer: Tokenizer, endings: Endings, texts: TokenTexts | None) -> None:
+    def __init__(
+        self, index: int, tokenizer: Tokenizer, endings: Endings, texts: TokenTexts | None, *, behind: Sequence[int]
+    ) -> None:
         """
         Args:
+            behind: see `TextPieces`.
             texts: of tokens, where log-probabilities are told.
         """
         self.index, self.tokens = index, 0
         self.finished: Finished | None = None
-        self._pieces, self._endings, self._texts = TextPieces(tokenizer, endings), endings, texts
+        self._pieces, self._endings, self._texts = TextPieces(tokenizer, endings, behind=behind), endings, texts
         self._untold: list[TokenLogprob] = []
 
     def add(self, events: Iterable[Event]) -> Piece:

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from slothcore.data.tokenizer import Tokenizer
+from slothcore.inference.conversations import conversation_text
 from slothcore.inference.endings import Endings
 from slothcore.models.decoder import Decoder
 from slothcore.serve.errors import ApiError
@@ -48,21 +49,14 @@ class ServedModel:
     def endings(self, asked: Asked) -> Endings:
         """What ends an answer to this request."""
         own = Endings(frozenset(), ()) if asked.ignores_end else self.own_endings
-        return Endings(own.eos_ids, (*own.stops, *asked.stops))
+        return own.with_stops(self.tokenizer, asked.stops)
 
     def conversation_ids(self, asked: AskedChat) -> list[int]:
         """The tokens of a conversation, up to where the answer begins.
 
-        Raises: ValueError if there is no chat template, or it rejects the conversation.
+        Raises: ValueError as `conversation_text` does.
         """
-        values: dict[str, Any] = dict(asked.template_values)
-        goes_on = bool(values.pop("continue_final_message", False))
-        text = self.tokenizer.apply_chat_template(
-            [dict(message) for message in asked.messages],
-            add_generation_prompt=bool(values.pop("add_generation_prompt", not goes_on)),
-            continue_final_message=goes_on,
-            **values,
-        )
+        text = conversation_text(self.tokenizer, asked.messages, **asked.template_values)
         return self.tokenizer.encode_prompt(text, add_special_tokens=False)
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:

@@ -6,7 +6,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class Port:
-    """A port that is taken, though nobody is answered on it before the server begins.
+    """A port that is taken, though nobody is answered on it before the server begins: who comes earlier waits.
 
     Attributes:
         socket: to listen on.
@@ -27,6 +27,9 @@ class Port:
             try:
                 self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 self.socket.bind(address)
+                # A port that is only bound, another process may bind as well; and one of the two would learn of it
+                # when its model is loaded.
+                self.socket.listen()
             except OSError:
                 self.socket.close()
                 raise

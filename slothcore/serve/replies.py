@@ -10,6 +10,8 @@ from typing import Any, Protocol
 from slothcore.serve.choices import Piece, TokenLogprob
 
 DONE = b"data: [DONE]\n\n"
+# Ends of lines to Unicode and to many clients, though not to the protocol of events; JSON may escape them.
+LINE_ENDS = {ord(mark): f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"}
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,8 @@ class CompletionReply(_Written):
 
 def as_event(value: Mapping[str, Any]) -> bytes:
     """One event of a stream of server-sent events."""
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":")).translate(LINE_ENDS)
+    return f"data: {text}\n\n".encode()
 
 
 def _token(token: TokenLogprob) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 from slothcore.models.decoder import Decoder
 from slothcore.models.requests import LARGEST_SEED, MOST_LOGPROBS
 from slothcore.models.sampling import Sampling
-from slothcore.serve.errors import wrong
+from slothcore.serve.errors import ApiError, wrong
 from slothcore.serve.fields import Fields
 
 MOST_CHOICES = 128
@@ -58,6 +58,11 @@ class Asked:
     streams: bool
     tells_usage: bool
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether answers go on with the words of the prompt, and so may begin with a space."""
+        return True
+
     def seed_of(self, index: int) -> int | None:
         """The seed of the answer with this number."""
         return None if self.seed is None else (self.seed + index) % (LARGEST_SEED + 1)
@@ -74,6 +79,10 @@ class AskedChat(Asked):
 
     messages: tuple[Mapping[str, Any], ...]
     template_values: Mapping[str, Any]
+
+    @property
+    def goes_on(self) -> bool:
+        return bool(self.template_values.get("continue_final_message"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +106,10 @@ def model_defaults(model: Decoder) -> Sampling:
     said = {name: model.generation_config[name] for name in OF_THE_MODEL if model.generation_config.get(name)}
     if model.generation_config.get("do_sample") is False:
         said = {name: value for name, value in said.items() if name == "repetition_penalty"}
-    return Sampling(**{"temperature": 1.0, **said})
+    try:
+        return _sampling(Fields(said), Sampling(temperature=1.0))
+    except ApiError as error:
+        raise ValueError(f"generation_config.json: {error}; correct it there, or take the entry out") from error
 
 
 def read_chat(body: Mapping[str, Any], defaults: Sampling) -> AskedChat:
@@ -107,7 +119,7 @@ def read_chat(body: Mapping[str, Any], defaults: Sampling) -> AskedChat:
     if not isinstance(messages, list) or not messages:
         raise wrong("messages must be a list of at least one message", param="messages")
     wanted, most = fields.flag("logprobs"), fields.whole("top_logprobs")
-    if most is not None and not wanted:
+    if most and not wanted:
         raise wrong("top_logprobs has no effect without logprobs; set that to true", param="top_logprobs")
     values = fields.take("chat_template_kwargs") or {}
     if not isinstance(values, dict) or not RESERVED.isdisjoint(values):

@@ -12,6 +12,7 @@ from slothcore.serve.engine_thread import EngineThread
 from slothcore.serve.models import ServedModel
 from slothcore.serve.port import Port
 from slothcore.serve.requests import model_defaults
+from slothcore.serve.warm_up import warm_up
 
 # Answers under way may go on for so long when the server is told to stop.
 SECONDS_TO_END = 5
@@ -47,12 +48,13 @@ class Server:
             port,
             Engine(model, max_rows=max_rows, capacity=capacity, cache_tokens=cache_tokens, adapters=adapters),
         )
+        self._adapters, self._defaults = [each.adapter for each in models], model_defaults(model)
         self._thread = EngineThread(self._engine, model.device, on_failure=self.stop)
         endpoint = Endpoint(
             self._thread,
             models,
             capacity=self._engine.capacity,
-            defaults=model_defaults(model),
+            defaults=self._defaults,
             api_key=api_key,
             # A web page can turn its own name to this machine; then it is same-origin, but asks for that name.
             checks_host=port.is_loopback and api_key is None,
@@ -67,6 +69,10 @@ class Server:
             server_header=False,
         )
         self._server = _Uvicorn(config)
+
+    def warm_up(self) -> None:
+        """Do before `run` what the first client would wait for; see `slothcore.serve.warm_up`."""
+        warm_up(self._engine, self._adapters, self._defaults)
 
     def run(self, ready: Callable[[], None] | None = None) -> None:
         """Serve until a signal or `stop`.

@@ -151,6 +151,14 @@ def test_an_answer_says_whether_it_was_cut_short(make) -> None:
     assert not stopped.cut_short
 
 
+def test_ends_that_the_embedding_does_not_have_are_passed_over(make) -> None:
+    model, tokenizer = make()
+    expected = "".join(Chat(model, tokenizer, max_new_tokens=9).ask("go on"))
+    model.generation_config = {"eos_token_id": [2, tokenizer.vocab_size, -1]}
+    assert "".join(Chat(model, tokenizer, max_new_tokens=9).ask("go on")) == expected
+    assert generate(model, tokenizer, "go on", max_new_tokens=9)
+
+
 @pytest.mark.parametrize("end", ["<|im_end|>", "</s>", "[end]"])
 def test_every_kind_of_end_ends_an_answer(make, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The template's token, the model's, and an end that the template spells out as text."""
@@ -183,6 +191,9 @@ def test_a_template_that_takes_no_system_message_says_so(make) -> None:
     with pytest.raises(ValueError, match="no system role"):
         chat.reset("x")
     assert chat.messages == []
+    model, tokenizer = make("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}")
+    with pytest.raises(ValueError, match=r"leaves out the text of messages\[0\] \(role 'system'\)"):
+        Chat(model, tokenizer, system="x")
 
 
 def test_without_a_template_the_text_goes_on(make) -> None:

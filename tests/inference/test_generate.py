@@ -1,17 +1,20 @@
 """Text in, text out, with a toy tokenizer whose every token is one word."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer as Core
 from tokenizers import models, pre_tokenizers
 
 from slothcore.data.tokenizer import Tokenizer
-from slothcore.inference.generate import generate
+from slothcore.inference.chat import Chat
+from slothcore.inference.generate import generate, stream
 from slothcore.models.decoder import Decoder
 from slothcore.models.load import from_config
-from tests.data.tiny_tokenizers import write_byte_tokenizer
+from tests.data.tiny_tokenizers import write_byte_tokenizer, write_sentencepiece_tokenizer
 
 WORDS = 30
 CONFIG = {
@@ -46,7 +49,36 @@ def test_texts_are_the_decoded_ids(model: Decoder, tokenizer: Tokenizer) -> None
     for prompt, text in zip(PROMPTS, texts, strict=True):
         ids = tokenizer.encode(prompt)
         continued = model.generate(torch.tensor(ids), max_new_tokens=9)
-        assert text == " ".join(f"w{i}" for i in continued[0, len(ids) :].tolist())
+        assert prompt + text == " ".join(f"w{i}" for i in continued[0].tolist())
+
+
+def test_a_word_that_goes_on_with_a_prompt_keeps_its_space(tmp_path: Path) -> None:
+    """Decoders as sentencepiece's leave it out where a text begins."""
+    tokenizer = Tokenizer.from_folder(write_sentencepiece_tokenizer(tmp_path))
+    model = from_config({**CONFIG, "vocab_size": tokenizer.vocab_size}, device="cpu").eval()
+    whole = tokenizer.encode("The cat is here. So it is")
+    prompt, added = "The cat", tokenizer.decode(whole)[len("The cat") :]
+    written = whole[len(tokenizer.encode(prompt)) :]
+    calls: list[int] = []
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        scores = hidden.new_zeros(len(hidden), tokenizer.vocab_size)
+        scores[:, written[len(calls) % len(written)]] = 1.0
+        calls.append(1)
+        return scores
+
+    model.logits = logits
+    count = {"max_new_tokens": len(written)}
+    assert generate(model, tokenizer, prompt, **count) == [added] == [" is here. So it is"]
+    assert "".join(stream(model, tokenizer, prompt, **count)) == added
+    assert generate(model, tokenizer, prompt, add_special_tokens=False, **count) == [added[1:]], "a text of its own"
+    calls.clear()
+    assert generate(model, tokenizer, prompt, stop_strings=" is", **count) == [""]
+    assert len(calls) == 3, "the string ends it as soon as it is there"
+    calls.clear()
+    chat = Chat(model, tokenizer, **count)
+    assert "".join(chat.ask(prompt)) == added
+    assert chat._encode(chat.messages) == whole
 
 
 def test_a_prompt_begins_once_and_is_not_ended(tmp_path: Path) -> None:
@@ -99,7 +131,7 @@ def test_stop_strings(model: Decoder, tokenizer: Tokenizer, monkeypatch: pytest.
 def test_seeds(model: Decoder, tokenizer: Tokenizer) -> None:
     """A text is drawn by its own seed, whatever is drawn beside it."""
 
-    def draw(prompts: list[str], seed: int | None, batch_size: int = 2) -> list[str]:
+    def draw(prompts: list[str], seed: Any, batch_size: int = 2) -> list[str]:
         return generate(model, tokenizer, prompts, max_new_tokens=9, temperature=1.0, seed=seed, batch_size=batch_size)
 
     four = [PROMPTS[0]] * 4
@@ -110,6 +142,10 @@ def test_seeds(model: Decoder, tokenizer: Tokenizer) -> None:
     torch.manual_seed(0)
     first = draw(four, None)
     assert draw(four, None) != first
+    assert draw(four, np.int64(1)) == draw(four, torch.tensor(1)) == drawn
+    for wrong in (1.5, "1"):
+        with pytest.raises(ValueError, match=f"seed must be a whole number, got {wrong!r}"):
+            draw(four, wrong)
     torch.manual_seed(0)
     assert draw(four, None) == first
 
@@ -146,3 +182,27 @@ def test_what_ends_a_turn_ends_a_text(tmp_path: Path, end: str) -> None:
     assert generate(model, tokenizer, ["the", "cat"]) == ["ab", "ab"]
     ending = tokenizer.encode(f"ab{end}", add_special_tokens=False)
     assert calls == [2] * len(ending), "nothing is computed behind the end"
+
+
+@pytest.mark.parametrize("stop", ["<|im_start|>", ["x", "<|im_start|>"], [" <|im_start|>", "<|im_start|>"]])
+def test_a_control_token_may_be_a_stop_string(tmp_path: Path, stop: str | list[str]) -> None:
+    """Decoding leaves it out, so no text ever holds it."""
+    tokenizer = Tokenizer.from_folder(write_byte_tokenizer(tmp_path))
+    model = from_config({**CONFIG, "vocab_size": tokenizer.vocab_size}, device="cpu").eval()
+    written = tokenizer.encode("ab<|im_start|>cd", add_special_tokens=False)
+    calls: list[int] = []
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        scores = hidden.new_zeros(len(hidden), tokenizer.vocab_size)
+        scores[:, written[len(calls) % len(written)]] = 1.0
+        calls.append(1)
+        return scores
+
+    model.logits = logits
+    assert generate(model, tokenizer, "the", max_new_tokens=len(written)) == ["abcd"]
+    calls.clear()
+    assert generate(model, tokenizer, "the", max_new_tokens=9, stop_strings=stop) == ["ab"]
+    assert len(calls) == 3
+    calls.clear()
+    assert "".join(stream(model, tokenizer, "the", max_new_tokens=9, stop_strings=stop)) == "ab"
+    assert len(calls) == 3

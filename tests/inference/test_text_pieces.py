@@ -9,7 +9,7 @@ from tokenizers import decoders, models, normalizers
 
 from slothcore.data.tokenizer import Tokenizer
 from slothcore.inference.endings import Endings
-from slothcore.inference.text_pieces import INCOMPLETE, TextPieces
+from slothcore.inference.text_pieces import INCOMPLETE, TextPieces, joint_of, text_behind
 from tests.data.tiny_tokenizers import write_byte_tokenizer
 
 TEXTS = [
@@ -59,6 +59,24 @@ def test_the_pieces_are_the_text_and_whole_characters(tokenizer: Tokenizer, text
     assert all(pieces)
     if INCOMPLETE not in text:
         assert INCOMPLETE not in "".join(pieces)
+
+
+@pytest.mark.parametrize("text", TEXTS[:4])
+def test_what_goes_on_with_a_text_completes_it(tokenizer: Tokenizer, text: str) -> None:
+    text = f"{text} the  end, 我们 a b"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    whole = 0
+    for place in range(1, len(ids)):
+        pieces = TextPieces(tokenizer, Endings(frozenset(), ()), behind=ids[:place])
+        added = "".join(pieces.take(iter(ids[place:])))
+        assert added == text_behind(tokenizer, joint_of(tokenizer, ids[:place]), ids[place:])
+        before = tokenizer.decode(ids[:place])
+        if INCOMPLETE not in before:
+            assert before + added == text
+            whole += 1
+    assert whole > 12
+    control = tokenizer.token_id("<s>")
+    assert joint_of(tokenizer, [*ids, control]) == joint_of(tokenizer, []) == []
 
 
 def test_text_comes_as_soon_as_it_is_settled(tokenizer: Tokenizer) -> None:

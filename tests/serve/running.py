@@ -73,11 +73,19 @@ class Served:
 
 @contextmanager
 def served(
-    folder: Path, *, adapters: Sequence[str] = (), chat_template: str | None = CHATML, **options: Any
+    folder: Path,
+    *,
+    adapters: Sequence[str] = (),
+    chat_template: str | None = CHATML,
+    tokenizer: Tokenizer | None = None,
+    warm: bool = False,
+    port: Port | None = None,
+    **options: Any,
 ) -> Iterator[Served]:
     """Serve, until the block ends."""
-    config = {} if chat_template is None else {"chat_template": chat_template}
-    tokenizer = Tokenizer.from_folder(write_byte_tokenizer(folder / "tokenizer", config=config))
+    if tokenizer is None:
+        config = {} if chat_template is None else {"chat_template": chat_template}
+        tokenizer = Tokenizer.from_folder(write_byte_tokenizer(folder / "tokenizer", config=config))
     models = {BASE: tiny_model(tokenizer)}
     for seed, name in enumerate(adapters):
         adapted = tiny_model(tokenizer)
@@ -90,8 +98,10 @@ def served(
     several = SeveralAdapters(model, {name: folder / name for name in adapters}) if adapters else None
     names = [ServedModel.of(model, BASE, tokenizer)]
     names += [ServedModel.of(model, name, tokenizer, adapter=name, parent=BASE) for name in adapters]
-    port = Port()
+    port = port or Port()
     server = Server(model, names, port, adapters=several, **options)
+    if warm:
+        server.warm_up()
     ready = threading.Event()
     failures: list[BaseException] = []
 

@@ -1,13 +1,22 @@
 """The openai client against a real server on loopback: what is answered is what the model says."""
 
 import asyncio
+import json
+from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 import torch
 
+from slothcore.data.tokenizer import Tokenizer
+from slothcore.inference.engine import Sampling
 from slothcore.inference.generate import generate
-from tests.serve.running import ADAPTERS, BASE, Served
+from slothcore.serve.models import ServedModel
+from slothcore.serve.replies import as_event
+from slothcore.serve.requests import read_chat
+from tests.data.tiny_tokenizers import write_sentencepiece_tokenizer
+from tests.serve.running import ADAPTERS, BASE, Served, served
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "the cat: 我们?"}]
 NAMES = (BASE, *ADAPTERS)
@@ -135,6 +144,37 @@ def test_completions_continue_texts_and_tokens(server: Served) -> None:
     assert default.usage.completion_tokens == 16
 
 
+def test_a_word_that_goes_on_keeps_its_space(tmp_path: Path) -> None:
+    """With a tokenizer whose decoder leaves out the space that begins a text."""
+    tokenizer = Tokenizer.from_folder(write_sentencepiece_tokenizer(tmp_path))
+    (tmp_path / "words.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    tokenizer.use_chat_template(str(tmp_path / "words.jinja"))
+    with served(tmp_path, tokenizer=tokenizer) as server:
+        client, asked = server.client(), {"model": BASE, "temperature": 0, "max_tokens": 12}
+        spaces = 0
+        for prompt in (f"The {a} {b}" for a in "abcdef" for b in "tuvw"):
+            ids = tokenizer.encode_prompt(prompt)
+            new = server.models[BASE].generate(torch.tensor(ids), max_new_tokens=12)[0, len(ids) :].tolist()
+            whole = tokenizer.decode([*ids, *new])
+            plain = client.completions.create(prompt=prompt, logprobs=0, **asked).choices[0]
+            assert prompt + plain.text == whole
+            assert plain.logprobs is not None
+            if 2 not in new:
+                assert "".join(plain.logprobs.tokens or []) == plain.text
+            assert client.completions.create(prompt=ids, echo=True, **asked).choices[0].text == whole
+            pieces = client.completions.create(prompt=prompt, echo=True, stream=True, **asked)
+            assert "".join(piece.choices[0].text for piece in pieces) == whole
+            messages: Any = [{"role": "assistant", "content": prompt}]
+            going_on: Any = {"extra_body": {"chat_template_kwargs": {"continue_final_message": True}}}
+            chat = client.chat.completions.create(messages=messages, **going_on, **asked)
+            assert chat.choices[0].message.content is not None
+            text = tokenizer.encode_prompt(prompt, add_special_tokens=False)
+            new = server.models[BASE].generate(torch.tensor(text), max_new_tokens=12)[0, len(text) :].tolist()
+            assert prompt + chat.choices[0].message.content == tokenizer.decode([*text, *new])
+            spaces += (plain.text[:1] == " ") + (chat.choices[0].message.content[:1] == " ")
+        assert spaces, "no answer began with the one that is left out elsewhere"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_stop_strings_end_an_answer_and_are_not_shown(server: Served, stream: bool) -> None:
     client, asked = server.client(), {"model": BASE, "prompt": "the", "temperature": 0, "max_tokens": 120}
@@ -151,6 +191,32 @@ def test_stop_strings_end_an_answer_and_are_not_shown(server: Served, stream: bo
         assert reply.usage is not None
         assert reply.usage.completion_tokens < 120
     assert (shown, reason) == (expected, "stop")
+
+
+def test_control_tokens_may_be_stop_strings(server: Served) -> None:
+    """Ends are passed over with `ignore_eos`, but for those that the client names."""
+    model = ServedModel.of(server.models[BASE], BASE, server.tokenizer)
+    begin, end = (server.tokenizer.token_id(text) for text in ("<|im_start|>", "<|im_end|>"))
+    for ignores, stops, expected in (
+        (True, [], set()),
+        (True, ["<|im_start|>", "a"], {begin}),
+        (True, ["<|im_end|>"], {end}),
+        (False, ["<|im_start|>"], {2, begin, end}),
+        (False, ["<|im_start|> "], {2, end}),
+    ):
+        body = {"model": BASE, "messages": MESSAGES, "ignore_eos": ignores, "stop": stops}
+        endings = model.endings(read_chat(body, Sampling()))
+        assert endings.eos_ids == expected
+        assert endings.stops == tuple(stops)
+
+
+@pytest.mark.parametrize("mark", ["\x85", "\u2028", "\u2029", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\r", "\n"])
+def test_an_event_is_one_line_to_every_client(mark: str) -> None:
+    """Many split what they are sent where Unicode ends a line."""
+    event = as_event({"text": f"a{mark}b \N{PARTY POPPER}"}).decode()
+    (line,) = event.removesuffix("\n\n").splitlines()
+    assert json.loads(line.removeprefix("data: ")) == {"text": f"a{mark}b \N{PARTY POPPER}"}
+    assert "\N{PARTY POPPER}" in line
 
 
 def test_an_answer_goes_on_to_the_end_of_the_room(server: Served) -> None:
@@ -196,6 +262,30 @@ def test_logprobs_are_those_of_the_model(server: Served) -> None:
         nearest = int((exact - token.logprob).abs().argmin())
         assert float(exact[nearest]) == pytest.approx(token.logprob, abs=1e-4)
         ids.append(nearest)
+
+
+def test_a_developer_is_heard(tmp_path: Path) -> None:
+    """Where the template has no word for that role; of others the client is told."""
+    known = "{% if m.role in ('system', 'user') %}{{ m.role }}: {{ m.content }}\n{% endif %}"
+    picky = "{% for m in messages %}" + known + "{% endfor %}"
+    with served(tmp_path, chat_template=picky) as server:
+
+        def asked(**message: Any) -> tuple[str | None, int]:
+            messages: Any = [message, {"role": "user", "content": "Who?"}]
+            options: Any = {
+                "temperature": 0,
+                "max_tokens": 12,
+                "extra_body": {"chat_template_kwargs": {"tokenizer": 1}},
+            }
+            reply = server.client().chat.completions.create(model=BASE, messages=messages, **options)
+            assert reply.usage is not None
+            return reply.choices[0].message.content, reply.usage.prompt_tokens
+
+        assert asked(role="developer", content="Be brief.") == asked(role="system", content="Be brief.")
+        assert asked(role="developer", content="Be brief.") != asked(role="developer", content="")
+        with pytest.raises(openai.BadRequestError, match=r"leaves out the text of messages\[0\] \(role 'usr'\)") as no:
+            asked(role="usr", content="Be brief.")
+        assert no.value.param == "messages"
 
 
 def test_a_message_may_come_in_parts_and_be_continued(server: Served) -> None:

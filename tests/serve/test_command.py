@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from slothcore.serve.port import Port
 from slothcore.serve.requests import model_defaults
 from slothcore.training.config import TrainConfig
 from tests.guides import serving
+from tests.serve.running import BASE, SECONDS, served
 from tests.training.tiny import write_model
 
 MESSAGES = [{"role": "user", "content": "the cat"}]
@@ -182,10 +184,45 @@ def test_silence_is_read_as_the_model_says(model: Path) -> None:
     opened.generation_config |= {"do_sample": False}
     found = model_defaults(opened)
     assert (found.temperature, found.top_p, found.repetition_penalty) == (1.0, None, 1.1)
+    opened.generation_config = {"temperature": 1e-9, "top_k": 50.0}
+    assert (model_defaults(opened).temperature, repr(model_defaults(opened).top_k)) == (0.0, "50")
+    for name, value, told in (
+        ("temperature", "0.7", "temperature must be a number, got '0.7'"),
+        ("top_k", 50.5, "top_k must be a whole number, got 50.5"),
+        ("top_p", 1.5, "top_p must be above 0 and at most 1, got 1.5"),
+        ("repetition_penalty", -1, "repetition_penalty must lie in 0.01..100, got -1"),
+    ):
+        opened.generation_config = {name: value}
+        with pytest.raises(ValueError, match=rf"generation_config\.json: {told}.*; correct it there"):
+            model_defaults(opened)
 
 
 def test_names_of_adapters() -> None:
     assert adapters_of(["a=x", "b=owner/name=1"]) == {"a": "x", "b": "owner/name=1"}
+
+
+def test_a_port_is_taken_at_once() -> None:
+    """By one of two servers that are started together, before either has loaded its model."""
+    port = Port()
+    number = port.socket.getsockname()[1]
+    with pytest.raises(OSError, match=rf"port {number} of 127\.0\.0\.1 cannot be had \(.*\); choose another --port"):
+        Port(port=number)
+    port.close()
+    Port(port=number).close()
+
+
+def test_who_comes_before_the_server_is_ready_waits(tmp_path: Path) -> None:
+    port = Port()
+    found: list[str] = []
+    asking = threading.Thread(
+        target=lambda: found.extend(
+            m.id for m in openai.OpenAI(base_url=port.url, api_key="k", max_retries=0).models.list()
+        )
+    )
+    asking.start()
+    with served(tmp_path, port=port):
+        asking.join(SECONDS)
+    assert found == [BASE]
 
 
 def test_a_port_on_another_family() -> None:
