@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 
 from slothcore.data.tokenizer import Tokenizer
-from slothcore.export.model_card import model_card, public_base
+from slothcore.export.model_card import model_card, public_base, warn_of_scaled_rope
 from slothcore.export.self_check import distance, sample_logits
 from slothcore.lora.adapter_io import WEIGHTS_FILE, adapter_state, load_adapter, save_adapter
 from slothcore.lora.attach import lora_config_of
@@ -32,7 +32,7 @@ def size(model: Decoder, dtype: str | None) -> int:
 
 
 def write(model: Decoder, tokenizer: Tokenizer | None, folder: Path, dtype: str | None) -> None:
-    """Fill the folder. Warns if the base is named by a folder of this machine."""
+    """Fill the folder. Warns if the base is named by a folder of this machine, or needs its RoPE scaled."""
     save_adapter(model, folder)
     if dtype is not None:
         _cast(folder / WEIGHTS_FILE, DTYPES[dtype])
@@ -46,6 +46,7 @@ def write(model: Decoder, tokenizer: Tokenizer | None, folder: Path, dtype: str 
             "you upload it, write the name on the Hub into base_model_name_or_path of adapter_config.json",
             stacklevel=2,
         )
+    warn_of_scaled_rope(model)
     (folder / "README.md").write_text(model_card(model, "adapter"), encoding="utf-8")
 
 
@@ -63,9 +64,11 @@ def check(model: Decoder, folder: Path, dtype: str | None, *, give_up: bool) -> 
     load_adapter(base, folder)
     found = distance(sample_logits(base).cpu(), expected)
     if not found <= LARGEST_DISTANCE[dtype]:
+        # Rounding what was taken out of a base in NF4 makes another base, for one.
+        remedy = f"leave the dtype {dtype} out" if dtype in ("float16", "bfloat16") else "please report this"
         raise ValueError(
             f"the adapter that was written gives other logits than the model (distance {found:.3g}), so it was not "
-            "kept; please report this"
+            f"kept; {remedy}"
         )
     return "read back on its base: the same logits" + ("" if found == 0 else f" (distance {found:.1g})")
 

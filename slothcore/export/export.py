@@ -9,6 +9,7 @@ import torch
 from slothcore.data.tokenizer import Tokenizer
 from slothcore.export.formats import Writer, format_named
 from slothcore.export.new_folder import new_folder, place_of, require_new, require_room
+from slothcore.export.self_check import require_finite
 from slothcore.lora.merge import Base
 from slothcore.models.decoder import Decoder
 
@@ -37,15 +38,15 @@ def export_model(
         check: read back what was written. An adapter's check loads its base once more.
         give_up_model: the model is not needed any more, and its memory may be freed before that; it is of no use then.
     Returns: what the check found, in a few words.
-    Raises: ValueError, before anything is written, for a format, dtype, model or path that do not go together, or too
-        little room; if the GPU has none for a weight, or what was written does not give the model's logits. OSError if
-        the disk fails.
+    Raises: ValueError, before anything is written, for a format, dtype, model or path that do not go together, a model
+        whose logits are not finite, or too little room; if the GPU has none for a weight, or what was written does not
+        give the model's logits. OSError if the disk fails.
     """
     target = place_of(path)
-    job = ExportJob.of(model, format, dtype, base)
-    require_new(target)
-    require_room(target, job.writer.size(model, job.dtype))
     try:
+        job = ExportJob.of(model, format, dtype, base)
+        require_new(target)
+        require_room(target, job.writer.size(model, job.dtype))
         with new_folder(target) as building:
             job.writer.write(model, tokenizer, building, job.dtype, **job.options)
             if not check:
@@ -74,7 +75,7 @@ class ExportJob:
 
     @classmethod
     def of(cls, model: Decoder, format: str, dtype: str | None, base: Base) -> "ExportJob":
-        """Raises: ValueError for a format, dtype, base or model that do not go together."""
+        """Raises: ValueError for a format, dtype, base or model that do not go together, or a model that diverged."""
         chosen = format_named(format, dtype, base=base)
         job = cls(
             chosen.writer(),
@@ -82,4 +83,5 @@ class ExportJob:
             {"base": base} if chosen.takes_base else {},
         )
         job.writer.require(model, job.dtype, **job.options)
+        require_finite(model)
         return job

@@ -18,6 +18,7 @@ from slothcore.export.gguf_file import Entry, Value, read_file, require_library,
 from slothcore.export.gguf_quantize import quantize
 from slothcore.export.gguf_tensors import Layout
 from slothcore.export.gguf_types import Kind
+from slothcore.export.model_card import warn_of_scaled_rope
 from slothcore.export.self_check import distance, sample_logits
 from slothcore.layers.experts import ExpertLinear
 from slothcore.layers.linear import Linear
@@ -58,7 +59,8 @@ def size(model: Decoder, dtype: str | None) -> int:
 
 
 def write(model: Decoder, tokenizer: Tokenizer | None, folder: Path, dtype: str | None) -> None:
-    """Fill the folder."""
+    """Fill the folder. Warns if the base needs its RoPE scaled."""
+    warn_of_scaled_rope(model)
     factors, found = _factors(model), _layout(model).architecture
     values: dict[str, Value] = {
         "general.type": "adapter",

@@ -10,6 +10,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from slothcore.data.tokenizer import Tokenizer
+from slothcore.data.tokenizer_files import ADDITIONAL_TEMPLATES, TOKENIZER_FILES
 from slothcore.export.export import ExportJob, export_model
 from slothcore.export.model_card import MARK, model_card
 from slothcore.export.new_folder import place_of, require_new
@@ -101,7 +102,7 @@ def push_to_hub(
             folder_path=folder,
             revision=revision,
             commit_message=commit_message or f"Upload {format} made with slothcore {__version__}",
-            delete_patterns=STALE if format.startswith("merged") else None,
+            delete_patterns=_stale(folder, format),
         )
     return str(commit.commit_url)
 
@@ -129,6 +130,15 @@ def _check_contents(files: set[str], format: str, name: str) -> None:
         )
     if format == "adapter" and CONFIG_FILE in files:
         raise ValueError(f"{name} holds a whole model; choose another repository for its adapter")
+
+
+def _stale(folder: Path, format: str) -> list[str]:
+    """Patterns of what goes from the repository unless it is uploaded anew."""
+    patterns = list(STALE) if format.startswith("merged") else []
+    if (folder / TOKENIZER_FILES[0]).is_file():
+        # A chat template of the older tokenizer's would be taken for this one's.
+        patterns += [*TOKENIZER_FILES, f"{ADDITIONAL_TEMPLATES}/*.jinja"]
+    return patterns
 
 
 def _card(api: HfApi, name: str, revision: str | None, scratch: Path) -> str:

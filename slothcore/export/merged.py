@@ -19,9 +19,12 @@ from slothcore.export.self_check import (
     distance,
     folder_logits,
     original_logits,
+    require_finite,
     sample_ids,
     sample_logits,
 )
+from slothcore.lora.folded import KEY as FOLDED_KEY
+from slothcore.lora.folded import folded_in
 from slothcore.lora.merge import Base, head_stays_tied, merged_outline, merged_state, require_base
 from slothcore.models.checkpoint import LARGEST_SHARD, save_pretrained
 from slothcore.models.decoder import Decoder
@@ -108,8 +111,8 @@ def save_merged(
         check: read back what was written, and compare logits.
     Returns: what the check found, in a few words.
     Raises: ValueError if the dtype is none of bfloat16, float16 and float32, `path` is a file, holds an adapter or
-        the model that was loaded, the originals are not to be had, there is too little room, or what was written does
-        not give the model's logits. OSError if the disk fails.
+        the model that was loaded, the originals are not to be had, there is too little room, the model's logits are
+        not finite, or what was written does not give them. OSError if the disk fails.
     """
     if dtype not in MERGED_DTYPES:
         raise ValueError(f"dtype must be torch.bfloat16, torch.float16 or torch.float32, got {dtype}")
@@ -129,6 +132,7 @@ def save_merged(
         raise ValueError(f"{folder} holds the model that was loaded; give another folder to write the merged one into")
     written_as = MergedAs(dtype, bits, base)
     require_room(folder, nbytes_of(written_as.outline(model)))
+    require_finite(model)
     with folder_beside(folder) as building:
         write_model(model, tokenizer, building, written_as, max_shard_bytes=max_shard_bytes)
         found = compare(model, building, written_as) if check else "not read back"
@@ -228,6 +232,8 @@ def merged_config(model: Decoder) -> dict[str, Any]:
     config = {k: v for k, v in model.hf_config.items() if k not in ("quantization_config", "_name_or_path")}
     if model.config.tie_word_embeddings:
         config["tie_word_embeddings"] = head_stays_tied(model)
+    if adapters := folded_in(model):
+        config[FOLDED_KEY] = adapters
     return config
 
 

@@ -1,18 +1,24 @@
 """README.md of a repository: what the model is, how to load it, and what it was trained on and with."""
 
+import os
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
 from slothcore.lora.attach import lora_config_of
 from slothcore.models.decoder import Decoder
+from slothcore.models.hub import CONFIG_FILE
+from slothcore.models.load import read_config
 from slothcore.report.saved_run import SavedRun
 from slothcore.report.words import count, duration, figure
 from slothcore.version import __version__
 
 MARK = "<!-- Made by slothcore, which writes it anew with every upload, unless this line is gone. -->"
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+# What Markdown would take for emphasis, HTML, a link or an end of line: <s>[INST] and .*_proj among it.
+MARKUP = re.compile(r"[\\`*<>~&\[\]\n]|\b_|_\b")
 PLACEHOLDER = "THIS_REPOSITORY"
 
 TRANSFORMERS = """\
@@ -91,6 +97,9 @@ def model_card(model: Decoder, format: str, *, repository: str = PLACEHOLDER, ru
     if config is not None:
         made = f"Rank {config.r}, alpha {config.lora_alpha:g}. {made}"
     parts = ["\n".join(head), f"# {title.format(base=named)}", made, snippet.format(repository=repository)]
+    scaled = scaled_rope(model)
+    if relation == "adapter" and scaled is not None:
+        parts.append(f"Trained with RoPE scaled ({scaled}): give the base that `rope_scaling`, or the output differs.")
     if run is not None:
         parts += _training(SavedRun(Path(run)))
     return "\n\n".join([*parts, MARK]) + "\n"
@@ -102,6 +111,27 @@ def public_base(model: Decoder) -> str | None:
     name = model.name_or_path if config is None else config.base_model_name_or_path
     is_public = name is not None and HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
     return name if is_public else None
+
+
+def scaled_rope(model: Decoder) -> str | None:
+    """How far and by which type RoPE is scaled where the model's folder does not say so; None where it does."""
+    if model.folder is None or not (model.folder / CONFIG_FILE).is_file():
+        return None
+    rope = model.config.rope
+    if rope == read_config(model.folder)[2].rope:
+        return None
+    return f"{rope.rope_type}, factor {rope.factor:g}, {model.config.longest_document} positions"
+
+
+def warn_of_scaled_rope(model: Decoder) -> None:
+    """Say of an adapter what no field of its files does, and others have to know."""
+    scaled = scaled_rope(model)
+    if scaled is not None:
+        warnings.warn(
+            f"the adapter was trained with RoPE scaled ({scaled}), which its files have no field for; other programs "
+            "give other logits unless their base has that rope_scaling, and the format merged says it by itself",
+            stacklevel=3,
+        )
 
 
 def _training(run: SavedRun) -> Iterator[str]:
@@ -148,7 +178,7 @@ def _data_name(item: dict[str, Any]) -> str:
     """The name of a data set on the Hub, or of a file without the folders of this machine."""
     path = str(item.get("path", ""))
     is_here = "bytes" in item or PurePath(path).is_absolute()
-    return PurePath(path).name if is_here else path
+    return _literal(PurePath(path).name if is_here else path)
 
 
 def _is_shown(option: dict[str, Any]) -> bool:
@@ -160,13 +190,23 @@ def _is_shown(option: dict[str, Any]) -> bool:
 def _value(value: Any) -> str:
     """An option as one reads it; a path without its folders."""
     if isinstance(value, str) and (path := PurePath(value)).name:
-        is_path = path.is_absolute() or path.suffix == ".jinja" or Path(value).is_file()
+        # Not Path.is_file, which raises for texts that are too long for a name, as templates are.
+        is_path = path.is_absolute() or path.suffix == ".jinja" or os.path.isfile(value)
         value = path.name if is_path else value
     if isinstance(value, list | tuple):
-        return ", ".join(map(str, value)) or "none"
+        return _literal(", ".join(map(str, value))) or "none"
     if value is None or isinstance(value, bool):
         return "none" if value is None else str(value).lower()
-    return figure(value) if isinstance(value, float) else str(value)
+    return figure(value) if isinstance(value, float) else _literal(str(value))
+
+
+def _literal(text: str) -> str:
+    """A text as Markdown shows it unchanged: as code where it means something there, the end of a line as \\n."""
+    if not MARKUP.search(text):
+        return text
+    text = text.replace("\n", "\\n")
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{ticks} {text} {ticks}" if "`" in (text[:1], text[-1:]) else f"{ticks}{text}{ticks}"
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

@@ -14,9 +14,17 @@ GIB = 2**30
 
 
 def place_of(path: str | Path) -> Path:
-    """The folder that is meant: ~ is the user's own, and of a link it is where that leads."""
+    """The folder that is meant: ~ is the user's own, and of a link it is where that leads.
+
+    Raises: ValueError for a link that leads nowhere but to itself.
+    """
     folder = Path(path).expanduser()
-    return folder.resolve() if folder.is_symlink() else folder
+    if not folder.is_symlink():
+        return folder
+    place = Path(os.path.realpath(folder))  # Path.resolve raises another error in each version of Python
+    if place.is_symlink():
+        raise ValueError(f"{folder} is a link that leads in a circle; choose another folder")
+    return place
 
 
 def require_new(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from slothcore.lora.merge import Base
 from slothcore.models.decoder import Decoder
 
 FILE = "Modelfile"
+ANOTHER_DAY = datetime(2000, 2, 3)
 # Ollama's parameters, and generation_config.json's names of them.
 PARAMETERS = {
     "temperature": "temperature",
@@ -107,6 +109,14 @@ def _chat_format(tokenizer: Tokenizer) -> ChatFormat | None:
             stacklevel=3,
         )
         return None
+    with tokenizer.clock.held(ANOTHER_DAY):
+        writes_the_day = ChatFormat.of(tokenizer) != chat
+    if writes_the_day:
+        warnings.warn(
+            "the chat template writes the day, which a Modelfile cannot, so this one has the day of the export for "
+            "ever; write another into its TEMPLATE, or leave that line out there",
+            stacklevel=3,
+        )
     if has_space_at_beginning_only(tokenizer):
         warnings.warn(
             "llama.cpp, with which Ollama reads texts, puts a space behind a special token, and so does the template "

@@ -42,6 +42,15 @@ def sample_logits(model: Decoder) -> Tensor:
     return logits.float()
 
 
+def require_finite(model: Decoder) -> None:
+    """Raises: ValueError if the model says nothing finite to the sample, so that nothing written of it could."""
+    if not sample_logits(model).isfinite().all():
+        raise ValueError(
+            "the model's own logits are not finite, as after a training that diverged, so it was not exported; take an "
+            "earlier checkpoint, and train again with a lower learning rate"
+        )
+
+
 def distance(logits: Tensor, expected: Tensor) -> float:
     """Size of the difference, as a share of how far the expected logits spread; infinite if any is not finite."""
     spread = (expected - expected.mean(-1, keepdim=True)).norm()

@@ -32,7 +32,7 @@ from slothcore.lora.whole_model import config_in_whole, is_text_part, name_in_wh
 from slothcore.models.checkpoint import save_tensors
 from slothcore.models.decoder import Decoder
 from slothcore.models.hub import model_folder
-from slothcore.models.vocabulary import TABLES, resize_vocabulary, vocabulary_tables
+from slothcore.models.vocabulary import HEAD, TABLES, resize_vocabulary, vocabulary_tables
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -44,17 +44,19 @@ def save_adapter(model: Decoder, path: str | Path) -> None:
     began with a part of the base weights, the files hold an ordinary one of twice the rank for the unchanged base, and
     what `load_adapter` makes the changed one from: see `recorded.py`. Beside experts PEFT is told of dense layers as of
     parameters, and of no dropout: see `dense_beside_experts.py`; of ranks and alphas under the names for which it asks:
-    see `peft_ranks.py`. The text part of a model that reads pictures has the names that it has there: see
-    `whole_model.py`.
+    see `peft_ranks.py`; and elsewhere of nothing in words that its older versions lack. The text part of a model that
+    reads pictures has the names that it has there: see `whole_model.py`.
 
-    Raises: ValueError if the model has no adapter.
+    Raises: ValueError if the model has no adapter, or `path` is a file.
     """
     config = lora_config_of(model)
     if config is None:
         raise ValueError(
             "the model has no LoRA adapter to save; call add_lora first, or save_merged for the whole model"
         )
-    folder = Path(path)
+    folder = Path(path).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder to write the adapter into")
     folder.mkdir(parents=True, exist_ok=True)
     plan = AdapterPlan.of(model, config)
     trained = config
@@ -62,7 +64,10 @@ def save_adapter(model: Decoder, path: str | Path) -> None:
     if model.taken_out:
         config, state = doubled(config, state, _factors_by_name(plan, model.taken_out))
     told = with_ranks_for_peft(as_parameters(config, plan, model), config, plan, model)
-    told = told.with_paths([name for target in plan.targets.values() for name in target.names])
+    paths = [name for target in plan.targets.values() for name in target.names]
+    told = told.with_paths(paths)
+    if not told.target_parameters and not any(target.is_stack for target in plan.targets.values()):
+        told = told.for_older_readers(paths)
     if told.target_parameters and told.use_dora:
         warnings.warn(
             f"PEFT has no DoRA for {told.target_parameters[0]}, which it can only take as a parameter beside experts, "
@@ -148,6 +153,13 @@ def load_adapter(
     dtype = resolve_lora_dtype(lora_dtype, model)
     stored = StoredAdapter.read(model, folder)
     plan = stored.plan
+    # PEFT's, saved unconverted: its own loader decomposes the base again, too.
+    decomposes = not stored.taken_out and plan.config.init_lora_weights in REPEATABLE
+    if decomposes and model.has_tied_head and HEAD.removesuffix(".weight") in plan.targets:
+        raise ValueError(
+            f"the adapter in {folder} was begun by {plan.config.init_lora_weights} with a part of a head that is the "
+            "embedding as well, from which PEFT takes it, too; train it anew without lm_head in target_modules"
+        )
     if stored.vocab_size > model.config.vocab_size:
         resize_vocabulary(model, stored.vocab_size)
     factors = {
@@ -155,8 +167,7 @@ def load_adapter(
         for path, (lora_A, lora_B) in stored.factors().items()
     }
     taken_out = stored.factors_taken_out()
-    if not taken_out and plan.config.init_lora_weights in REPEATABLE:
-        # PEFT's, saved unconverted: its own loader decomposes the base again, too.
+    if decomposes:
         taken_out = initial_factors(model, plan, dtype=torch.float32)[1]
     take_out(model, plan, taken_out)
     magnitudes = None

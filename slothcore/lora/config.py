@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from slothcore.lora.init_names import ALONE, REPEATABLE, check_init
+from slothcore.lora.init_names import ALONE, LATER, REPEATABLE, check_init
 from slothcore.lora.module_names import ALL_LINEAR, by_pattern, ends_with, matches, unmatched_names
 
 TUPLES = (
@@ -110,8 +110,9 @@ class LoraConfig:
             object.__setattr__(self, "lora_alpha", int(self.lora_alpha))  # as PEFT writes it
         if not isinstance(self.lora_dropout, int | float) or not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout!r}")
-        if not isinstance(self.use_dora, bool):
-            raise ValueError(f"use_dora must be true or false, got {self.use_dora!r}")
+        for name in ("use_dora", "use_rslora"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.bias not in get_args(Bias):
             raise ValueError(f"bias must be one of {', '.join(get_args(Bias))}, got {self.bias!r}")
         if self.init_lora_weights not in ALONE:
@@ -208,6 +209,15 @@ class LoraConfig:
         if not isinstance(self.target_modules, str) or self.layers_to_transform is None:
             return self
         return replace(self, target_modules=tuple(targets), layers_to_transform=None, layers_pattern=None)
+
+    def for_older_readers(self, targets: Sequence[str]) -> "LoraConfig":
+        """The same without words that PEFT has learned later: `exclude_modules` in 0.14, two initialisations since."""
+        told = replace(self, init_lora_weights=True) if self.init_lora_weights in LATER else self
+        if self.exclude_modules is None:
+            return told
+        return replace(
+            told, target_modules=tuple(targets), exclude_modules=None, layers_to_transform=None, layers_pattern=None
+        )
 
     def to_json(self) -> str:
         """The text of `adapter_config.json`, as PEFT lays it out."""

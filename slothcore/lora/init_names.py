@@ -18,6 +18,8 @@ DRAWN = (True, False, "gaussian", "orthogonal")
 """Made of random numbers; the base weights are left alone."""
 ALONE = (*DRAWN, "eva")
 """How an adapter of PEFT may have begun, so that its base is the model that it names."""
+LATER = ("orthogonal", "eva")
+"""Which older versions of PEFT refuse, though they mean nothing for an adapter that is finished."""
 REPEATABLE = ("pissa", "olora")
 """Without a draw: what PEFT took out of the base of an adapter that it saved unconverted, anyone can take out again."""
 FAST_PISSA = re.compile(r"pissa_niter_([1-9]\d*)")

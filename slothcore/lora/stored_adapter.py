@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from slothcore.lora.config import LoraConfig
+from slothcore.lora.folded import require_not_folded_in
 from slothcore.lora.fused_experts import split_fused_adapter
 from slothcore.lora.init_factors import Factors
 from slothcore.lora.plan import AdapterPlan
@@ -83,7 +84,9 @@ class StoredAdapter:
         taken = {_plain_name(name, model): tensor.clone() for name, tensor in taken_out.items()}
         if taken:
             _check({name: shape for name, shape in expected.items() if _is_factor(name)}, taken, weights, config)
-        return cls(plan, loaded, taken, vocab_size)
+        adapter = cls(plan, loaded, taken, vocab_size)
+        require_not_folded_in(model, adapter.factors, folder)
+        return adapter
 
     def factors(self) -> dict[str, Factors]:
         """Path of each target -> A and B, of a stack for all experts."""

@@ -2,7 +2,8 @@
 
 PEFT puts an adapter on the model that `base_model_name_or_path` loads. Of Gemma 3 with vision that is the whole one,
 where transformers (4.52 and later) has the text part beneath `model.language_model`, and names like q_proj stand for
-layers of the vision part, too. So the file names every layer by its whole path; `load_adapter` reads either spelling.
+layers of the vision part, too. So the file names every layer by its whole path; `load_adapter` reads that, the names of
+the text part, and those of older versions, which had it beneath `language_model`, its head as well.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,7 @@ from slothcore.models.hf_config import read_json
 from slothcore.models.hub import CONFIG_FILE
 
 IN_WHOLE, IN_PART = "model.language_model.", "model."
+HEAD, BEFORE = "lm_head", "language_model."
 
 
 def is_text_part(model: Decoder) -> bool:
@@ -29,8 +31,15 @@ def name_in_whole(name: str) -> str:
     return IN_WHOLE + name.removeprefix(IN_PART) if name.startswith(IN_PART) else name
 
 
+def name_before(name: str) -> str:
+    """The same in versions of transformers before 4.52."""
+    return BEFORE + name if name.startswith((IN_PART, HEAD)) else name
+
+
 def name_in_part(name: str) -> str:
     """What a module or parameter of the whole model is called in the text part; a name of the part stays."""
+    if name.startswith((BEFORE + IN_PART, BEFORE + HEAD)):
+        return name.removeprefix(BEFORE)
     return IN_PART + name.removeprefix(IN_WHOLE) if name.startswith(IN_WHOLE) else name
 
 
@@ -48,9 +57,11 @@ def config_in_part(config: LoraConfig, model: Decoder, names: Iterable[str]) -> 
         names: of what the adapter's file holds, without PEFT's additions before them.
     Raises: ValueError if it stands for no layer of the model.
     """
-    if not any(name.startswith(IN_WHOLE) for name in names):
+    names = list(names)
+    if not any(name.startswith((IN_WHOLE, BEFORE)) for name in names):
         return config
-    paths = {name_in_whole(path): path for path in lora_layers(model)}
+    theirs = name_before if any(name.startswith(BEFORE) for name in names) else name_in_whole
+    paths = {theirs(path): path for path in lora_layers(model)}
     saved = dict.fromkeys(part for name in config.modules_to_save for part in _modules_in_part(name, model))
     return _renamed(config, {name: paths[name] for name in config.targets(list(paths))}, tuple(saved))
 

@@ -1,5 +1,6 @@
 """The adapter alone: what PEFT reads, in any dtype, with a card that names its base."""
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from transformers import AutoModelForCausalLM
 from slothcore.cli import main
 from slothcore.export.export import export_model
 from slothcore.export.self_check import sample_ids, sample_logits
+from slothcore.loading import load
 from slothcore.lora.adapter_io import save_adapter
+from slothcore.lora.attach import add_lora
 from tests.export.adapted_models import adapted
+from tests.lora.reference import randomise_zero_factors
 
 
 @pytest.mark.parametrize(
@@ -64,6 +68,19 @@ def test_an_adapter_in_fewer_bits(dtype: str, base: Path, tmp_path: Path) -> Non
     }
 
 
+@pytest.mark.filterwarnings("ignore:the adapter names its base")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_adapter_that_fewer_bits_would_change(dtype: str, base: Path, tmp_path: Path) -> None:
+    """What OLoRA took out of a base in NF4, rounded, leaves another one; in its own numbers it is exact."""
+    model, _ = adapted(base, init_lora_weights="olora")
+    with pytest.raises(
+        ValueError, match=rf"other logits than the model \(.*, so it was not kept; leave the dtype {dtype}"
+    ):
+        export_model(model, None, tmp_path / "adapter", format="adapter", dtype=dtype)
+    assert list(tmp_path.iterdir()) == []
+    assert export_model(model, None, tmp_path / "adapter", format="adapter") == "read back on its base: the same logits"
+
+
 def test_the_card_of_an_adapter_names_a_base_on_the_hub(base: Path, tmp_path: Path) -> None:
     model, _ = adapted(base)
     model.lora_config = replace(model.lora_config, base_model_name_or_path="meta-llama/Llama-3.2-1B")
@@ -76,6 +93,25 @@ def test_the_card_of_an_adapter_names_a_base_on_the_hub(base: Path, tmp_path: Pa
         with pytest.warns(UserWarning, match="which no other machine finds"):
             export_model(model, None, tmp_path / private.replace("/", "_"), format="adapter")
         assert "base_model:" not in (tmp_path / private.replace("/", "_") / "README.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:the adapter names its base")
+@pytest.mark.parametrize("format", ["adapter", "gguf-adapter"])
+def test_what_no_file_of_an_adapter_says_is_said(format: str, base: Path, tmp_path: Path) -> None:
+    """RoPE scaled for the run: the same factors on the base as it was published are another model."""
+    if format == "gguf-adapter":
+        pytest.importorskip("gguf")
+    with pytest.warns(UserWarning, match="takes the model from 128 positions to 256"):
+        model, _ = load(base, bits=32, device="cpu", max_seq_length=256)
+    randomise_zero_factors(add_lora(model, r=4))
+    with pytest.warns(UserWarning, match=r"RoPE scaled \(linear, factor 2, 256 positions\), which its files have no"):
+        export_model(model, None, tmp_path / "scaled", format=format)
+    if format == "adapter":
+        assert "RoPE scaled (linear, factor 2, 256 positions)" in (tmp_path / "scaled" / "README.md").read_text()
+    plain, _ = adapted(base)
+    with warnings.catch_warnings(record=True) as caught:
+        export_model(plain, None, tmp_path / "plain", format=format)
+    assert not [w for w in caught if "RoPE" in str(w.message)]
 
 
 def test_an_exported_adapter_answers_as_the_run(run: Path, tmp_path: Path, capsys) -> None:

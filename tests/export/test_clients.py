@@ -3,6 +3,7 @@
 llama.cpp has tests of its own. Every family is a tiny model trained for some steps; one small model was really trained.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,17 @@ def test_transformers_loads_the_merged_model_of_every_family(variant: Variant, b
     assert (logits_of(again, token_ids(2, LONG)) - rounded).abs().max() < FLOAT32
     # Weights as large as a tiny model's round more than others, and where experts are chosen by them, others may be.
     assert distance(rounded, ours) < (3 if model.config.moe is None else 20) * BFLOAT16
+
+
+def test_a_merged_model_needs_no_program_of_its_base(tmp_path: Path) -> None:
+    """Phi-3 is published beside the code of its own that transformers takes where it is told to trust it."""
+    file = Path(saved(tiny_model(FAMILIES_TINY["phi3"][0]), tmp_path / "base")) / "config.json"
+    programs = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "auto_map": programs}))
+    model = load_model(file.parent, bits=32, device="cpu")
+    export_model(model, None, tmp_path / "merged", dtype="float32")
+    trusting = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", trust_remote_code=True).eval()
+    assert (logits_of(trusting, token_ids(1, LONG)) - logits_of(model, token_ids(1, LONG))).abs().max() < FLOAT32
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import slothcore
 from slothcore.cli import main
@@ -25,6 +26,22 @@ def test_merge_is_short_for_an_export(command: str, run: Path, base: Path, tmp_p
     torch.testing.assert_close(sample_logits(ours), sample_logits(theirs), rtol=1e-4, atol=1e-4)
     assert main(words.split()) == 1
     assert "exists and is not empty; choose a new folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_plain_model_keeps_its_weights(base: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    """Nothing has asked for 4 bits, which are the default beside an adapter."""
+    model, tokenizer = load(base, bits=32, device="cpu")
+    plain, target = tmp_path / "plain", tmp_path / "merged"
+    slothcore.save_merged(model, tokenizer, plain, dtype=dtype)
+    words = f"export --format merged --dtype float32 --model {plain} --device cpu --output-dir"
+    assert main([*words.split(), str(target)]) == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (plain, target))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor.float(), after[name]) for name, tensor in before.items())
+    assert main([*words.split(), str(tmp_path / "rounded"), "--bits", "4"]) == 0
+    rounded = load_file(tmp_path / "rounded" / "model.safetensors")
+    assert any(not torch.equal(tensor.float(), rounded[name]) for name, tensor in before.items())
 
 
 def test_a_merge_into_the_originals(run: Path, base: Path, tmp_path: Path, capsys) -> None:

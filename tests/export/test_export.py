@@ -92,6 +92,21 @@ def test_numbers_that_float16_cannot_hold(base: Path, tmp_path: Path) -> None:
     export_model(model, None, tmp_path / "out", dtype="bfloat16")
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_model_that_diverged_is_not_exported(format: str, base: Path, tmp_path: Path) -> None:
+    """No other dtype helps, and nobody has to report it."""
+    if "gguf" in FORMATS[format].module or format == "ollama":
+        pytest.importorskip("gguf")
+    model, tokenizer = adapted(base)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.lora_B[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"own logits are not finite, .*; take an earlier checkpoint"):
+        export_model(model, tokenizer, tmp_path / "out", format=format)
+    with pytest.raises(ValueError, match=r"own logits are not finite, .*; take an earlier checkpoint"):
+        slothcore.save_merged(model, tokenizer, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_model_is_given_up_only_where_that_is_allowed(base: Path, tmp_path: Path) -> None:
     model, _ = adapted(base)
     with pytest.warns(UserWarning, match="names its base"):

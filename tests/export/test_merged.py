@@ -15,7 +15,7 @@ from slothcore.data.tokenizer import Tokenizer
 from slothcore.export import merged
 from slothcore.export.merged import save_merged
 from slothcore.layers.linear import Linear
-from slothcore.lora.adapter_io import save_adapter
+from slothcore.lora.adapter_io import load_adapter, save_adapter
 from slothcore.lora.attach import add_lora
 from slothcore.lora.merge import merged_weight
 from slothcore.models import writing
@@ -95,6 +95,29 @@ def test_the_head_is_stored_once_exactly_if_it_is_still_the_embedding(tmp_path: 
         assert ("lm_head.weight" in load_file(tmp_path / name / "merged" / "model.safetensors")) is not tied
 
 
+@pytest.mark.parametrize("bits", [32, 4])
+@pytest.mark.parametrize("init", [True, "pissa"])
+def test_an_adapter_is_not_put_on_the_model_that_it_is_merged_into(tmp_path: Path, bits: int, init: bool | str) -> None:
+    base, out = write_tiny_llama(tmp_path / "base"), tmp_path / "merged"
+    model = adapted(base, bits=bits, r=4, init_lora_weights=init)
+    save_merged(model, None, out, bits=4 if bits == 4 else None)
+    save_adapter(model, tmp_path / "adapter")
+    message = r"adapter is merged into the weights of \S+merged already, and would count twice; leave it out"
+    for lora_dtype in ("float32", "auto"):
+        with pytest.raises(ValueError, match=message):
+            load_adapter(load_model(out, bits=bits, device="cpu"), tmp_path / "adapter", lora_dtype=lora_dtype)
+    load_adapter(load_model(base, bits=bits, device="cpu"), tmp_path / "adapter")
+
+    # Another is welcome; what both make is still the first one's.
+    further = adapted(out, bits=bits, r=4)
+    save_adapter(further, tmp_path / "further")
+    load_adapter(load_model(out, bits=bits, device="cpu"), tmp_path / "further")
+    save_merged(further, None, tmp_path / "both")
+    for name in ("adapter", "further"):
+        with pytest.raises(ValueError, match=f"{name} is merged into the weights of"):
+            load_adapter(load_model(tmp_path / "both", bits=bits, device="cpu"), tmp_path / name)
+
+
 def test_the_folder_is_complete(tmp_path: Path) -> None:
     base = write_tiny_llama(tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
@@ -115,6 +138,7 @@ def test_the_folder_is_complete(tmp_path: Path) -> None:
         "tokenizer_config.json",
     }
     written = json.loads((folder / "config.json").read_text())
+    assert len(written.pop("slothcore_merged")) == 1
     assert written.get("dtype", written.get("torch_dtype")) == "bfloat16"
     assert not {"quantization_config", "_name_or_path"} & written.keys()
     assert {k: v for k, v in written.items() if "dtype" not in k} == {

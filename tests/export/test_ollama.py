@@ -1,6 +1,7 @@
 """The Modelfile: its template writes what the chat template does, in Go, and it stops where answers end."""
 
 import re
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,17 @@ def test_it_needs_a_tokenizer_and_says_what_lacks(tmp_path: Path, capsys: pytest
     words = ["export", "--model", str(tmp_path / "base"), "--format", "ollama", "--output-dir", str(tmp_path / "out")]
     assert main([*words, "--device", "cpu"]) == 0
     assert (tmp_path / "out" / "Modelfile").read_text().startswith("FROM ./model-Q8_0.gguf\nTEMPLATE")
+
+
+def test_a_template_that_writes_the_day(tmp_path: Path) -> None:
+    """As those of Llama 3.1 and later do; in the Modelfile it stays the day on which that was written."""
+    (tmp_path / "own.jinja").write_text("{{ 'Today: ' + strftime_now('%d %b %Y') + '\n' }}" + CHATML)
+    tokenizer = byte_level_tokenizer(tmp_path / "tokenizer")
+    tokenizer.use_chat_template(str(tmp_path / "own.jinja"))
+    model = load_case(FAMILIES["llama"], tmp_path / "base")
+    with tokenizer.clock.held(datetime(2026, 5, 17)), pytest.warns(UserWarning, match="has the day of the export for"):
+        export_model(model, tokenizer, tmp_path / "out", format="ollama")
+    assert "Today: 17 May 2026" in (tmp_path / "out" / "Modelfile").read_text()
 
 
 def test_a_model_without_a_template(tmp_path: Path) -> None:

@@ -65,6 +65,16 @@ def test_a_link_is_followed(leads_to: str, base: Path, tmp_path: Path, capsys: p
     assert {path.name for path in (*tmp_path.iterdir(), *disk.iterdir())} == {"disk", "out"}
 
 
+def test_a_link_that_leads_in_a_circle(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "one").symlink_to(tmp_path / "two")
+    (tmp_path / "two").symlink_to(tmp_path / "one")
+    words = ["export", "--model", str(base), "--format", "merged", "--device", "cpu"]
+    assert main([*words, "--output-dir", str(tmp_path / "one")]) != 0
+    assert "one is a link that leads in a circle; choose another folder" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="two is a link that leads in a circle"):
+        save_merged(adapted(base)[0], None, tmp_path / "two")
+
+
 def test_a_folder_that_nothing_can_replace_is_refused_at_once(base: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     for here in (".", tmp_path):

@@ -133,6 +133,29 @@ def test_the_card_of_a_run_whose_folders_are_gone(notes: str, tmp_path: Path, mo
     assert "| `prompt_template` | Yes/No: {instruction} |" in card
 
 
+def test_the_card_shows_what_means_something_to_markdown(tmp_path: Path) -> None:
+    """Templates with tokens that look like HTML, or of many words, expressions, and odd names of files."""
+    values = {
+        "completion_template": "word " * 99 + "{output}",
+        "prompt_template": "<s>[INST] {instruction} [/INST]\n| `code`",
+        "target_modules": r".*\.(q|v)_proj",
+        "new_tokens": ["<b>", "</b>"],
+        "optim": "adamw_8bit",
+    }
+    options = [{"name": name, "value": value, "default": None, "group": "Model"} for name, value in values.items()]
+    files = [{"path": "<s>_mine_*.json", "use": "training", "rows": 3, "bytes": 9}]
+    (tmp_path / "run.json").write_text(json.dumps({"options": options, "files": files}))
+    (tmp_path / "config.yaml").write_text(json.dumps(values))
+    (tmp_path / "log.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0}) + "\n")
+    lines = model_card(from_config(CONFIG, device="cpu"), "merged", run=tmp_path).splitlines()
+    assert r"| `prompt_template` | `` <s>[INST] {instruction} [/INST]\n\| `code` `` |" in lines
+    assert r"| `target_modules` | `.*\.(q\|v)_proj` |" in lines
+    assert "| `new_tokens` | `<b>, </b>` |" in lines
+    assert "| `optim` | adamw_8bit |" in lines
+    assert f"| `completion_template` | {'word ' * 99}{{output}} |" in lines
+    assert "| `<s>_mine_*.json` | training | 3 |" in lines
+
+
 def test_pushing_again(client: Client, server: HubServer, folders: Path, tmp_path: Path) -> None:
     """Shards of an earlier model go, other files stay; so does a card that somebody has taken over."""
     name = "me/again"
@@ -152,6 +175,20 @@ def test_pushing_again(client: Client, server: HubServer, folders: Path, tmp_pat
     client.result("push", folders / "adapter", name, dtype="float16", **options)
     assert files_of(server, name)["README.md"] == b"mine"
     assert files_of(server, name)["model.safetensors"] != files["model.safetensors"]
+
+
+@pytest.mark.parametrize("format", ["adapter", "merged"])
+def test_an_older_tokenizer_goes(format: str, client: Client, server: HubServer, folders: Path) -> None:
+    """Readers take a template in a file of its own before the one that the new tokenizer has."""
+    name = "me/older"
+    templates = ("chat_template.jinja", "additional_chat_templates/tool_use.jinja", "added_tokens.json")
+    server.repositories[name] = Repository.of({**dict.fromkeys(templates, b"old"), "notes.jinja": b"mine"})
+    server.repositories[name].private = True
+    client.result("push", folders / "adapter", name, format=format, environment=TOKEN)
+    files = files_of(server, name)
+    assert "tokenizer.json" in files
+    assert not files.keys() & set(templates)
+    assert files["notes.jinja"] == b"mine"
 
 
 def test_a_branch_and_a_name_without_owner(client: Client, server: HubServer, folders: Path) -> None:

@@ -199,6 +199,19 @@ def test_a_failed_save_leaves_the_earlier_adapter(base: Path, tmp_path: Path, mo
     assert {p.name: p.read_bytes() for p in (tmp_path / "adapter").iterdir()} == before
 
 
+def test_places(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As everywhere, ~ is the user's own folder; and an adapter is no file."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    model = adapted(base, r=4)
+    save_adapter(model, "~/adapter")
+    assert (tmp_path / "home" / "adapter" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "~").exists()
+    assert load_adapter(load_model(base, bits=32, device="cpu"), "~/adapter").lora_config == model.lora_config
+    with pytest.raises(ValueError, match=r"config.json is a file; give a folder to write the adapter into"):
+        save_adapter(model, base / "config.json")
+
+
 def test_a_round_trip_is_exact_and_trains_on(base: Path, tmp_path: Path) -> None:
     model = adapted(base, r=4, lora_dropout=0.1)
     save_adapter(model, tmp_path)
@@ -252,6 +265,7 @@ def test_factors_may_be_kept_in_the_compute_dtype(base: Path, tmp_path: Path) ->
             r"lacks 14 tensors .*, the first model\.layers\.0\..*\.lora_magnitude_vector; it was made",
         ),
         ({"use_dora": "yes"}, "use_dora must be true or false, got 'yes'"),
+        ({"use_rslora": "false"}, "use_rslora must be true or false, got 'false'"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out = True is not supported"),
         ({"lora_bias": True}, "lora_bias = True is not supported$"),
         ({"layer_replication": [[0, 1]]}, "layer_replication = .* is not supported"),

@@ -1,6 +1,7 @@
 """Adapters of the text part of a multimodal model: PEFT puts them on the whole one."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +114,40 @@ def test_an_adapter_that_peft_trained_on_the_whole_model(saved: list[str] | None
     assert_same_logits(ours, theirs)
     save_adapter(ours, tmp_path / "ours")
     assert_same_logits(ours, PeftModel.from_pretrained(tiny_model(VARIANT), tmp_path / "ours").eval())
+
+
+@pytest.mark.parametrize(
+    ("targets", "before", "saved"),
+    [
+        (r".*language_model.*\.(q_proj|up_proj)", None, []),
+        (["model.language_model.layers.0.mlp.up_proj"], ["language_model.model.layers.0.mlp.up_proj"], []),
+        (r"model\.lang.*\.1\..*_proj|lm_head", r"language_model\.(model\.layers\.1\..*_proj|lm_head)", []),
+        (r".*language_model.*\.q_proj", None, ["lm_head", "embed_tokens", "model.language_model.norm"]),
+    ],
+)
+def test_names_that_older_versions_of_transformers_gave(
+    targets: Any, before: Any, saved: list[str], folder: Path, tmp_path: Path
+) -> None:
+    """Before 4.52 the text part lay beneath `language_model`, and its head with it."""
+
+    def older(name: str) -> str:
+        name = re.sub(r"^model\.language_model\.", "language_model.model.", name)
+        return re.sub(r"^lm_head", "language_model.lm_head", name)
+
+    theirs = get_peft_model(tiny_model(VARIANT), PeftConfig(r=3, target_modules=targets, modules_to_save=saved)).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora" in name:
+                parameter.normal_(0.0, 0.2)
+            elif parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    theirs.save_pretrained(tmp_path / "adapter")
+    file, weights = (tmp_path / "adapter" / name for name in ("adapter_config.json", "adapter_model.safetensors"))
+    told = json.loads(file.read_text())
+    named = {"target_modules": before or targets, "modules_to_save": [older(name) for name in saved]}
+    file.write_text(json.dumps({**told, **named}))
+    prefix = "base_model.model."
+    tensors = {prefix + older(name.removeprefix(prefix)): tensor for name, tensor in load_file(weights).items()}
+    assert all(name.startswith(f"{prefix}language_model.") for name in tensors)
+    save_file(tensors, weights)
+    assert_same_logits(load_adapter(base(folder), tmp_path / "adapter"), theirs)

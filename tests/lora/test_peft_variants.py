@@ -222,6 +222,20 @@ def test_an_adapter_that_peft_did_not_convert(tmp_path: Path, init: str) -> None
     assert (reference_logits(by_peft, batch) - expected).abs().max() < 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_head_that_peft_did_not_convert(tmp_path: Path, init: str) -> None:
+    """Where the embedding is the head, it has lost the same to PEFT's adapter, and no adapter says so."""
+    ours, reference = load_pair(write_tiny_llama(tmp_path / "base", tie_word_embeddings=True))
+    before = {name: weight.clone() for name, weight in ours.state_dict().items()}
+    targets = ["q_proj", "lm_head"]
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=8, init_lora_weights=init, target_modules=targets)
+    peft.get_peft_model(reference, config).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ValueError, match=f"was begun by {init} with a part of a head that is the embedding as well"):
+        load_adapter(ours, tmp_path / "theirs")
+    assert all(torch.equal(weight, before[name]) for name, weight in ours.state_dict().items())
+
+
 def test_gaussian_and_orthogonal(tmp_path: Path) -> None:
     """What is drawn differs from PEFT's; the step that begins with it does not."""
     for init in ("gaussian", "orthogonal"):
