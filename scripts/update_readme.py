@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from guide_tables import fits_table, layouts_table, templates_table  # noqa: E402
-from moving_tables import LIBRARIES, moving_table  # noqa: E402
+from moving_tables import LIBRARIES, defaults_table, moving_table  # noqa: E402
 
 from slothcore.cli import COMMANDS  # noqa: E402
 from slothcore.data.formats import LAYOUTS  # noqa: E402
@@ -59,7 +59,10 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"commands": commands_table, "families": supported_families_table, "options": options_table},
     "docs/your-own-data.md": {"layouts": layouts_table},
     "docs/memory.md": {"fits": fits_table},
-    "docs/moving.md": {library: partial(moving_table, library) for library in LIBRARIES},
+    "docs/moving.md": {
+        "defaults": defaults_table,
+        **{library: partial(moving_table, library) for library in LIBRARIES},
+    },
     "docs/chat-models.md": {"templates": templates_table},
 }
 

@@ -4,8 +4,12 @@ import argparse
 import difflib
 import errno
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NoReturn
 
 from slothcore.commands import chat, doctor, export, generate, merge, plan, preview, report, serve, train
@@ -48,6 +52,34 @@ class OneLineParser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
+@contextmanager
+def _interruptible_imports() -> Iterator[None]:
+    """Have Ctrl-C end the process where it comes in the middle of an import, and be what it was everywhere else.
+
+    An exception that reaches torch or numpy while they are loading aborts the process, or is dropped and the command
+    goes on.
+    """
+    is_ours = threading.current_thread() is threading.main_thread()
+    if not is_ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _on_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _on_interrupt(number: int, frame: FrameType | None) -> None:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, b"slothcore: interrupted\n")
+            os._exit(INTERRUPTED)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+@_interruptible_imports()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; gives the exit status. What a user can cause ends in one line on stderr, never a traceback.
 
@@ -68,9 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         message = str(error)
     except OSError as error:
-        status, message = FAILURE, str(error)
+        status, message = FAILURE, _system_error(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            message = _full_disk(error)
             _drop_output()
     except RuntimeError as error:
         message = _out_of_memory(error)
@@ -163,10 +194,14 @@ def _drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _full_disk(error: OSError) -> str:
-    """What to say where a file could be opened and not written."""
-    what = error.filename or "a file, or standard output,"
-    return f"{what} cannot be written: {error.strerror}; make room, or write to another disk"
+def _system_error(error: OSError) -> str:
+    """What to say of an error that says nothing but what the system does not do; others are sentences already."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        what = error.filename or "a file, or standard output,"
+        return f"{what} cannot be written: {error.strerror}; make room, or write to another disk"
+    if error.errno in (errno.EACCES, errno.EPERM) and error.filename is not None:
+        return f"{error.filename} may not be read, or written: {error.strerror}; change its rights, or choose another"
+    return str(error)
 
 
 def _out_of_memory(error: RuntimeError) -> str:

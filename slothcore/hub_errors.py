@@ -82,6 +82,8 @@ def explain(
         )
     if isinstance(error, PermissionError):
         return f"the download cache {cache} may not be written into; choose another with cache_dir= or HF_HOME"
+    if not constants.ENDPOINT.startswith(("http://", "https://")):
+        return f"HF_ENDPOINT is {constants.ENDPOINT}, which is no address; begin it with https://, or unset it"
     reason = _reason(error)
     return (
         f"downloading {name}{at_revision} from the Hugging Face Hub failed: {reason}; start again: files "

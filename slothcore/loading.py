@@ -13,13 +13,14 @@ from slothcore.locating import locate
 from slothcore.lora.adapter_io import load_adapter
 from slothcore.models.decoder import Decoder
 from slothcore.models.load import load_model, resolve_device, resolve_dtype
+from slothcore.training.run_folder import options_behind
 
 
 def load(
     name_or_path: str | Path,
     *,
     adapter: str | Path | None = None,
-    bits: int = 4,
+    bits: int | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     max_seq_length: int | None = None,
@@ -41,9 +42,10 @@ def load(
             slothcore, which stands for its result.
         adapter: what is put on the model `name_or_path`, to be trained further or used: an adapter's folder or Hub
             name, or a run.
-        bits: 4 (NF4, the values of bitsandbytes with double quantisation), 16 or 32: how weights are kept.
+        bits: 4 (NF4, the values of bitsandbytes with double quantisation), 16 or 32: how weights are kept; default:
+            4, or of a run as it was trained.
         dtype: in which the model computes; default: float32 on a CPU with 4 or 32 bits, else bfloat16, or float16
-            on a GPU that has no bfloat16.
+            on a GPU that has no bfloat16; of a run whose bits are not given, too, as it was trained.
         device: default: the GPU if there is one. A GPU becomes torch's current one, where Triton's kernels run.
         max_seq_length: longest document to expect; default: the model's max_position_embeddings. Of a run's adapter,
             at least what it was trained with.
@@ -63,6 +65,9 @@ def load(
         raise ValueError("the name of the model is empty; give a folder, or a Hub name such as meta-llama/Llama-3.1-8B")
     if max_seq_length is not None and (type(max_seq_length) is not int or max_seq_length < 1):
         raise ValueError(f"max_seq_length must be a whole number of at least 1, got {max_seq_length!r}")
+    if bits is None:
+        trained = options_behind(adapter or name_or_path)
+        bits, dtype = (trained.bits, dtype or trained.dtype) if trained else (4, dtype)
     resolve_dtype(bits, dtype, resolve_device(device))
     found = locate(
         name_or_path,

@@ -12,7 +12,7 @@ from slothcore.lora.stored_adapter import adapter_weights
 from slothcore.models.hub import ADAPTER_CONFIG_FILE, CONFIG_FILE, model_folder
 from slothcore.models.load import read_config
 from slothcore.training.config import TrainConfig
-from slothcore.training.run_folder import Source, find_source
+from slothcore.training.run_folder import Source, find_source, options_behind
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,9 @@ def locate(
         beside = find_source(adapter)
         own, runs = model_folder(beside.path, **hub), list(_runs_behind(beside))
         _check_beside(own, str(adapter), name_or_path, weights=weights)
+        _tell(beside, weights=weights)
     folder = model_folder(source.path, revision=revision, **hub)
+    _tell(source, weights=weights)
     base, base_revision = source.path, revision
     if own is not None and not (folder / CONFIG_FILE).is_file():
         raise ValueError(
@@ -105,13 +107,21 @@ def locate(
     )
 
 
+def _tell(source: Source, *, weights: bool) -> None:
+    """Warn if a run's folder may stand for other weights than are meant."""
+    if source.note is not None and weights:
+        warnings.warn(source.note, stacklevel=4)
+
+
 def _runs_behind(source: Source) -> Iterator[TrainConfig]:
     """The options of the run that an adapter came from, and of those whose adapters it went on with, newest first."""
-    run = source.config
-    while run is not None:
+    run, known = source.config, list[TrainConfig]()
+    # One that took the name of the run that it went on with stands before itself.
+    while run is not None and run not in known:
         yield run
+        known.append(run)
         before = run.adapter or run.model
-        run = find_source(before).config if before else None
+        run = options_behind(before) if before else None
 
 
 def _check_beside(folder: Path, adapter: str, base: str | Path, *, weights: bool) -> None:

@@ -13,8 +13,11 @@ from slothcore.data.preferences import CONVERSATIONS
 from slothcore.data.templates import template_source
 from slothcore.data.tokenizer import Tokenizer
 from slothcore.loading import load
+from slothcore.lora.attach import lora_config_of
+from slothcore.models.checkpoint import stored_tensors
 from slothcore.models.decoder import Decoder
 from slothcore.models.load import resolve_device
+from slothcore.models.prequantized import quantized_weights
 from slothcore.notices import notices
 from slothcore.training.adapter_choice import put_adapter
 from slothcore.training.config import TrainConfig
@@ -30,6 +33,8 @@ from slothcore.training.trainer import SFTTrainer, TrainResult
 
 # Of the record shown in the command that talks to the result; a longer one would bury the command.
 LONGEST_EXAMPLE = 200
+# safetensors' names of them; None: bfloat16, where the GPU has it.
+DTYPES_OF_16_BITS = {"BF16": None, "F16": "float16"}
 
 
 def train_from_config(config: TrainConfig) -> TrainResult:
@@ -184,3 +189,24 @@ def open_result(
         token=token,
         local_files_only=local_files_only,
     )
+
+
+def open_as_stored(name_or_run: str, *, bits: int | None = None, **options: Any) -> tuple[Decoder, Tokenizer]:
+    """`open_result` for what writes whole weights: of a plain model, with the bits that these have in its files.
+
+    Those beside an adapter are as they were trained beside; alone, they would lose in 4 bits what nobody has asked for.
+
+    Raises: ValueError or FileNotFoundError as `open_result`.
+    """
+    model, tokenizer = open_result(name_or_run, bits=bits, **options)
+    if bits is not None or model.bits != 4 or model.folder is None or lora_config_of(model) is not None:
+        return model, tokenizer
+    stored = stored_tensors(model.folder)
+    if quantized_weights(stored):
+        return model, tokenizer
+    del model
+    options.pop("adapter", None)
+    dtypes = {tensor.dtype for tensor in stored.values() if len(tensor.shape) > 1}
+    if len(dtypes) == 1 and dtypes <= DTYPES_OF_16_BITS.keys():
+        return load_both(name_or_run, bits=16, dtype=DTYPES_OF_16_BITS[dtypes.pop()], **options)
+    return load_both(name_or_run, bits=32, **options)

@@ -140,6 +140,44 @@ def test_unknown_flag(here, capsys, flag) -> None:
     refused_training(here, capsys, r"unknown option 'max_step' in the flags; did you mean 'max_steps'\?", flag, "3")
 
 
+def test_configuration_file_in_another_encoding(here, capsys) -> None:
+    (here / "run.yaml").write_text("seed: 1\n", encoding="utf-16")
+    message = r"run.yaml is not UTF-8, but has byte 0xff in it; save it as UTF-8$"
+    refused_training(here, capsys, message, "--config", str(here / "run.yaml"))
+
+
+def test_configuration_file_that_is_no_yaml(here, capsys) -> None:
+    (here / "run.yaml").write_text("seed: 1\nlearning_rate = 3\n")
+    message = r"run.yaml is not valid YAML: while scanning a simple key in line 2, column 1: learning_rate = 3 \^ could"
+    refused_training(here, capsys, message, "--config", str(here / "run.yaml"))
+
+
+def test_configuration_file_that_may_not_be_read(here, capsys, monkeypatch) -> None:
+    (here / "run.yaml").write_text("seed: 1\n")
+    original = Path.read_text
+
+    def read_text(self, *arguments, **options) -> str:
+        if self.name == "run.yaml":
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    message = r"run.yaml may not be read, or written: Permission denied; change its rights, or choose another$"
+    refused_training(here, capsys, message, "--config", str(here / "run.yaml"))
+
+
+def test_weights_that_may_not_be_read(here, capsys, monkeypatch) -> None:
+    original = Path.open
+
+    def open_file(self, *arguments, **options):
+        if self.suffix == ".safetensors":
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", open_file)
+    refused_training(here, capsys, r"model.safetensors may not be read: Permission denied; change its rights$")
+
+
 def test_missing_configuration_file(here, capsys) -> None:
     refused_training(here, capsys, "the configuration file nowhere.yaml does not exist", "--config", "nowhere.yaml")
 

@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -85,6 +86,18 @@ def test_two_files_of_options_are_one_too_many(run, capsys) -> None:
 def test_a_run_is_not_repeated_over_itself(run, capsys) -> None:
     assert main(["train", str(run / "config.yaml")]) == 1
     assert "already holds a run; choose another folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["{copy}", "{copy}/config.yaml", "--config {copy}/config.yaml"])
+def test_a_copy_of_a_run_does_not_go_on_in_the_folder_of_the_first(words, run, tmp_path, capsys) -> None:
+    copy = shutil.copytree(run, tmp_path / "copy")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    further = ["--resume-from-checkpoint", "latest", "--max-steps", "4"]
+    assert main(["train", *words.format(copy=copy).split(), *further]) == 2
+    assert capsys.readouterr().err.endswith(f"give --output-dir {copy} or --output-dir {run}\n")
+    assert main(["train", *words.format(copy=copy).split(), *further, "--output-dir", str(copy)]) == 0
+    assert read_log(copy / "log.jsonl")[-1]["step"] == 4
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(
@@ -331,6 +344,21 @@ def test_the_command_starts_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_ctrl_c_in_the_middle_of_an_import_ends_the_command(tmp_path) -> None:
+    # As numpy's C code does with what is raised while it loads; torch's aborts.
+    swallowing = "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    pass\n"
+    (tmp_path / "torch.py").write_text(swallowing)
+    words = ["train", "--model", "no-folder/no-model", "--data", "no.jsonl", "--output-dir", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-m", "slothcore", *words],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (130, "slothcore: interrupted\n")
 
 
 def test_every_name_of_the_package_can_be_had() -> None:

@@ -229,6 +229,46 @@ def test_a_run_is_its_result_on_the_base_as_it_was_trained(here: Path, monkeypat
     assert (asked[0]["max_seq_length"], asked[0]["rope_scaling"]) == (256, "yarn")
 
 
+@pytest.mark.parametrize(
+    ("trained", "asked", "expected"),
+    [
+        ({"bits": 16, "dtype": "float16"}, {}, (16, torch.float16)),
+        ({"bits": 16, "dtype": "float16"}, {"bits": 32}, (32, torch.float32)),
+        ({"bits": 16}, {"dtype": "float16"}, (16, torch.float16)),
+        ({"bits": 4}, {}, (4, torch.float32)),
+    ],
+)
+def test_a_run_is_read_with_the_bits_that_it_was_trained_with(here: Path, trained, asked, expected) -> None:
+    run = train(here / "model", here / "run", r=2, **trained)
+    for options in ({"name_or_path": run}, {"name_or_path": here / "model", "adapter": run / "checkpoint-1"}):
+        model, _ = load(**options, device="cpu", **asked)
+        assert (model.bits, model.dtype) == expected
+    assert load(here / "model", device="cpu")[0].bits == 4
+
+
+def test_a_run_needs_no_more_of_the_run_before_than_its_options(here: Path, monkeypatch) -> None:
+    """Which may have been deleted but for these, or for good and have left it its name."""
+    monkeypatch.chdir(here)
+    first = train(here / "model", Path("first"), r=2, **{"max-seq-length": 64})
+    train(first, Path("second"))
+    expected = logits(load("second", bits=32, device="cpu")[0])
+    for place in ("adapter", "checkpoint-1"):
+        shutil.rmtree(first / place)
+    assert torch.equal(logits(load("second", bits=32, device="cpu")[0]), expected)
+    shutil.rmtree(first)
+    Path("second").rename("first")
+    assert torch.equal(logits(load("first", bits=32, device="cpu")[0]), expected)
+
+
+def test_a_run_that_has_gone_on_says_what_is_used(here: Path) -> None:
+    run = train(here / "model", here / "run", r=2)
+    shutil.rmtree(run / "adapter")
+    for options in ({"name_or_path": run}, {"name_or_path": here / "model", "adapter": run}):
+        with pytest.warns(UserWarning, match=r"run has no result yet; \S+checkpoint-1 is used") as caught:
+            load(**options, bits=32, device="cpu")
+        assert (len(caught), caught[0].filename) == (1, __file__)
+
+
 def test_a_result_does_not_replace_the_run_that_it_goes_on_with(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = train(here / "model", here / "run", r=2)
     words = ["--model", run, "--data", here / "data.jsonl", "--output-dir", run, "--overwrite-output-dir"]

@@ -86,7 +86,7 @@ def run(values: dict[str, Any]) -> int:
     from slothcore.export.gguf_file import require_library
     from slothcore.export.hub_upload import push_to_hub
     from slothcore.export.new_folder import place_of, require_new
-    from slothcore.run import open_result
+    from slothcore.run import open_as_stored, open_result
     from slothcore.training.run_folder import run_behind
 
     if name in WITH_GGUF:
@@ -94,7 +94,8 @@ def run(values: dict[str, Any]) -> int:
     target = place_of(values["output_dir"]) if values["output_dir"] else None
     if target is not None:
         require_new(target)
-    model, tokenizer = open_result(values["model"], adapter=values["adapter"], **model_options(values))
+    opened = open_as_stored if name in ("merged", "gguf", "ollama") else open_result
+    model, tokenizer = opened(values["model"], adapter=values["adapter"], **model_options(values))
     if values["chat_template"] is not None:
         tokenizer.use_chat_template(values["chat_template"])
     options = {"format": name, "dtype": values["dtype"], "base": values["base"], "give_up_model": True}

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from slothcore.commands.command import Command, add_run_options, config_of, require_set, wrong_call
+from slothcore.commands.command import Command, UsageError, add_run_options, config_of, require_set, wrong_call
+from slothcore.training.config import TrainConfig
 
 # What a shell reports for a command that Ctrl-C ended.
 INTERRUPTED = 130
@@ -19,6 +20,7 @@ EXAMPLES = """\
 def run(values: dict[str, Any]) -> int:
     config = config_of(values)
     require_set(config, "model", "data")
+    _check_goes_on_in_place(values, config)
     from slothcore.run import train_from_config
     from slothcore.training.folder_lock import held
     from slothcore.training.preparation import check_evaluation
@@ -28,6 +30,21 @@ def run(values: dict[str, Any]) -> int:
     with held(Path(config.output_dir)):
         result = train_from_config(config)
     return INTERRUPTED if result.interrupted else 0
+
+
+def _check_goes_on_in_place(values: dict[str, Any], config: TrainConfig) -> None:
+    """Raises: UsageError if a run is to go on by a file that names another folder: a copy, or one that was moved."""
+    named = values["config"] or values["config_file"]
+    if named is None or config.resume_from_checkpoint != "latest" or "output_dir" in values:
+        return
+    from slothcore.training.run_folder import run_behind
+
+    folder = Path(named) if Path(named).is_dir() else Path(named).parent
+    if run_behind(folder) == folder and folder.resolve() != Path(config.output_dir).resolve():
+        raise UsageError(
+            f"the run in {folder} says that its output_dir is {config.output_dir}, so either may be meant to go on; "
+            f"give --output-dir {folder} or --output-dir {config.output_dir}"
+        )
 
 
 COMMAND = Command(

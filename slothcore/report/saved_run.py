@@ -42,7 +42,7 @@ class SavedRun:
         """Read what was written since."""
         self.log.update()
         self.samples.update()
-        self.notes = _read_notes(self.folder / NOTES_FILE)
+        self.notes = read_notes(self.folder / NOTES_FILE)
 
     def section(self, name: str) -> dict[str, Any]:
         """A part of the notes that is a mapping; {} if there is none."""
@@ -93,7 +93,8 @@ def _ending(folder: Path, length: int) -> str:
     return "/".join(folder.parts[1:][-length:]) or str(folder)
 
 
-def _read_notes(path: Path) -> dict[str, Any]:
+def read_notes(path: Path) -> dict[str, Any]:
+    """What run.json holds; {} if it is absent or damaged."""
     try:
         notes = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

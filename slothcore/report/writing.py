@@ -1,5 +1,6 @@
 """Files of a run are written as a whole, or an error says which one was not, and what helps."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,10 @@ def writing(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(f"{target} cannot be written ({error}); make room, or check the disk") from error
+        remedy = "make room, or check the disk"
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            remedy = "choose a folder that may be written into"
+        raise OSError(f"{target} cannot be written ({error}); {remedy}") from error
 
 
 def replace_text(path: Path, text: str) -> None:

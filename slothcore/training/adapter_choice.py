@@ -14,6 +14,7 @@ from slothcore.lora.plan import AdapterPlan
 from slothcore.models.decoder import Decoder
 from slothcore.training.config import TrainConfig
 from slothcore.training.report import say
+from slothcore.training.run_folder import options_behind
 from slothcore.training.run_state import find_checkpoint
 
 # What an adapter that is trained further has decided already.
@@ -82,6 +83,9 @@ def _check_continued(model: Decoder, config: TrainConfig) -> None:
     adapter = lora_config_of(model)
     assert adapter is not None
     say(f"training the adapter of {source} further: r {adapter.r}, lora_alpha {adapter.lora_alpha}")
+    before = options_behind(source) if source else None
+    if before is not None and before.bits != config.bits:
+        say(f"note: that adapter was trained beside weights of {before.bits} bits, and bits is {config.bits}")
 
 
 def _check_begun(model: Decoder, config: TrainConfig, checkpoint: Path) -> None:

@@ -19,7 +19,7 @@ from slothcore.data.new_tokens import check_new_tokens
 from slothcore.lora.config import LoraConfig
 from slothcore.lora.init_names import check_init
 from slothcore.training.option_groups import DataOptions, LoraOptions, ModelOptions, OptimizationOptions, RunOptions
-from slothcore.training.options import WORDS_FOR_NONE, check_device_name, check_names, coerce, read_yaml
+from slothcore.training.options import WORDS_FOR_NONE, check_device_name, check_names, coerce, read_yaml, strict_names
 from slothcore.training.schedule import checked_kwargs
 
 # At least 1 where they are given.
@@ -62,6 +62,7 @@ BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
 SECRETS = ("token",)
 
 
+@strict_names
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(RunOptions, OptimizationOptions, LoraOptions, DataOptions, ModelOptions):
     """Options of a training run. An unknown name or a wrong value raises ValueError.
@@ -274,7 +275,7 @@ class TrainConfig(RunOptions, OptimizationOptions, LoraOptions, DataOptions, Mod
         """The file that repeats this run."""
         # What belongs to one invocation, a repetition must not inherit.
         repeated = replace(self, resume_from_checkpoint=None, overwrite_output_dir=False)
-        return yaml.safe_dump(repeated.to_dict(), sort_keys=False)
+        return yaml.safe_dump(repeated.to_dict(), sort_keys=False, allow_unicode=True)
 
 
 def field_types() -> dict[str, Any]:

@@ -29,6 +29,7 @@ def evaluate(model: Decoder, rows: RowSet, *, batch_size: int) -> EvalResult:
     """Run the model over `rows` without dropout; it is left in the mode in which it was.
 
     Each batch's loss is divided by the targets of the whole set, so the sum is the mean over tokens, not over batches.
+    The experts' auxiliary loss is no part of it: it would depend on the batches, and no perplexity follows from it.
 
     Raises: DoesNotFit if a batch does not fit into the GPU's memory.
     """
@@ -40,7 +41,11 @@ def evaluate(model: Decoder, rows: RowSet, *, batch_size: int) -> EvalResult:
         with Ahead(rows.micro_batches(range(len(rows)), batch_size)) as batches:
             for batch in batches:
                 total += model(
-                    batch.input_ids, labels=batch.labels, cu_seqlens=batch.cu_seqlens, num_items=num_targets
+                    batch.input_ids,
+                    labels=batch.labels,
+                    cu_seqlens=batch.cu_seqlens,
+                    num_items=num_targets,
+                    auxiliary_loss=False,
                 ).loss
     except torch.OutOfMemoryError as error:
         raise DoesNotFit(evaluation_remedy(batch_size, tokens=len(batch.input_ids))) from error

@@ -4,17 +4,20 @@ A wrong key or value is refused here with one sentence; silently ignoring it wou
 """
 
 import difflib
+import functools
 import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
-from slothcore.training.other_names import OTHER_NAMES, OTHER_VALUES, WITHOUT_COUNTERPART
+from slothcore.training.other_names import OTHER_NAMES, OTHER_VALUES, REMARKS, VALUE_REMARKS, has_no_counterpart
+
+Config = TypeVar("Config")
 
 WORDS_FOR_NONE = {"none", "null", "~"}
 # How alike, from 0 to 1, two names are spelled of which one may be meant by the other.
@@ -35,21 +38,62 @@ def option(default: Any, text: str, *, group: str, shown: bool = True) -> Any:
 def check_names(
     given: Iterable[str], known: Iterable[str], *, source: str, others: Mapping[str, str] = OTHER_NAMES
 ) -> None:
-    """Raise ValueError for the first name in `given` that is not in `known`, naming one that is spelled much like it.
+    """Raise ValueError for the names in `given` that are not in `known`, saying of each which one is meant.
 
     Args:
         others: names that other programs have, and which one here is meant by each.
     """
     known = list(known)
-    for name in given:
-        if name in known:
-            continue
-        meant = others.get(str(name))
-        if meant not in known and name in WITHOUT_COUNTERPART:
-            raise ValueError(f"unknown option {name!r} in {source}; slothcore has nothing like it: leave it out")
-        near = [meant] if meant in known else difflib.get_close_matches(str(name), known, n=1, cutoff=CLOSE)
-        hint = f"did you mean {near[0]!r}?" if near else "--help lists the options"
-        raise ValueError(f"unknown option {name!r} in {source}; {hint}")
+    unknown = [str(name) for name in given if name not in known]
+    if not unknown:
+        return
+    meant = {name: others[name] for name in unknown if others.get(name) in known}
+    absent = [name for name in unknown if name not in meant and has_no_counterpart(name)]
+    rest = [name for name in unknown if name not in meant and name not in absent]
+    near = {name: difflib.get_close_matches(name, known, n=1, cutoff=CLOSE) for name in rest}
+    if len(unknown) == 1:
+        [name] = unknown
+        if absent:
+            hint = "slothcore has nothing like it: leave it out"
+        else:
+            found = near.get(name) or ([meant[name]] if meant else [])
+            hint = f"did you mean {found[0]!r}?" if found else "--help lists the options"
+        raise ValueError(f"unknown option {name!r} in {source}; {hint}{_remark(name, meant.get(name))}")
+    # A file of another library has twenty of them, and is not to be mended in twenty rounds.
+    hints = []
+    if meant:
+        hints.append("here " + ", ".join(f"{name} is {here}{_remark(name, here)}" for name, here in meant.items()))
+    if rest:
+        words = (f"{name} (did you mean {near[name][0]}?)" if near[name] else name for name in rest)
+        hints.append(f"nothing is known of {', '.join(words)}: --help lists the options")
+    if absent:
+        hints.append(
+            f"slothcore has nothing like {', '.join(f'{name}{_remark(name, None)}' for name in absent)}: leave that out"
+        )
+    raise ValueError(f"unknown options in {source}: {'; '.join(hints)}")
+
+
+def _remark(name: str, here: str | None) -> str:
+    """What else has to be said of an option of another library that is called `here`; None: that has no counterpart.
+
+    Of another meaning, as of export's push_to_hub, nothing has.
+    """
+    is_meant = name in REMARKS and OTHER_NAMES.get(name) == here
+    # In the tables of the guides it is code.
+    return f" ({REMARKS[name].replace('`', '')})" if is_meant else ""
+
+
+def strict_names(config: type[Config]) -> type[Config]:
+    """Have a class of options refuse a name that it lacks as files and flags do, and not with Python's TypeError."""
+    make = config.__init__
+
+    @functools.wraps(make)
+    def init(self: Config, **values: Any) -> None:
+        check_names(values, config.__dataclass_fields__, source=config.__name__)  # type: ignore[attr-defined]
+        make(self, **values)
+
+    config.__init__ = init  # type: ignore[method-assign, assignment]
+    return config
 
 
 def check_device_name(name: str) -> None:
@@ -68,8 +112,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"the configuration file {path} does not exist")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8, but has byte {error.object[error.start]:#04x} in it; save it as UTF-8"
+        ) from error
+    except yaml.YAMLError as error:
+        # What yaml calls a text that it was given.
+        reason = " ".join(str(error).split()).replace(' in "<unicode string>",', " in")
         raise ValueError(f"{path} is not valid YAML: {reason}") from error
     if content is None:
         return {}
@@ -104,7 +153,8 @@ def coerce(name: str, value: Any, annotation: Any) -> Any:
         accepted, result = _convert(value, member)
         if accepted:
             return result
-    raise ValueError(f"{name} must be {describe(annotation)}, got {value!r}")
+    remark = f"; {VALUE_REMARKS[name]}" if name in VALUE_REMARKS else ""
+    raise ValueError(f"{name} must be {describe(annotation)}, got {value!r}{remark}")
 
 
 def describe(annotation: Any) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from slothcore.models.hub import ADAPTER_CONFIG_FILE
 from slothcore.report.page import REPORT_FILE
-from slothcore.report.saved_run import LOG_FILE, NOTES_FILE, SAMPLES_FILE
+from slothcore.report.saved_run import LOG_FILE, NOTES_FILE, SAMPLES_FILE, read_notes
 from slothcore.report.writing import replace_text
 from slothcore.training.config import TrainConfig
 from slothcore.training.run_state import STATE_FILE, checkpoints, remove_folder, remove_partial
@@ -33,10 +33,17 @@ MODEL_FOLDER = "model"
 
 @dataclass(frozen=True)
 class Source:
-    """What a name stands for: the folder or Hub name to load, and the options of the run that it came from, if any."""
+    """What a name stands for.
+
+    Attributes:
+        path: the folder or Hub name to load.
+        config: the options of the run that it came from, if any.
+        note: what the user should hear, where a run's folder may stand for another state of it than is meant.
+    """
 
     path: str
     config: TrainConfig | None = None
+    note: str | None = None
 
 
 def check_output_dir(config: TrainConfig) -> None:
@@ -123,21 +130,49 @@ def claim_output_dir(config: TrainConfig) -> Path:
 def find_source(name_or_run: str | Path) -> Source:
     """What `name_or_run` names: a run's result, an adapter's folder, a model's, or a repository on the Hub.
 
-    Raises: ValueError if a run has no result yet.
+    Raises: ValueError if a run has no result yet, or not what is named in it.
     """
+    folder, config = Path(name_or_run).expanduser(), options_behind(name_or_run)
+    if not folder.exists() and _is_run(folder.parent):
+        # It would be looked for on the Hub.
+        there = [path.name for path in (folder.parent / ADAPTER_FOLDER, folder.parent / MODEL_FOLDER) if path.exists()]
+        there += [path.name for path in checkpoints(folder.parent)]
+        raise ValueError(f"{folder} does not exist; the run {folder.parent} has {', '.join(there) or 'saved nothing'}")
+    if config is None or _holds_weights(folder):
+        return Source(str(name_or_run), config)
+    saved = [path for path in checkpoints(folder) if _holds_weights(path)]
+    for result in (folder / ADAPTER_FOLDER, folder / MODEL_FOLDER):
+        if _holds_weights(result):
+            return Source(str(result), config, _note_if_older(result, saved))
+    if not saved:
+        raise ValueError(f"the run {folder} has saved nothing yet; let it reach a checkpoint or its end")
+    return Source(str(saved[-1]), config, f"the run {folder} has no result yet; {saved[-1]} is used")
+
+
+def options_behind(name_or_run: str | Path) -> TrainConfig | None:
+    """The options of the run that a name is, whatever it has saved, or whose result or checkpoint it is; else None."""
     folder = Path(name_or_run).expanduser()
-    if (folder / ADAPTER_CONFIG_FILE).is_file():
-        # The parent's options count only if it is a run's folder: other programs too write a config.yaml beside.
-        run = next((path for path in (folder, folder.parent) if _is_run(path)), None)
-        return Source(str(name_or_run), TrainConfig.from_yaml(run / CONFIG_FILE) if run else None)
-    # A model of the Hub may come with a config.yaml of its own.
-    if not (folder / CONFIG_FILE).is_file() or (folder / "config.json").is_file():
-        return Source(str(name_or_run))
-    config = TrainConfig.from_yaml(folder / CONFIG_FILE)
-    for candidate in (folder / ADAPTER_FOLDER, folder / MODEL_FOLDER, *reversed(checkpoints(folder))):
-        if (candidate / ADAPTER_CONFIG_FILE).is_file() or (candidate / "config.json").is_file():
-            return Source(str(candidate), config)
-    raise ValueError(f"the run {folder} has saved nothing yet; let it reach a checkpoint or its end")
+    run: Path | None = folder
+    if _holds_weights(folder):
+        # Other programs, too, write a config.yaml beside, and a model comes with one of its own.
+        is_adapter = (folder / ADAPTER_CONFIG_FILE).is_file()
+        is_left = is_adapter or folder.name == MODEL_FOLDER or (folder / STATE_FILE).is_file()
+        places = [*([folder] if is_adapter else []), *([folder.absolute().parent] if is_left else [])]
+        run = next((place for place in places if _is_run(place)), None)
+    return TrainConfig.from_yaml(run / CONFIG_FILE) if run and (run / CONFIG_FILE).is_file() else None
+
+
+def _holds_weights(folder: Path) -> bool:
+    return (folder / ADAPTER_CONFIG_FILE).is_file() or (folder / "config.json").is_file()
+
+
+def _note_if_older(result: Path, saved: list[Path]) -> str | None:
+    """What to say if the run has gone on since it wrote its result, and has saved more."""
+    # A copy of the folder may have other times; a run that says it has ended has nothing newer.
+    ended = read_notes(result.parent / NOTES_FILE).get("status") == "finished"
+    if ended or not saved or has_result(saved[-1]):
+        return None
+    return f"{result} is used, which the run saved before it went on; {saved[-1]} is newer: name that to use it"
 
 
 def run_behind(name_or_run: str | Path) -> Path | None:

@@ -1,16 +1,19 @@
 """`slothcore chat`: a person at a terminal, and questions that are piped in."""
 
+import errno
 import io
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import slothcore
 from slothcore.cli import main
+from slothcore.commands.chat import add_line
 from slothcore.inference.chat import Chat
 from tests.data.tiny_tokenizers import CHATML
 from tests.pseudo_terminal import CTRL_C, CTRL_D, PseudoTerminal
@@ -101,6 +104,30 @@ def test_a_saved_conversation_can_be_trained_on(piped, tmp_path: Path, model: Pa
     assert [message["content"] for message in second] == ["Brief.", "öne", said[0], "two", said[1]]
     words = f"train --model {model} --data {file} --max-steps 1 --device cpu --max-seq-length 512"
     assert main([*words.split(), "--output-dir", str(tmp_path / "run"), "--report", "no", "--plot", "no"]) == 0
+
+
+def test_a_saved_conversation_is_a_line_of_its_own(piped, tmp_path: Path) -> None:
+    file = tmp_path / "talk.jsonl"
+    rows = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+    file.write_bytes(rows)  # as an editor leaves it that ends no last line
+    assert piped(f"one\n/save {file}\n/save {file}\n")[0] == 0
+    kept, *saved = file.read_bytes().splitlines()
+    assert (kept, len(saved), len(slothcore.load_dataset(file))) == (rows, 2, 3)
+    whole = file.read_bytes()
+
+    class FullDisk(io.FileIO):
+        def write(self, data: Any) -> int:
+            if self.tell() > len(whole):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data[:9])
+
+    class Place(type(file)):  # type: ignore[misc]
+        def open(self, mode: str, **_: Any) -> Any:
+            return FullDisk(self, mode)
+
+    with pytest.raises(OSError, match=r"talk\.jsonl cannot be written \(No space left on device\); name another file"):
+        add_line(Place(file), "a line that is longer than what there is room for")
+    assert file.read_bytes() == whole
 
 
 @pytest.mark.parametrize(

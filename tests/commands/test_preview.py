@@ -154,6 +154,16 @@ def test_every_option_of_the_data_reaches_the_rows(records, words, expected, fol
     assert expected in preview(folder, capsys, *words.replace("{folder}", str(folder)).split())
 
 
+def test_a_template_that_no_record_is_written_by_is_said(folder, capsys) -> None:
+    """Prompts are taken as they are; other libraries put them into the template."""
+    note = "training: no record is a conversation, so chat_template writes none of them; slothcore.standardize makes"
+    (folder / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    assert note in preview(folder, capsys, "--chat-template", "zephyr")
+    assert note not in preview(folder, capsys)
+    (folder / "data.jsonl").write_text(json.dumps(CONVERSATION) + "\n")
+    assert note not in preview(folder, capsys, "--chat-template", "zephyr")
+
+
 def test_weights_repeat_the_rows_of_a_file(folder, capsys) -> None:
     for name in "ab":
         (folder / f"{name}.jsonl").write_text(json.dumps({"text": name * 3}) + "\n")

@@ -238,6 +238,15 @@ def test_the_file_is_replaced_in_one_stroke(tmp_path: Path, monkeypatch) -> None
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match=r"page\.html cannot be written \(.*No space left.*\); make room"):
         replace_text(target, "third")
+
+    def forbid(source: Path, destination: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "replace", forbid)
+    with pytest.raises(
+        OSError, match=r"page\.html cannot be written \(.*denied\); choose a folder that may be written"
+    ):
+        replace_text(target, "third")
     assert (target.read_text(), [p.name for p in tmp_path.iterdir()]) == ("after", ["page.html"])
 
 

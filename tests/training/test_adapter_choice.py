@@ -180,6 +180,13 @@ def test_a_saved_adapter_is_trained_further(
     assert train(third)[0] < losses[0]
 
 
+def test_an_adapter_beside_weights_of_other_bits_is_said(folder: Path, first: Path, tmp_path: Path, capsys) -> None:
+    for bits in (32, 4):
+        train(options(folder, tmp_path / str(bits), bits=bits, max_steps=1, adapter=str(first / "adapter")))
+        told = "that adapter was trained beside weights of 32 bits, and bits is 4" in capsys.readouterr().out
+        assert told == (bits == 4)
+
+
 def test_what_trains_further_resumes_to_the_bit(folder: Path, first: Path, tmp_path: Path) -> None:
     values = {"bits": 32, "max_steps": 4, "save_steps": 2, "adapter": str(first), "target_modules": "q_proj,down_proj"}
     straight = train(options(folder, tmp_path / "straight", **values))

@@ -5,7 +5,8 @@ from dataclasses import fields
 import pytest
 
 from slothcore.training.config import TrainConfig, field_types
-from slothcore.training.options import OTHER_NAMES, WITHOUT_COUNTERPART, describe
+from slothcore.training.options import describe
+from slothcore.training.other_names import OTHER_NAMES, WITHOUT_COUNTERPART
 
 
 def test_flags_stand_on_top_of_the_file(tmp_path) -> None:
@@ -41,6 +42,13 @@ def test_the_written_configuration_repeats_the_run(tmp_path) -> None:
             assert getattr(again, item.name) == item.default
         else:
             assert getattr(again, item.name) == getattr(config, item.name)
+
+
+def test_the_file_of_a_run_can_be_read_in_any_script(tmp_path) -> None:
+    config = TrainConfig(data="データ/ü 😀.jsonl", run_name="a\u2028\ufeff\x85\udcfcb\xa0")
+    assert "\ndata: データ/ü 😀.jsonl\n" in config.to_yaml()
+    (tmp_path / "run.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    assert TrainConfig.from_yaml(tmp_path / "run.yaml") == config
 
 
 @pytest.mark.parametrize("text", ["yarn", '{"rope_type": "yarn", "factor": 4}', "{rope_type: yarn, factor: 4}", "null"])

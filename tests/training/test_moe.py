@@ -1,5 +1,6 @@
 """Training of experts: LoRA on NF4 ones and all weights of dense ones, with the auxiliary loss, and resuming either."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from transformers import AutoModelForCausalLM
 from slothcore.lora.adapter_io import load_adapter
 from slothcore.lora.attach import add_lora
 from slothcore.models.load import load_model
+from slothcore.training.batches import RowSet
+from slothcore.training.evaluation import evaluate
 from slothcore.training.report import read_log
 from tests.training.tiny import random_rows, train, write_model
 
@@ -58,6 +61,17 @@ def test_resumed_equals_straight(base: Path, kind: str, tmp_path: Path) -> None:
 
     losses = [record["loss"] for record in read_log(tmp_path / "straight" / "log.jsonl") if "loss" in record]
     assert losses[-1] < losses[0]
+
+
+def test_an_evaluation_is_of_the_targets_alone(base: Path, tmp_path: Path) -> None:
+    """In batches of every size, without what training adds to have the experts used evenly."""
+    rows, model = random_rows(7), fresh(base, FULL)
+    results = [evaluate(model, RowSet(rows), batch_size=size) for size in (1, 3, 7)]
+    logits = [model(torch.tensor(row.input_ids)).logits[:-1] for row in rows]
+    targets = [torch.tensor(row.labels[1:]) for row in rows]
+    expected = torch.nn.functional.cross_entropy(torch.cat(logits), torch.cat(targets)).item()
+    assert [result.loss for result in results] == pytest.approx([expected] * 3, rel=1e-5)
+    assert results[0].perplexity == pytest.approx(math.exp(expected), rel=1e-4)
 
 
 def test_a_checkpoint_of_other_experts_is_refused(base: Path, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 import errno
 import json
+import os
 import resource
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +13,16 @@ from unittest import mock
 import pytest
 import torch
 
+from slothcore.models.load import from_config
+from slothcore.training import trainer
+from slothcore.training.config import TrainConfig
 from slothcore.training.optimizer_step import OptimizerStep
 from slothcore.training.report import rewind_log
+from slothcore.training.run_folder import Source, find_source
 from slothcore.training.run_state import checkpoints
-from tests.training.tiny import random_rows, train
+from tests.training.tiny import CONFIG, random_rows, train
+
+WHOLE = {"full_finetuning": True, "bits": 32}
 
 
 @contextmanager
@@ -132,3 +140,44 @@ def test_the_base_model_is_not_where_the_run_would_replace_it(tmp_path, where) -
     with pytest.raises(ValueError, match=r"lies in output_dir .*, where this run would replace it"):
         train(tmp_path, random_rows(4), max_steps=1, overwrite_output_dir=True, model_name=str(tmp_path / where))
     assert (tmp_path / where).is_dir()
+
+
+def test_a_result_that_the_run_has_gone_beyond_is_not_taken_in_silence(tmp_path, monkeypatch) -> None:
+    rows, result = random_rows(8), tmp_path / "adapter"
+    train(tmp_path, rows, max_steps=2, save_steps=1)
+    assert find_source(tmp_path) == Source(str(result), TrainConfig.from_yaml(tmp_path / "config.yaml"))
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "save_result", mock.Mock(side_effect=OSError("full")))
+        with pytest.raises(OSError, match="full"):
+            train(tmp_path, rows, max_steps=3, save_steps=1, resume_from_checkpoint="latest")
+    source, newest = find_source(tmp_path), tmp_path / "checkpoint-3"
+    assert source.path == str(result)
+    expected = f"{result} is used, which the run saved before it went on; {newest} is newer: name that to use it"
+    assert source.note == expected
+    shutil.move(result, tmp_path / "before")
+    source = find_source(tmp_path)
+    assert (source.path, source.note) == (str(newest), f"the run {tmp_path} has no result yet; {newest} is used")
+
+    train(tmp_path, rows, max_steps=3, save_steps=1, resume_from_checkpoint="latest")
+    # As in a copy of the folder, whose files have other times.
+    os.utime(result, (0, 0))
+    assert (find_source(tmp_path).path, find_source(tmp_path).note) == (str(result), None)
+
+
+def test_a_checkpoint_that_is_gone_is_not_looked_for_on_the_hub(tmp_path) -> None:
+    train(tmp_path / "run", random_rows(8), max_steps=3, save_steps=1, save_total_limit=2)
+    has = "the run .*run has adapter, checkpoint-2, checkpoint-3$"
+    with pytest.raises(ValueError, match=rf"checkpoint-1 does not exist; {has}"):
+        find_source(tmp_path / "run" / "checkpoint-1")
+    assert find_source("run/checkpoint-1").config is None
+
+
+@pytest.mark.parametrize("name", ["model", "checkpoint-1"])
+def test_the_model_of_a_run_has_its_options_by_its_own_name_too(tmp_path, name) -> None:
+    """Trained in 16 or 32 bits, it would be read with 4, the default of a plain model."""
+    train(tmp_path, random_rows(4), from_config(CONFIG, bits=32, device="cpu"), max_steps=1, save_steps=1, **WHOLE)
+    config = TrainConfig.from_yaml(tmp_path / "config.yaml")
+    assert config.bits == 32
+    assert find_source(tmp_path / name).config == find_source(tmp_path).config == config
+    shutil.copytree(tmp_path / "model", tmp_path / "mine")
+    assert find_source(tmp_path / "mine").config is None

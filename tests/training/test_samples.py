@@ -194,6 +194,13 @@ RECORDS = [
     (CHAT, "Hi", "chat", "Hello"),
     ({"messages": CHAT["messages"][:1]}, "Hi", "chat", None),
     ({"prompt": CHAT["messages"][:1], "completion": CHAT["messages"][1:]}, "Hi", "chat", "Hello"),
+    # As a CSV file holds them.
+    (
+        {"prompt": json.dumps(CHAT["messages"][:1]), "completion": json.dumps(CHAT["messages"][1:])},
+        "Hi",
+        "chat",
+        "Hello",
+    ),
     ({"conversations": [{"from": "human", "value": "Hi"}]}, "Hi", "chat", None),
 ]
 
@@ -211,8 +218,13 @@ def test_records_of_every_layout_are_asked(tmp_path, tokenizer, record, prompt, 
 def test_a_conversation_is_asked_up_to_its_last_answer(tmp_path, tokenizer) -> None:
     turns = [*CHAT["messages"], {"role": "user", "content": "More"}, {"role": "assistant", "content": "Less"}]
     path = tmp_path / "prompts.jsonl"
-    path.write_text(json.dumps({"messages": turns, "system": "Be brief."}) + "\n")
-    (question,) = read_questions(TrainConfig(sample_prompts=str(path)), tokenizer, None)
+    records = (
+        {"messages": turns, "system": "Be brief."},
+        {"prompt": turns[:3], "completion": turns[3:], "system": "Be brief."},
+    )
+    path.write_text("\n".join(map(json.dumps, records)))
+    question, again = read_questions(TrainConfig(sample_prompts=str(path)), tokenizer, None)
+    assert again == question
     asked = [{"role": "system", "content": "Be brief."}, *turns[:3]]
     assert question.text == tokenizer.apply_chat_template(asked, add_generation_prompt=True)
     assert question.prompt == "system: Be brief.\nuser: Hi\nassistant: Hello\nuser: More"
