@@ -42,7 +42,9 @@ def engine_of(tmp_path: Path) -> Any:
     return engine_of
 
 
-@pytest.mark.parametrize("options", [{}, {"recorder": as_function, "ahead": True, "capacity": 128}], ids=["plain", "recorded"])
+@pytest.mark.parametrize(
+    "options", [{}, {"recorder": as_function, "ahead": True, "capacity": 128}], ids=["plain", "recorded"]
+)
 @pytest.mark.parametrize("sampling", [Sampling(), DRAWN], ids=["greedy", "drawn"])
 def test_nothing_is_left_behind(engine_of, options: dict[str, Any], sampling: Sampling) -> None:
     warm, cold = engine_of(**options), engine_of(**options)
