@@ -46,7 +46,9 @@ from slothcore.kernels import gpu
 FakeTensor.data_ptr = lambda self: 2**20 + self.storage_offset() * self.element_size()
 torch.Tensor.is_cuda = FakeTensor.is_cuda = property(lambda self: True)
 torch.cuda.get_device_capability = gpu.device_capability = lambda device=None: CAPABILITY
+gpu.is_hopper = lambda device: CAPABILITY[0] == 9
 gpu.multiprocessors = lambda device: {multiprocessors}
+torch.cuda.is_current_stream_capturing = lambda: False
 """
 
 

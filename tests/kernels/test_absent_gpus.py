@@ -1,4 +1,4 @@
-"""GPUs that the tests do not run on: every kernel of a training step and of writing compiles for them and fits."""
+"""GPUs that are not here: every kernel of a training step and of writing compiles for them and fits."""
 
 import pytest
 
@@ -10,12 +10,13 @@ GPUS: dict[str, tuple[Capability, int, int]] = {
     "T4": ((7, 5), 40, 64),
     "A100": ((8, 0), 108, 163),
     "RTX 3090": ((8, 6), 82, 99),
+    "H100": ((9, 0), 132, 227),
     "B200": ((10, 0), 148, 227),
     "RTX 5090": ((12, 0), 170, 99),
 }
 
 MODELS = """
-from slothcore.kernels import largest, nf4_eager, nf4_tensor, paged_attention, rope_store
+from slothcore.kernels import largest, nf4_gemm_group, nf4_tensor, paged_attention, rope_store
 from slothcore.layers.packed import pack_inputs
 from slothcore.lora.attach import add_lora
 from slothcore.models import decoder
@@ -36,6 +37,8 @@ QWEN3 = dict(LLAMA, model_type="qwen3", intermediate_size=12288, vocab_size=1519
 MIXTRAL = dict(LLAMA, model_type="mixtral", vocab_size=32000, num_local_experts=8, num_experts_per_tok=2)
 
 HALF = "bfloat16" if CAPABILITY >= (8, 0) else "float16"
+# Where programs say how far they are: a place for each stream, of which there are none.
+nf4_gemm_group._flags_for = lambda device: torch.empty(264, dtype=torch.int32)
 # Made of numbers, which fake tensors do not have; from here on they are at hand.
 nf4_tensor.nested_code(), nf4_tensor.nf4_code(torch.device("cpu"))
 
@@ -76,14 +79,14 @@ def launched():
         sizes = dict((key, value) for key, value in options.items() if key.isupper() and isinstance(value, int))
         found.append([name, kernel.metadata.shared, sizes])
 """
-ROWS = (512, 200, 100, 40, 16, 4, 2)
+ROWS = (4096, 512, 200, 16, 2)
 EVERYTHING = f"""
 train(LLAMA, {ROWS}, r=16)
-train(LLAMA, (512, 100), r=16, use_dora=True)
-train(LLAMA, (512, 100, 16), "float32", r=16)
-train(GEMMA2, (512, 100), r=64)
+train(LLAMA, (512,), r=16, use_dora=True)
+train(LLAMA, (128,), "float32", r=16)
+train(GEMMA2, (512,), r=64)
 train(QWEN3, (512,), r=8)
-train(MIXTRAL, (512, 16), r=16)
+train(MIXTRAL, (512,), r=16)
 for config in (LLAMA, GEMMA2):
     write(config, 1), write(config, 128)
 launched()
