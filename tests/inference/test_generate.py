@@ -1,5 +1,6 @@
 """Text in, text out, with a toy tokenizer whose every token is one word."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,20 @@ def model() -> Decoder:
 PROMPTS = ["w3 w4 w5", "w7", "w9 w1 w2 w8 w20", "w11 w12", "w13"]
 
 
+def write_always(model: Decoder, written: Sequence[int]) -> list[int]:
+    """Have the model write these tokens in turns. Returns: a list that grows with each; cleared, they begin anew."""
+    calls: list[int] = []
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        scores = hidden.new_zeros(len(hidden), model.config.vocab_size)
+        scores[:, written[len(calls) % len(written)]] = 1.0
+        calls.append(1)
+        return scores
+
+    model.logits = logits
+    return calls
+
+
 def test_texts_are_the_decoded_ids(model: Decoder, tokenizer: Tokenizer) -> None:
     texts = generate(model, tokenizer, PROMPTS, max_new_tokens=9)
     for prompt, text in zip(PROMPTS, texts, strict=True):
@@ -59,15 +74,7 @@ def test_a_word_that_goes_on_with_a_prompt_keeps_its_space(tmp_path: Path) -> No
     whole = tokenizer.encode("The cat is here. So it is")
     prompt, added = "The cat", tokenizer.decode(whole)[len("The cat") :]
     written = whole[len(tokenizer.encode(prompt)) :]
-    calls: list[int] = []
-
-    def logits(hidden: torch.Tensor) -> torch.Tensor:
-        scores = hidden.new_zeros(len(hidden), tokenizer.vocab_size)
-        scores[:, written[len(calls) % len(written)]] = 1.0
-        calls.append(1)
-        return scores
-
-    model.logits = logits
+    calls = write_always(model, written)
     count = {"max_new_tokens": len(written)}
     assert generate(model, tokenizer, prompt, **count) == [added] == [" is here. So it is"]
     assert "".join(stream(model, tokenizer, prompt, **count)) == added
@@ -190,15 +197,7 @@ def test_a_control_token_may_be_a_stop_string(tmp_path: Path, stop: str | list[s
     tokenizer = Tokenizer.from_folder(write_byte_tokenizer(tmp_path))
     model = from_config({**CONFIG, "vocab_size": tokenizer.vocab_size}, device="cpu").eval()
     written = tokenizer.encode("ab<|im_start|>cd", add_special_tokens=False)
-    calls: list[int] = []
-
-    def logits(hidden: torch.Tensor) -> torch.Tensor:
-        scores = hidden.new_zeros(len(hidden), tokenizer.vocab_size)
-        scores[:, written[len(calls) % len(written)]] = 1.0
-        calls.append(1)
-        return scores
-
-    model.logits = logits
+    calls = write_always(model, written)
     assert generate(model, tokenizer, "the", max_new_tokens=len(written)) == ["abcd"]
     calls.clear()
     assert generate(model, tokenizer, "the", max_new_tokens=9, stop_strings=stop) == ["ab"]
